@@ -1,0 +1,48 @@
+// Argument checks shared by cpu/ and cuda/. Each names the argument, what was wanted and what arrived; wrong values and
+// shapes raise ValueError, wrong dtypes TypeError, devices that differ RuntimeError, as rendseg/reference/_checks.py does.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+
+namespace rendseg {
+
+inline bool is_feature_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
+inline void check_feature_dtype(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(is_feature_dtype(t.scalar_type()), name, " must be float32, float64, float16 or bfloat16, got ",
+                   t.scalar_type());
+}
+
+inline void check_rank(const at::Tensor& t, const char* name, const char* shape, int64_t rank) {
+  TORCH_CHECK_VALUE(t.dim() == rank, name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+inline void check_strided(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, name, " must be a dense (strided) tensor, got layout ", t.layout());
+}
+
+inline void check_same_device(const at::Tensor& t, const char* name, const at::Tensor& other, const char* other_name) {
+  TORCH_CHECK(t.device() == other.device(), name, " must be on the device of ", other_name, " (", other.device(),
+              "), got ", t.device());
+}
+
+// logits[N,C,H,W]: a dense floating map with at least one channel and one cell.
+inline void check_logits(const at::Tensor& logits, const char* name = "logits") {
+  check_strided(logits, name);
+  check_rank(logits, name, "[N, C, H, W]", 4);
+  check_feature_dtype(logits, name);
+  TORCH_CHECK_VALUE(logits.size(1) > 0, name, " must have at least one channel, got shape ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(2) > 0 && logits.size(3) > 0, name, " must have at least one cell (H*W > 0), got shape ",
+                    logits.sizes());
+}
+
+inline void check_num_points(int64_t num_points) {
+  TORCH_CHECK_VALUE(num_points > 0, "num_points must be positive, got ", num_points);
+}
+
+}  // namespace rendseg

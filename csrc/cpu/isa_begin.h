@@ -1,0 +1,25 @@
+// No include guard: opens one instruction set for the code that follows, until isa_end.h.
+// RENDSEG_ISA is 0 (baseline), 1 (AVX2 + FMA) or 2 (AVX-512 F, BW, VL, DQ) and RENDSEG_ISA_NAMESPACE names its namespace.
+#if RENDSEG_ISA == 2
+#define RENDSEG_ISA_NAMESPACE avx512
+#elif RENDSEG_ISA == 1
+#define RENDSEG_ISA_NAMESPACE avx2
+#else
+#define RENDSEG_ISA_NAMESPACE baseline
+#endif
+
+#if defined(__x86_64__) && defined(__clang__)
+#if RENDSEG_ISA == 2
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq"))), \
+                             apply_to = function)
+#elif RENDSEG_ISA == 1
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#endif
+#elif defined(__x86_64__) && defined(__GNUC__)
+#pragma GCC push_options
+#if RENDSEG_ISA == 2
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#elif RENDSEG_ISA == 1
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#endif
+#endif

@@ -1,0 +1,48 @@
+// Every operator schema of rendseg, one page, and the pybind11 module rendseg._C (build facts and the choice of
+// instruction set, nothing else). rendseg/ops/schemas.py holds the same words for the case where this library is
+// absent; a test compares the two.
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY(rendseg, m) {
+  // uncertain_points
+  m.def("uncertainty(Tensor logits, Tensor? class_index=None) -> Tensor");
+  m.def("uncertain_points(Tensor logits, int num_points, Tensor? class_index=None) -> (Tensor, Tensor)");
+  m.def(
+      "sample_uncertain_points(Tensor logits, int num_points, float oversample_ratio=3.0, float importance_ratio=0.75, *, "
+      "Tensor? class_index=None, str padding_mode=\"zeros\", bool align_corners=False, Generator? generator=None, "
+      "Tensor? random_coords=None) -> Tensor",
+      {at::Tag::nondeterministic_seeded});
+  // subdivide
+  m.def(
+      "subdivide(Tensor logits, int num_points, int scale_factor=2, bool align_corners=False, Tensor? class_index=None, "
+      "bool return_logits=True) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_subdivide_labels(Tensor logits, int num_points, int scale_factor=2, bool align_corners=False) -> "
+      "(Tensor, Tensor, Tensor)");
+  // point_sample
+  m.def(
+      "point_sample(Tensor[] input, Tensor coords, str mode=\"bilinear\", str padding_mode=\"zeros\", "
+      "bool align_corners=False) -> Tensor");
+  m.def(
+      "_point_sample_backward(Tensor grad, Tensor[] input, Tensor coords, str mode, str padding_mode, bool align_corners, "
+      "bool input_grad, bool coords_grad) -> Tensor[]");
+  m.def("point_labels(Tensor labels, Tensor coords, int ignore_index=255) -> Tensor");
+  // scatter_points
+  m.def("scatter_points(Tensor logits, Tensor indices, Tensor values) -> Tensor");
+  m.def("scatter_points_(Tensor(a!) logits, Tensor indices, Tensor values) -> ()");
+  m.def("_scatter_points_backward(Tensor grad, Tensor indices) -> (Tensor, Tensor)");
+  // encode
+  m.def("scaled_l2(Tensor x, Tensor codewords, Tensor scale) -> Tensor");
+  m.def("_scaled_l2_backward(Tensor grad, Tensor x, Tensor codewords, Tensor scale) -> (Tensor, Tensor, Tensor)");
+  m.def("aggregate(Tensor assignment, Tensor x, Tensor codewords) -> Tensor");
+  m.def("_aggregate_backward(Tensor grad, Tensor assignment, Tensor x, Tensor codewords) -> (Tensor, Tensor, Tensor)");
+  m.def("encode(Tensor x, Tensor codewords, Tensor scale) -> Tensor");
+  m.def("_encode_backward(Tensor grad, Tensor x, Tensor codewords, Tensor scale) -> (Tensor, Tensor, Tensor)");
+  // refine
+  m.def(
+      "_refine_mlp(Tensor coarse, Tensor[] features, Tensor[] weights, Tensor[] biases, int steps, int num_points, "
+      "str coarse_source, int scale_factor, bool align_corners, str padding_mode, bool coarse_each_layer, "
+      "bool coarse_first, bool labels) -> Tensor");
+}

@@ -1,0 +1,6 @@
+"""Fused operators for point-based and context-encoded segmentation, with a reference trainer."""
+
+from ._backends import backend, backends, current_backend, set_backend
+from ._version import __version__
+
+__all__ = ["__version__", "backend", "backends", "current_backend", "set_backend"]

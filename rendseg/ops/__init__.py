@@ -1,0 +1,23 @@
+"""Every operator in plain PyTorch: the definition of right. Importable without any binary; float64 where differentiable."""
+
+from .encode import aggregate, encode, scaled_l2
+from .point_sample import point_labels, point_sample
+from .refine import refine
+from .scatter_points import scatter_points, scatter_points_
+from .subdivide import subdivide
+from .uncertain_points import sample_uncertain_points, uncertain_points, uncertainty
+
+__all__ = [
+    "aggregate",
+    "encode",
+    "point_labels",
+    "point_sample",
+    "refine",
+    "sample_uncertain_points",
+    "scaled_l2",
+    "scatter_points",
+    "scatter_points_",
+    "subdivide",
+    "uncertain_points",
+    "uncertainty",
+]

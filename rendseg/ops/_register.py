@@ -1,0 +1,69 @@
+"""What every op file shares: registration of the Python side of an operator, and the choice of backend per call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _extension
+from .schemas import SCHEMAS
+
+# The library that declared the operators lives as long as this object, so it is never collected.
+_LIBRARY = torch.library.Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
+
+if not _extension.LOADED:
+    for _schema in SCHEMAS:
+        _tags = (torch.Tag.nondeterministic_seeded,) if _schema.startswith("sample_uncertain_points") else ()
+        _LIBRARY.define(_schema, tags=_tags)
+
+_COMPILED: set[tuple[str, str]] = set()
+
+
+def register(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Register the Python side of ``rendseg::<name>``.
+
+    ``reference`` serves every device for which no compiled kernel exists; ``fake`` gives shapes and dtypes and makes the
+    same checks; ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``.
+    """
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"rendseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    for device_type in ("cpu", "cuda"):
+        if _backends.has_kernel(name, device_type):
+            _COMPILED.add((name, device_type))
+
+
+def impl(name: str, function: Callable[..., Any], key: str) -> None:
+    """Register ``function`` for one dispatch key (autocast, in-place autograd)."""
+    _LIBRARY.impl(name, function, key)
+
+
+def use_reference(name: str, tensor: Tensor) -> bool:
+    """Whether this call goes straight to ``rendseg.reference`` (differentiable plain PyTorch).
+
+    Raises ``RuntimeError`` when a backend asked for by name has no kernel of ``name`` for the device of ``tensor``.
+    """
+    chosen = _backends._STATE.name
+    if chosen == "auto":
+        return False
+    if _backends._STATE.error:
+        raise RuntimeError(_backends._STATE.error)
+    if chosen == "reference":
+        return True
+    if chosen == "cpp" and (name, tensor.device.type) not in _COMPILED:
+        raise RuntimeError(
+            f'backend "cpp" has no kernel of {name} for device {tensor.device}: this build holds none. '
+            'Use set_backend("auto") or move the tensors to the CPU'
+        )
+    return False

@@ -1,0 +1,80 @@
+"""Argument checks of the reference and of the fake kernels; ``csrc/checks.h`` says the same words for the compiled ops.
+
+Wrong shapes and values raise ``ValueError``, wrong dtypes ``TypeError``, tensors on different devices ``RuntimeError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str([int(s) if isinstance(s, int) else s for s in tensor.shape])
+
+
+def rank(tensor: Tensor, name: str, shape: str, dims: int) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
+
+
+def feature_dtype(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
+def strided(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def same_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if tensor.device != other.device:
+        raise RuntimeError(f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}")
+
+
+def option(value: str, name: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def logits(tensor: Tensor, name: str = "logits") -> None:
+    """``[N, C, H, W]`` with at least one channel and one cell."""
+    strided(tensor, name)
+    rank(tensor, name, "[N, C, H, W]", 4)
+    feature_dtype(tensor, name)
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one channel, got shape {shape_of(tensor)}")
+    if tensor.shape[2] == 0 or tensor.shape[3] == 0:
+        raise ValueError(f"{name} must have at least one cell (H*W > 0), got shape {shape_of(tensor)}")
+
+
+def num_points(value: int) -> None:
+    if value <= 0:
+        raise ValueError(f"num_points must be positive, got {value}")
+
+
+def class_index(index: Tensor | None, of: Tensor) -> None:
+    if index is None:
+        return
+    if index.dtype != torch.int64:
+        raise TypeError(f"class_index must be int64, got {index.dtype}")
+    if index.dim() != 1 or index.shape[0] != of.shape[0]:
+        raise ValueError(f"class_index must have shape [N] with N = {of.shape[0]} as in logits, got {shape_of(index)}")
+    same_device(index, "class_index", of, "logits")
+
+
+def coords(points: Tensor, of: Tensor, of_name: str = "input", grid: bool = True) -> None:
+    """``[N, P, 2]`` (or ``[N, Hg, Wg, 2]``) float32, or float64 where the features are."""
+    wanted = "[N, P, 2] or [N, Hg, Wg, 2]" if grid else "[N, P, 2]"
+    strided(points, "coords")
+    if points.dim() not in ((3, 4) if grid else (3,)) or points.shape[-1] != 2 or points.shape[0] != of.shape[0]:
+        raise ValueError(f"coords must have shape {wanted} with N = {of.shape[0]} as in {of_name}, got {shape_of(points)}")
+    if points.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"coords must be float32 or float64 (half precision cannot address a large map), got {points.dtype}")
+    same_device(points, "coords", of, of_name)
