@@ -26,10 +26,14 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"rendseg: setuptools 77 or later is needed, found {setuptools.__version__}: pip install -U setuptools wheel")
 
 ROOT = Path(__file__).resolve().parent
 FACTS_NAME = "_build_facts"
