@@ -3,28 +3,31 @@
 The compiled extension ``rendseg._C`` is optional. Where it cannot be built the package is installed as pure Python, and
 the reason is printed here and kept for ``rendseg doctor``. Environment:
 
-RENDSEG_CUDA=0|1            leave the CUDA kernels out | stop with the cause when they cannot be built (default: if possible)
-RENDSEG_NO_EXTENSION=1      install pure Python
-RENDSEG_REQUIRE_EXTENSION=1 stop with the cause when the extension cannot be built (``setup.py build_ext`` always does)
-TORCH_CUDA_ARCH_LIST        GPU architectures, as in PyTorch: "9.0", "8.0;9.0+PTX"
-CUDA_HOME                   the CUDA toolkit: the folder that holds include/cuda_runtime.h
-CXX, MAX_JOBS               C++ compiler, and the number of parallel compile jobs (default: the cores)
+RENDSEG_CUDA=0|1                leave the CUDA kernels out | stop when they cannot be built (default: take what is there)
+RENDSEG_NO_EXTENSION=1          install pure Python
+RENDSEG_REQUIRE_EXTENSION=0|1   go on as pure Python | stop with the cause when the extension cannot be built
+                                (default: 1 for ``setup.py build_ext``, 0 for an install)
+TORCH_CUDA_ARCH_LIST            GPU architectures, as in PyTorch: "9.0", "8.0;9.0+PTX"
+CUDA_HOME                       the CUDA toolkit: the folder that holds include/cuda_runtime.h
+CXX, MAX_JOBS                   C++ compiler, and the number of parallel compile jobs (default: the cores)
 """
 
 from __future__ import annotations
 
 import glob
+import importlib.util
+import logging
 import os
 import platform
 import pprint
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import setuptools
 from setuptools import Extension, find_packages, setup
@@ -33,7 +36,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    sys.exit(f"rendseg: setuptools 77 or later is needed, found {setuptools.__version__}: pip install -U setuptools wheel")
+    sys.exit(f"rendseg: setuptools >= 77 is needed, found {setuptools.__version__}: pip install -U setuptools wheel")
 
 ROOT = Path(__file__).resolve().parent
 FACTS_NAME = "_build_facts"
@@ -56,6 +59,18 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
 
+def load_toolchain() -> ModuleType:
+    """``rendseg/_toolchain.py`` without the package, whose import needs torch."""
+    spec = importlib.util.spec_from_file_location("_toolchain", ROOT / "rendseg" / "_toolchain.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOLCHAIN = load_toolchain()
+
+
 class CannotBuild(Exception):
     """The extension (or its CUDA part) cannot be built; the message is the cause."""
 
@@ -63,58 +78,12 @@ class CannotBuild(Exception):
 # --- what is here -----------------------------------------------------------------------------------------------------
 
 
-def find_cuda_home() -> tuple[str | None, str]:
-    """The toolkit root, ``(path, "")``, or ``(None, cause)``: the folder that holds ``include/cuda_runtime.h``.
-
-    ``torch.utils.cpp_extension`` takes the folder above the ``nvcc`` on PATH without a look at it, which is wrong where that
-    is a wrapper script; so the toolkit is found here, checked, and handed over as CUDA_HOME.
-    """
-
-    def good(folder: Path) -> bool:
-        return (folder / "include" / "cuda_runtime.h").is_file() and (folder / "bin" / "nvcc").exists()
-
-    tried = []
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        value = os.environ.get(variable)
-        if value:
-            if good(Path(value)):
-                return value, ""
-            tried.append(f"{variable}={value}")
-    nvcc = shutil.which("nvcc")
-    starts = [Path(nvcc), Path(nvcc).resolve()] if nvcc else []
-    for start in list(starts):
-        try:  # a wrapper script names the real compiler
-            if start.stat().st_size < 65536 and start.read_bytes()[:2] == b"#!":
-                starts += [Path(p) for p in re.findall(r"(/[^\s\"'$`;]*/nvcc)\b", start.read_text(errors="ignore"))]
-        except OSError:
-            pass
-    for start in starts:
-        for folder in start.parents:
-            if good(folder):
-                return str(folder), ""
-        tried.append(f"the folders above {start}")
-    for folder in (Path("/usr/local/cuda"), Path("/opt/cuda")):
-        if good(folder):
-            return str(folder), ""
-        tried.append(str(folder))
-    return None, "no CUDA toolkit (a folder with include/cuda_runtime.h and bin/nvcc) at " + ", ".join(dict.fromkeys(tried))
-
-
-def run_text(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return (done.stdout + done.stderr).strip()
-
-
 def find_compiler() -> tuple[str, str]:
     """``(CXX, first line of its --version)``; raises :class:`CannotBuild` when none works."""
-    wanted = os.environ.get("CXX")
-    for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        program = shlex.split(candidate)
-        if program and shutil.which(program[0]):
-            break
-    else:
-        names = wanted or "c++, g++ or clang++"
-        raise CannotBuild(f"no C++ compiler was found ({names} is not on PATH)")
+    candidate, cause = TOOLCHAIN.find_cxx()
+    if candidate is None:
+        raise CannotBuild(cause)
+    program = shlex.split(candidate)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
         raise CannotBuild(f"the headers of this Python are not installed ({header} is missing)")
@@ -127,8 +96,9 @@ def find_compiler() -> tuple[str, str]:
             text=True,
         )
     if done.returncode:
-        raise CannotBuild(f"the C++ compiler {candidate} cannot compile C++20 with OpenMP: {done.stderr.strip()[-400:]}")
-    return candidate, run_text([*program, "--version"]).splitlines()[0]
+        said = done.stderr.strip()[-400:]
+        raise CannotBuild(f"the C++ compiler {candidate} cannot compile C++20 with OpenMP: {said}")
+    return candidate, TOOLCHAIN.cxx_version(candidate)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -138,19 +108,19 @@ def cuda_settings(torch_cuda: str | None) -> dict[str, str]:
     """Toolkit, its version and the architectures; raises :class:`CannotBuild` with the cause."""
     if not torch_cuda:
         raise CannotBuild("the installed torch is built without CUDA")
-    home, cause = find_cuda_home()
+    home, cause = TOOLCHAIN.find_cuda_home()
     if home is None:
         raise CannotBuild(cause)
     os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension is imported, which would guess
-    nvcc = str(Path(home) / "bin" / "nvcc")
-    found = re.search(r"release (\d+)\.(\d+)", run_text([nvcc, "--version"]))
-    if not found:
-        raise CannotBuild(f"{nvcc} --version gives no version")
-    version = f"{found[1]}.{found[2]}"
-    if found[1] != torch_cuda.split(".")[0]:
-        raise CannotBuild(f"the toolkit at {home} is CUDA {version}, the installed torch was built with CUDA {torch_cuda}")
+    version = TOOLCHAIN.nvcc_release(home)
+    if not version:
+        raise CannotBuild(f"the nvcc of {home} does not run")
+    if version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise CannotBuild(
+            f"the toolkit at {home} is CUDA {version}, the installed torch is built with CUDA {torch_cuda}"
+        )
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        known = {int(n) for n in re.findall(r"sm_(\d+)", run_text([nvcc, "--list-gpu-code"]))}
+        known = {int(n) for n in re.findall(r"sm_(\d+)", TOOLCHAIN.output_of([f"{home}/bin/nvcc", "--list-gpu-code"]))}
         archs = [a for a in DEFAULT_ARCHS if int(a.replace(".", "")) in known] or ["9.0"]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
     return {"home": home, "version": version, "archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
@@ -159,8 +129,8 @@ def cuda_settings(torch_cuda: str | None) -> dict[str, str]:
 def build_flags(clang: bool) -> dict[str, list[str]]:
     """Every compile and link flag, in one place; CMakeLists.txt repeats the compile flags.
 
-    No -march=native (the vector kernels choose their instruction set at run time) and no fast-math: contraction is off so
-    that every instruction set rounds alike.
+    No -march=native (the vector kernels choose their instruction set at run time) and no fast-math: contraction is off
+    so that every instruction set rounds alike.
     """
     common = ["-std=c++20", "-O3"]
     host = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
@@ -169,8 +139,8 @@ def build_flags(clang: bool) -> dict[str, list[str]]:
         "cxx": [*common, *host, "-Wall", "-Wno-unknown-pragmas", "-g0"],
         # Device-side asserts stay on: an index outside its range must stop the program, not corrupt memory.
         "nvcc": [*common, "-UNDEBUG", "-lineinfo", "-Xcompiler", ",".join([*host, "-g0"])],
-        # GCC's OpenMP symbols come from the runtime that libtorch has loaded already (its libgomp may carry another file
-        # name); a second runtime would have threads of its own that torch.set_num_threads does not reach.
+        # GCC's OpenMP symbols come from the runtime that libtorch has loaded already (its libgomp may carry another
+        # file name); a second runtime would have threads of its own that torch.set_num_threads does not reach.
         "link": ["-fopenmp"] if clang else [],
     }
 
@@ -186,7 +156,9 @@ class Plan:
 
     def __init__(self) -> None:
         self.command = BUILD_COMMANDS.intersection(sys.argv[1:])
-        self.required = flag("RENDSEG_REQUIRE_EXTENSION") or "build_ext" in sys.argv[1:]
+        # `setup.py build_ext` asks for the extension by name; an install takes what it can get.
+        default = "1" if "build_ext" in sys.argv[1:] else "0"
+        self.required = os.environ.get("RENDSEG_REQUIRE_EXTENSION", default) != "0"
         self.cuda_required = os.environ.get("RENDSEG_CUDA") == "1"
         self.cuda = False
         self.extension: Extension | None = None
@@ -227,7 +199,8 @@ class Plan:
         os.environ["CXX"] = cxx  # the same one for ninja and for the link
         clang = "clang" in version
         self.facts["COMPILER"] = version
-        os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        os.environ.setdefault("MAX_JOBS", str(cores))
         cuda: dict[str, str] = {}
         try:
             if os.environ.get("RENDSEG_CUDA") == "0":
@@ -239,9 +212,8 @@ class Plan:
             self.facts["CUDA_REASON"] = str(cause)
             if self.cuda_required:
                 sys.exit(f"rendseg: RENDSEG_CUDA=1 asks for the CUDA kernels, but {cause}")
-        import logging
-
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime": no GPU is needed here
+        # It warns of a missing CUDA runtime; none is needed to build.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch.utils import cpp_extension
 
         # Not CppExtension: the module uses no symbol of libtorch_python, and so loads in any process that has libtorch.
@@ -341,7 +313,7 @@ class BuildExt(_Base):  # type: ignore[misc, valid-type]
 
     def _without_cuda(self, error: Exception) -> None:
         cause = f"compiling the CUDA kernels failed: {last_line(error)}"
-        shout("the CUDA kernels are NOT built.", cause, "The compiler's own message is above. Building for the CPU only.")
+        shout("the CUDA kernels are NOT built.", cause, "The compiler's message is above. Building for the CPU only.")
         PLAN.cuda = False
         PLAN.facts.update(CUDA=False, CUDA_REASON=cause)
         assert PLAN.extension is not None
@@ -398,8 +370,8 @@ class Sdist(sdist):
 
 setup(
     packages=find_packages(include=["rendseg", "rendseg.*"]),
-    # The Triton kernels sit in kernels/ at the top and ship as rendseg.kernels; the stand-in rendseg/kernels/__init__.py
-    # serves a checkout only.
+    # The Triton kernels sit in kernels/ at the top and ship as rendseg.kernels; the stand-in
+    # rendseg/kernels/__init__.py serves a checkout only.
     package_dir={"rendseg.kernels": "kernels"},
     include_package_data=False,
     package_data={"rendseg": ["py.typed"]},

@@ -22,12 +22,14 @@ MapLayout layout_of(const at::Tensor& map) {
 
 bool is_channels_last(const at::Tensor& map) { return map.size(1) > 1 && map.stride(1) == 1; }
 
-// logits[N,C,H,W], indices[N,P]. Whether an index lies in [0, H*W) is asserted on the device: to ask here would wait for it.
+// logits[N,C,H,W], indices[N,P]. Whether an index lies in [0, H*W) is asserted on the device: to ask here would wait
+// for it.
 void check_indices(const at::Tensor& logits, const char* name, const at::Tensor& indices) {
   check_logits(logits, name);
   TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "indices must be int64, got ", indices.scalar_type());
-  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == logits.size(0), "indices must have shape [N, P] with N = ",
-                    logits.size(0), " as in ", name, ", got ", indices.sizes());
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == logits.size(0),
+                    "indices must have shape [N, P] with N = ", logits.size(0), " as in ", name, ", got ",
+                    indices.sizes());
   check_same_device(indices, "indices", logits, name);
 }
 
@@ -77,7 +79,8 @@ void scatter_points_inplace_cuda(at::Tensor logits, const at::Tensor& indices, c
   at::assert_no_internal_overlap(logits);
   const c10::cuda::CUDAGuard guard(logits.device());
   // Values may be a view of the logits that they overwrite.
-  launch_scatter(logits, indices, at::get_overlap_status(logits, values) == at::MemOverlapStatus::No ? values : values.clone());
+  launch_scatter(logits, indices,
+                 at::get_overlap_status(logits, values) == at::MemOverlapStatus::No ? values : values.clone());
 }
 
 at::Tensor scatter_points_cuda(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
