@@ -93,8 +93,8 @@ class EvalConfig(Section):
     batch_size: PositiveInt = Field(1, description="images of one size that are predicted together")
     num_workers: NonNegativeInt = Field(2, description="processes that read images")
     limit: PositiveInt | None = Field(None, description="evaluate only the first so many images; null: all")
-    boundary_width: Positive = Field(
-        0.02, description="width of the band of boundary IoU, as a share of the image diagonal"
+    boundary_ratio: Positive = Field(
+        0.02, description="width of the band of boundary IoU, as a share of the image diagonal (at least one pixel)"
     )
     best: Literal["miou", "boundary_iou", "pixel_accuracy"] = Field(
         "miou", description="the refined prediction's metric that chooses best.pt"

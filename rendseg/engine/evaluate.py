@@ -4,6 +4,7 @@ training and prediction: building the data and the network, and bringing images 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
@@ -93,7 +94,7 @@ def evaluate(
         raise DataError("the validation split holds no images")
     metrics = {
         kind: SegmentationMetrics(
-            dataset.num_classes, ignore_index=dataset.ignore_index, boundary_width=options.boundary_width
+            dataset.num_classes, ignore_index=dataset.ignore_index, boundary_ratio=options.boundary_ratio
         ).to(accelerator.device)
         for kind in KINDS
     }
@@ -114,12 +115,19 @@ def evaluate(
             progress(len(batch))
     result: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - started, 3)}
     for kind in KINDS:
-        result[kind] = _plain(metrics[kind].compute(), dataset.class_names)
+        result[kind] = _plain(metrics[kind].reduce(accelerator).compute(), dataset.class_names)
     return result
 
 
 def _plain(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    raise NotImplementedError
+    """The metrics with class names as keys and None for what is not defined."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            result[key] = dict(zip(names, value, strict=True))
+        else:
+            result[key] = None if isinstance(value, float) and math.isnan(value) else value
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ printing
@@ -134,24 +142,36 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table that is printed: summary rows first, then a row per class; in percent, coarse, refined, difference."""
+    """The table that is printed, in percent: IoU and boundary IoU of the coarse and the refined prediction and the gain;
+    the mean over classes, the pixel accuracy (under IoU), and each class."""
     coarse, refined = result["coarse"], result["refined"]
     rows = [
-        ("mIoU", coarse["miou"], refined["miou"]),
-        ("boundary IoU", coarse["boundary_iou"], refined["boundary_iou"]),
-        ("pixel accuracy", coarse["pixel_accuracy"], refined["pixel_accuracy"]),
+        ("mean", [coarse["miou"], refined["miou"], coarse["boundary_iou"], refined["boundary_iou"]]),
+        ("pixel accuracy", [coarse["pixel_accuracy"], refined["pixel_accuracy"]]),
     ]
-    classes = [(f"IoU {name}", value, refined["iou"][name]) for name, value in coarse["iou"].items()]
-    width = max(len(name) for name, _, _ in [*rows, *classes])
-    rule = "-" * (width + 30)
+    classes = [
+        (name, [part[key][name] for key in ("per_class_iou", "per_class_boundary_iou") for part in (coarse, refined)])
+        for name in coarse["per_class_iou"]
+    ]
     title = f"{result['images']} images, %"
-    lines = [f"{title:<{width}}{'coarse':>10}{'refined':>10}{'gain':>10}"]
+    width = max(len(name) for name in [title, *(name for name, _ in [*rows, *classes])])
+    head = f"{'coarse':>9}{'refined':>9}{'gain':>8}"
+    rule = "-" * (width + 2 * len(head) + 3)
+    lines = [
+        f"{'':<{width}}{'IoU':>{len(head)}}   {'boundary IoU':>{len(head)}}",
+        f"{title:<{width}}{head}   {head}",
+    ]
     for block in (rows, classes):
         lines.append(rule)
-        for name, a, b in block:
-            gain = "-" if a is None or b is None else f"{100 * (b - a):+.2f}"
-            lines.append(f"{name:<{width}}{_percent(a):>10}{_percent(b):>10}{gain:>10}")
+        for name, values in block:
+            pairs = zip(values[::2], values[1::2], strict=True)
+            lines.append(f"{name:<{width}}" + "   ".join(_pair(a, b) for a, b in pairs))
     return "\n".join(lines)
+
+
+def _pair(coarse: float | None, refined: float | None) -> str:
+    gain = "-" if coarse is None or refined is None else f"{100 * (refined - coarse):+.2f}"
+    return f"{_percent(coarse):>9}{_percent(refined):>9}{gain:>8}"
 
 
 def _percent(value: float | None) -> str:
