@@ -95,6 +95,11 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         return Image.fromarray(image), label.copy()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, self.epoch)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """``dataset[index]`` as it is in epoch `epoch`, whatever :meth:`set_epoch` was told: a loader whose workers are in
+        different epochs at one time needs it."""
         pixels, classes = self._pair(index)
         index %= len(self)
         image = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -102,7 +107,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         size = None
         if self._transform is not None:
             size = self.options.crop_size or (label.shape[0], label.shape[1])
-            with seeded(self.augment_seed, self.epoch, index):
+            with seeded(self.augment_seed, epoch, index):
                 image, label = self._transform(tv_tensors.Image(image), tv_tensors.Mask(label))
         values, target = to_sample(image, label, self.mean, self.std, size)
         return {"image": values, "label": target, "name": self.sample_name(index)}
