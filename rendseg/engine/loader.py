@@ -71,8 +71,7 @@ class _Samples(Dataset[Any]):
     def __getitem__(self, item: tuple[int, int]) -> Sample | _Problem:
         epoch, index = item
         try:
-            self.dataset.set_epoch(epoch)
-            return self.dataset[index]
+            return self.dataset.sample(index, epoch)
         except DataError as error:
             return _Problem(str(error))
 
