@@ -74,7 +74,12 @@ def test_images_of_one_name_do_not_overwrite_each_other(trained: Path, tmp_path:
         (tmp_path / folder).mkdir()
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / folder / "a.png")
     out = tmp_path / "out"
-    assert main(["predict", str(trained / "last.pt"), str(tmp_path / "one"), str(tmp_path / "two/a.png"), "--out", str(out)]) == 0
+    assert (
+        main(
+            ["predict", str(trained / "last.pt"), str(tmp_path / "one"), str(tmp_path / "two/a.png"), "--out", str(out)]
+        )
+        == 0
+    )
     assert {p.name for p in out.glob("*_labels.png")} == {"a_labels.png", "a_2_labels.png"}
 
 

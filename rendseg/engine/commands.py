@@ -88,7 +88,8 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Configuration key to set, such as device=cpu.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Configuration key to set, such as device=cpu."),
     ] = None,
 ) -> None:
     """Write label map, colour overlay and a side-by-side picture of every image."""

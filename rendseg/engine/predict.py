@@ -47,14 +47,18 @@ def make_picture(
     return labels, np.asarray(picture)
 
 
-def make_pictures(network: nn.Module, dataset: Any, count: int, accelerator: Accelerator) -> list[tuple[str, np.ndarray]]:
+def make_pictures(
+    network: nn.Module, dataset: Any, count: int, accelerator: Accelerator
+) -> list[tuple[str, np.ndarray]]:
     """Side-by-side pictures of ``count`` images spread over a data set, with their names."""
     pictures = []
     count = min(count, len(dataset))
     for index in (len(dataset) * i // count for i in range(count)):
         sample = dataset[index]
         pixels = to_pixels(sample["image"], dataset.mean, dataset.std)
-        pictures.append((sample["name"], make_picture(network, sample["image"], pixels, dataset.palette, accelerator)[1]))
+        pictures.append(
+            (sample["name"], make_picture(network, sample["image"], pixels, dataset.palette, accelerator)[1])
+        )
     return pictures
 
 

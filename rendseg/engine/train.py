@@ -390,7 +390,9 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         set_rng_state(saved_rng)
     check_every = 1 if device.type == "cpu" else options.log_every  # reading a loss makes a GPU wait
     bad_iteration = torch.full((), -1, device=device, dtype=torch.int64)
-    sums: dict[str, Tensor] = {k: torch.tensor(v, device=device, dtype=torch.float64) for k, v in progress.window.items()}
+    sums: dict[str, Tensor] = {
+        k: torch.tensor(v, device=device, dtype=torch.float64) for k, v in progress.window.items()
+    }
     started, seconds_before = time.perf_counter(), progress.seconds
     row_started, row_iteration = started, progress.iteration
     stop = 0

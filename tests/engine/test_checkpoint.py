@@ -164,11 +164,15 @@ def test_another_model_names_the_first_difference() -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     before = state["0.weight"].clone()
     load_weights(model, state, "x.pt")
-    with pytest.raises(CheckpointError, match=r"x\.pt is a checkpoint of another model: 1 entries are missing, first 1\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt is a checkpoint of another model: 1 entries are missing, first 1\.bias"
+    ):
         load_weights(model, {k: v + 1 for k, v in state.items() if k != "1.bias"}, "x.pt")
     with pytest.raises(CheckpointError, match=r"1 are unexpected, first extra"):
         load_weights(model, {**state, "extra": torch.zeros(1)}, "x.pt")
-    with pytest.raises(CheckpointError, match=r"1 differ in shape, first 0\.bias: \[5\] in the file, \[3\] in the model"):
+    with pytest.raises(
+        CheckpointError, match=r"1 differ in shape, first 0\.bias: \[5\] in the file, \[3\] in the model"
+    ):
         load_weights(model, {**state, "0.weight": before + 1, "0.bias": torch.zeros(5)}, "x.pt")
     assert torch.equal(model[0].weight, before)  # nothing was loaded
 
@@ -190,4 +194,6 @@ def test_newest_usable_falls_back(tmp_path: Path) -> None:
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": [1.5, float("inf"), None], "c": {3: "x"}})
-    assert (tmp_path / "m.json").read_text().split() == '{ "a": null, "b": [ 1.5, null, null ], "c": { "3": "x" } }'.split()
+    assert (
+        tmp_path / "m.json"
+    ).read_text().split() == '{ "a": null, "b": [ 1.5, null, null ], "c": { "3": "x" } }'.split()

@@ -70,7 +70,9 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, override: str, nearest: s
 def test_unknown_key_in_the_file_names_the_file(tmp_path: Path) -> None:
     content = tiny_content(tmp_path)
     content["train"]["batch_sise"] = 2
-    with pytest.raises(ConfigError, match=r"unknown key 'train\.batch_sise' in .*experiment\.yaml; .*'train\.batch_size'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'train\.batch_sise' in .*experiment\.yaml; .*'train\.batch_size'"
+    ):
         load_config(write(tmp_path, content))
 
 
@@ -137,7 +139,9 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build_config(tiny_content("${TINY_UNSET}/x"))
 
 
-def test_root_is_relative_to_the_file_then_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_is_relative_to_the_file_then_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "here" / "images").mkdir(parents=True)
     content = tiny_content(tmp_path)

@@ -93,9 +93,7 @@ def test_limit_stop_and_no_images(tmp_path: Path) -> None:
         evaluate(network, Data([]), EvalConfig(num_workers=0), accelerator)
 
 
-def test_a_checkpoint_evaluates_to_what_training_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_evaluates_to_what_training_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, iterations=2)
     trained = train(config)
     last = config.run_dir / "last.pt"

@@ -33,7 +33,14 @@ def test_processes_share_the_stream_without_overlap() -> None:
 
 def shapes(**options: Any) -> Any:
     return build_dataset(
-        {"name": "shapes", "size": [24, 24], "num_images": 5, "num_val_images": 3, "scale_range": [0.7, 1.6], **options},
+        {
+            "name": "shapes",
+            "size": [24, 24],
+            "num_images": 5,
+            "num_val_images": 3,
+            "scale_range": [0.7, 1.6],
+            **options,
+        },
         "train",
         augment_seed=9,
     )

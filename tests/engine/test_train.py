@@ -43,9 +43,7 @@ def assert_same_end(one: Config, other: Config) -> None:
     ]
     assert rows[0] == rows[1]
     for kind in ("coarse", "refined"):
-        assert (
-            a["training"]["progress"]["evaluations"][-1][kind] == b["training"]["progress"]["evaluations"][-1][kind]
-        )
+        assert a["training"]["progress"]["evaluations"][-1][kind] == b["training"]["progress"]["evaluations"][-1][kind]
 
 
 @pytest.fixture(scope="module")
