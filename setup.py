@@ -3,7 +3,7 @@
 The compiled extension ``rendseg._C`` is optional. Where it cannot be built the package is installed as pure Python, and
 the reason is printed here and kept for ``rendseg doctor``. Environment:
 
-RENDSEG_CUDA=0|1                leave the CUDA kernels out | stop when they cannot be built (default: take what is there)
+RENDSEG_CUDA=0|1                leave the CUDA kernels out | stop when they cannot be built (default: if possible)
 RENDSEG_NO_EXTENSION=1          install pure Python
 RENDSEG_REQUIRE_EXTENSION=0|1   go on as pure Python | stop with the cause when the extension cannot be built
                                 (default: 1 for ``setup.py build_ext``, 0 for an install)
@@ -116,9 +116,7 @@ def cuda_settings(torch_cuda: str | None) -> dict[str, str]:
     if not version:
         raise CannotBuild(f"the nvcc of {home} does not run")
     if version.split(".")[0] != torch_cuda.split(".")[0]:
-        raise CannotBuild(
-            f"the toolkit at {home} is CUDA {version}, the installed torch is built with CUDA {torch_cuda}"
-        )
+        raise CannotBuild(f"the toolkit at {home} is CUDA {version}, the installed torch has CUDA {torch_cuda}")
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         known = {int(n) for n in re.findall(r"sm_(\d+)", TOOLCHAIN.output_of([f"{home}/bin/nvcc", "--list-gpu-code"]))}
         archs = [a for a in DEFAULT_ARCHS if int(a.replace(".", "")) in known] or ["9.0"]
@@ -283,13 +281,17 @@ class Plan:
 
 PLAN = Plan()
 
-if PLAN.extension is not None:
-    from torch.utils.cpp_extension import BuildExtension as _Base
-else:
-    _Base = build_ext
+
+def base_build_ext() -> type:
+    """torch's (ninja, nvcc) where there is something to compile."""
+    if PLAN.extension is None:
+        return build_ext
+    from torch.utils.cpp_extension import BuildExtension
+
+    return BuildExtension
 
 
-class BuildExt(_Base):  # type: ignore[misc, valid-type]
+class BuildExt(base_build_ext()):  # type: ignore[misc]
     """Builds the extension where it can, without the CUDA part if only that fails, and writes the build facts."""
 
     def run(self) -> None:

@@ -36,14 +36,11 @@ def _release(version: str) -> str:
 
 def _absent(folder: Path) -> tuple[str, str]:
     """Cause and remedy when there is no library for this Python."""
-    others = sorted(f.name for f in folder.glob("_C.*") if f.suffix in (".so", ".pyd"))
-    others = [name for name in others if not name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))]
+    usable = {f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+    others = sorted(f.name for f in folder.glob("_C.*") if f.suffix in (".so", ".pyd") and f.name not in usable)
     if others:
         this = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
-        return (
-            f"the extension is built for another Python ({', '.join(others)}), this is {this}",
-            f"build it here: {BUILD}",
-        )
+        return f"the extension is built for another Python ({', '.join(others)}), this is {this}", f"build it: {BUILD}"
     reason = getattr(facts(), "REASON", "")
     if "NO_EXTENSION" in reason:
         return f"the extension rendseg._C was left out: {reason}", f"build it without that setting: {BUILD}"
@@ -73,10 +70,7 @@ def _explain(error: Exception, built: str, running: str) -> tuple[str, str]:
     if "undefined symbol" in str(error):
         return f"rendseg._C was built against another torch, whose symbols differ{other}: {text}", rebuild
     if re.search(r"version `\w+_[\d.]+' not found", str(error)):
-        return (
-            f"rendseg._C was built with a newer compiler than this system's libraries: {text}",
-            f"build it here: {BUILD}",
-        )
+        return f"rendseg._C needs newer system libraries than are here: {text}", f"build it on this machine: {BUILD}"
     return f"rendseg._C does not load{other}: {text}", rebuild
 
 

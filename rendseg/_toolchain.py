@@ -1,4 +1,4 @@
-"""Where the compilers are: for ``setup.py``, which loads this file alone, and ``rendseg doctor``. Standard library only."""
+"""Where the compilers are: for ``setup.py``, which loads this file alone, and ``rendseg doctor``. No torch."""
 
 from __future__ import annotations
 
