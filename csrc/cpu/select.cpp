@@ -97,6 +97,11 @@ inline bool any_at_most(const uint32_t* keys, int32_t bound) {
   return any != 0;
 }
 
+// key <= bound as 0 or 1, by arithmetic: compilers turn a comparison here into a branch, which noise mispredicts.
+inline int64_t at_most(uint32_t key, uint32_t bound) {
+  return static_cast<int64_t>((static_cast<uint64_t>(key) - bound - 1) >> 63);
+}
+
 // Keys and indices of one chunk that may still be selected, in index order.
 struct Candidates {
   std::vector<uint32_t> keys;
@@ -118,7 +123,7 @@ void collect(const uint32_t* keys, int64_t begin, int64_t end, uint32_t bound, C
     for (int64_t i = block; i < block + length; ++i) {
       key_out[count] = keys[i];
       index_out[count] = static_cast<uint32_t>(i);
-      count += keys[i] <= bound;
+      count += static_cast<size_t>(at_most(keys[i], bound));
     }
   }
   out.keys.resize(count);
@@ -143,7 +148,7 @@ int64_t emit(const uint32_t* keys, int64_t begin, int64_t end, Threshold thresho
       int64_t ties = 0;
       for (int64_t i = block; i < block + length; ++i) {
         buffer[count] = index_of(i);
-        count += static_cast<int64_t>(keys[i] <= bound);
+        count += at_most(keys[i], bound);
         ties += static_cast<int64_t>(keys[i] == threshold.key);
       }
       if (!closed) threshold.ties -= ties;
@@ -247,7 +252,7 @@ void select_smallest(const uint32_t* keys, int64_t size, int64_t k, int64_t* ind
     return;
   }
   const Cut first = find_cut(histogram, kHistogramBins, k);
-  if (first.below + first.inside <= size / 2) {
+  if (first.below + first.inside <= std::max(size / 8, kGrain)) {
     select_from_candidates(keys, size, k, indices, first);
   } else {
     select_from_map(keys, size, k, indices, first);
