@@ -163,7 +163,8 @@ class Segmenter(nn.Module):
         size = (images.shape[2] // self.coarse_stride, images.shape[3] // self.coarse_stride)
         if tuple(coarse.shape[2:]) != size:
             coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
-        return coarse
+        # The softmax over channels and the selection read planes; reordering is cheap here, before upsampling.
+        return coarse.contiguous()
 
     def _enlarge(self, coarse: Tensor, factor: int) -> Tensor:
         if factor == 1:

@@ -102,6 +102,9 @@ class PointHead(nn.Module):
             wanted = [fine.shape[0], self.num_classes, fine.shape[2]]
             raise ValueError(f"coarse must have shape [N, C, P] = {wanted} as in fine, got {list(coarse.shape)}")
         coarse = coarse.to(fine.dtype)
+        if fine.shape[2] == 0:  # convolutions refuse an empty set of points; an empty answer still has a graph
+            empty = coarse * fine.sum()
+            return empty + sum(p.sum() for p in self.parameters()) * 0
         x = self._join(fine, coarse)
         *hidden, predictor = self.layers()
         for layer in hidden:
