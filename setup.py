@@ -133,7 +133,8 @@ def build_flags(clang: bool) -> dict[str, list[str]]:
     common = ["-std=c++20", "-O3"]
     host = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
     return {
-        # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes. -g0 comes last: some Pythons pass -g.
+        # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes.
+        # -g0 comes last: some Pythons pass -g.
         "cxx": [
             *common,
             *host,
