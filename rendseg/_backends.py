@@ -57,10 +57,13 @@ def cuda_missing() -> tuple[str, str]:
     facts = _extension.facts()
     if not getattr(facts, "CUDA", False):
         reason = getattr(facts, "CUDA_REASON", "") or "the build left no record"
-        return f"no CUDA kernels are built: {reason}", (
-            "with a CUDA torch and a CUDA toolkit of its major version (set CUDA_HOME), build with RENDSEG_CUDA=1: "
-            + _extension.BUILD
-        )
+        if not torch.version.cuda:
+            first = "install a CUDA build of torch and a CUDA toolkit of its major version, then build again"
+        elif "RENDSEG_CUDA=0" in reason:
+            first = "build without RENDSEG_CUDA=0"
+        else:
+            first = f"install the CUDA toolkit {torch.version.cuda.split('.')[0]}, set CUDA_HOME to it, and build again"
+        return f"no CUDA kernels are built: {reason}", f"{first}: {_extension.BUILD}"
     if not torch.version.cuda:
         return "the installed torch is built without CUDA", "install a CUDA build of torch"
     if not torch.cuda.is_available():

@@ -30,7 +30,8 @@ usage: rendseg train CONFIG [key=value ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 when done, 1 when done in part, 2 when the input cannot be used, 128 + n after signal n."""
+    """Run one command. Returns 0 when done, 1 when done in part, 2 when the input cannot be used, 128 + n after
+    signal n."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     asks_help = bool({"-h", "--help"} & set(argv)) or not argv
     if argv[:1] == ["doctor"] and not asks_help:

@@ -34,6 +34,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.option.collectonly:
+        return
     terminalreporter.section("cases by kind")
     for kind in KINDS:
         outcomes = [f"{_COUNTS[kind, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]

@@ -174,7 +174,7 @@ def test_doctor_imports_no_package_of_the_trainer() -> None:
         "import sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('typer', 'pydantic', 'yaml', 'timm', 'accelerate', 'torchvision', 'tqdm'):\n"
+        "        if name.partition('.')[0] in 'typer pydantic yaml timm accelerate torchvision tqdm'.split():\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "from rendseg.cli import main\n"

@@ -89,7 +89,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Configuration key to set, such as device=cpu."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as device=cpu."),
     ] = None,
 ) -> None:
     """Write label map, colour overlay and a side-by-side picture of every image."""

@@ -37,13 +37,15 @@ class Section(BaseModel):
 class OptimizerConfig(Section):
     """Stochastic gradient descent and its parameter groups."""
 
-    name: Literal["sgd"] = Field("sgd", description="the optimizer; stochastic gradient descent")
-    lr: Positive = Field(0.01, description="base learning rate, the schedule's highest value")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum")
-    nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: NonNegative = Field(1e-4, description="L2 penalty")
-    head_lr_factor: Positive = Field(1.0, description="learning rate of everything outside the backbone, as a factor")
-    no_decay_on_norm: bool = Field(False, description="no weight decay on biases and on parameters of norms")
+    name: Literal["sgd"] = Field(default="sgd", description="the optimizer; stochastic gradient descent")
+    lr: Positive = Field(default=0.01, description="base learning rate, the schedule's highest value")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum")
+    nesterov: bool = Field(default=False, description="Nesterov momentum")
+    weight_decay: NonNegative = Field(default=1e-4, description="L2 penalty")
+    head_lr_factor: Positive = Field(
+        default=1.0, description="learning rate of everything outside the backbone, as a factor"
+    )
+    no_decay_on_norm: bool = Field(default=False, description="no weight decay on biases and on parameters of norms")
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerConfig:
@@ -55,75 +57,92 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over iterations; the formula is ``rendseg.engine.train.learning_rate``."""
 
-    name: Literal["poly", "constant"] = Field("poly", description="poly: (1 - t/T)^power; constant: lr throughout")
-    power: Positive = Field(0.9, description="exponent of poly")
-    min_lr: NonNegative = Field(0.0, description="learning rate at the end")
-    warmup_iterations: NonNegativeInt = Field(0, description="iterations of linear warm-up; 0: none")
-    warmup_factor: float = Field(0.1, ge=0, le=1, description="the warm-up begins at this share of the schedule")
+    name: Literal["poly", "constant"] = Field(
+        default="poly", description="poly: (1 - t/T)^power; constant: lr throughout"
+    )
+    power: Positive = Field(default=0.9, description="exponent of poly")
+    min_lr: NonNegative = Field(default=0.0, description="learning rate at the end")
+    warmup_iterations: NonNegativeInt = Field(default=0, description="iterations of linear warm-up; 0: none")
+    warmup_factor: float = Field(
+        default=0.1, ge=0, le=1, description="the warm-up begins at this share of the schedule"
+    )
 
 
 class TrainConfig(Section):
     """The training loop."""
 
     iterations: PositiveInt = Field(description="optimizer steps of the whole run")
-    batch_size: PositiveInt = Field(4, description="images per process and forward pass")
-    gradient_accumulation: PositiveInt = Field(1, description="forward passes per optimizer step")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="see OptimizerConfig")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="see ScheduleConfig")
+    batch_size: PositiveInt = Field(default=4, description="images per process and forward pass")
+    gradient_accumulation: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="see OptimizerConfig")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="see ScheduleConfig")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="arithmetic of the forward pass; bf16 and fp16 by autocast, fp16 (GPU) with loss scaling"
+        default="fp32",
+        description="arithmetic of the forward pass; bf16 and fp16 by autocast, fp16 (GPU) with loss scaling",
     )
-    clip_grad_norm: Positive | None = Field(None, description="largest norm of all gradients together; null: no limit")
-    num_workers: NonNegativeInt = Field(2, description="processes that prepare images; 0: in the training process")
-    log_every: PositiveInt = Field(20, description="iterations between rows of metrics.json and TensorBoard scalars")
-    eval_every: NonNegativeInt = Field(0, description="iterations between evaluations; 0: only after the last")
-    checkpoint_every: PositiveInt = Field(500, description="iterations between checkpoints")
+    clip_grad_norm: Positive | None = Field(
+        default=None, description="largest norm of all gradients together; null: no limit"
+    )
+    num_workers: NonNegativeInt = Field(
+        default=2, description="processes that prepare images; 0: in the training process"
+    )
+    log_every: PositiveInt = Field(
+        default=20, description="iterations between rows of metrics.json and TensorBoard scalars"
+    )
+    eval_every: NonNegativeInt = Field(default=0, description="iterations between evaluations; 0: only after the last")
+    checkpoint_every: PositiveInt = Field(default=500, description="iterations between checkpoints")
     keep_checkpoints: NonNegativeInt = Field(
-        1, description="numbered checkpoints (iteration_*.pt) kept besides last.pt and best.pt"
+        default=1, description="numbered checkpoints (iteration_*.pt) kept besides last.pt and best.pt"
     )
     time_limit_minutes: Positive | None = Field(
-        None, description="stop after this much training time, all resumptions together, save and evaluate; null: none"
+        default=None,
+        description="stop after this much training time, all resumptions together, save and evaluate; null: none",
     )
-    tensorboard: bool = Field(True, description="write TensorBoard scalars and images to <run folder>/tensorboard")
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard scalars and images to <run folder>/tensorboard"
+    )
 
 
 class EvalConfig(Section):
     """Evaluation on the validation split, after training and by `rendseg eval`."""
 
-    batch_size: PositiveInt = Field(1, description="images of one size that are predicted together")
-    num_workers: NonNegativeInt = Field(2, description="processes that read images")
-    limit: PositiveInt | None = Field(None, description="evaluate only the first so many images; null: all")
+    batch_size: PositiveInt = Field(default=1, description="images of one size that are predicted together")
+    num_workers: NonNegativeInt = Field(default=2, description="processes that read images")
+    limit: PositiveInt | None = Field(default=None, description="evaluate only the first so many images; null: all")
     boundary_ratio: Positive = Field(
-        0.02, description="width of the band of boundary IoU, as a share of the image diagonal (at least one pixel)"
+        default=0.02,
+        description="width of the band of boundary IoU, as a share of the image diagonal (at least one pixel)",
     )
     best: Literal["miou", "boundary_iou", "pixel_accuracy"] = Field(
-        "miou", description="the refined prediction's metric that chooses best.pt"
+        default="miou", description="the refined prediction's metric that chooses best.pt"
     )
-    pictures: NonNegativeInt = Field(4, description="side-by-side pictures written to <run folder>/pictures")
+    pictures: NonNegativeInt = Field(default=4, description="side-by-side pictures written to <run folder>/pictures")
 
 
 class OutputConfig(Section):
     """Where a run is written."""
 
-    dir: str = Field("runs", description="parent folder of runs, relative to the current folder")
+    dir: str = Field(default="runs", description="parent folder of runs, relative to the current folder")
 
 
 class Config(Section):
     """One experiment."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="name of the run and of its folder")
-    seed: NonNegativeInt = Field(0, description="seed of weights, order of the data, augmentation and point sampling")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one; cpu")
+    seed: NonNegativeInt = Field(
+        default=0, description="seed of weights, order of the data, augmentation and point sampling"
+    )
+    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator if there is one; cpu")
     resume: str = Field(
-        "auto",
+        default="auto",
         description="auto: continue if the run folder holds a checkpoint of the same configuration; never: begin "
         "anew and replace what the run folder holds; or the path of a checkpoint to continue from",
     )
     model: dict[str, Any] = Field(description="the network; its keys are the fields of rendseg.models.ModelOptions")
     data: dict[str, Any] = Field(description="the images; its keys are the fields of the options in rendseg.data")
     train: TrainConfig = Field(description="see TrainConfig")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="see EvalConfig")
-    output: OutputConfig = Field(default_factory=OutputConfig, description="see OutputConfig")
+    eval: EvalConfig = Field(default=EvalConfig(), description="see EvalConfig")
+    output: OutputConfig = Field(default=OutputConfig(), description="see OutputConfig")
 
     # The models and the data sets own their options, check them and fill in what presets say.
 
@@ -201,14 +220,14 @@ def build_config(
     content: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "configuration", folder: Path | None = None
 ) -> Config:
     """The ``Config`` of a plain mapping; ``source`` is named in errors, ``folder`` is where relative roots begin."""
-    content = _copy(content)
-    overridden = [_apply(content, override) for override in overrides]
-    content = _expand(content, source)
-    data = content.get("data")
+    values: dict[str, Any] = _copy(content)
+    overridden = [_apply(values, override) for override in overrides]
+    values = _expand(values, source)
+    data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = _resolve(data["root"], folder)
     try:
-        return Config.model_validate(content)
+        return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, source, overridden)) from error
 
@@ -306,13 +325,13 @@ def _nearest(location: list[str]) -> str:
     for part in location[:-1]:
         if part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section
-    near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
-    if near:
-        return f"; the nearest is {'.'.join([*location[:-1], near[0]])!r}"
     everywhere = all_keys(Config)
     same = [key for key in everywhere if key.split(".")[-1] == location[-1]]
     if same:
         return f"; there is {same[0]!r}"
+    near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+    if near:
+        return f"; the nearest is {'.'.join([*location[:-1], near[0]])!r}"
     tails = {key.split(".")[-1]: key for key in everywhere}
     near = difflib.get_close_matches(location[-1], tails, n=1, cutoff=0.6)
     nearest = f"; the nearest is {tails[near[0]]!r}" if near else ""

@@ -142,8 +142,8 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table that is printed, in percent: IoU and boundary IoU of the coarse and the refined prediction and the gain;
-    the mean over classes, the pixel accuracy (under IoU), and each class."""
+    """The table that is printed, in percent: IoU and boundary IoU of the coarse and the refined prediction and the
+    gain, as the mean over classes and for each class, and the pixel accuracy."""
     coarse, refined = result["coarse"], result["refined"]
     rows = [
         ("mean", [coarse["miou"], refined["miou"], coarse["boundary_iou"], refined["boundary_iou"]]),

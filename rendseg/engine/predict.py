@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,68 +16,70 @@ from torch import Tensor, nn
 from rendseg.data import DataError, parse_options
 from rendseg.data.augment import to_sample
 from rendseg.data.images import find_images, read_image
-from rendseg.engine.checkpoint import write_atomically
+from rendseg.engine.checkpoint import CheckpointError, write_atomically
 from rendseg.engine.evaluate import load_trained
-from rendseg.engine.visualize import overlay, side_by_side
+from rendseg.engine.visualize import boundary_zoom, overlay, side_by_side, to_uint8
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@torch.no_grad()
-def predict_with_points(network: Any, image: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Coarse labels [H, W], refined labels [H, W] and the points of the last step [P, 2] (None without refinement).
+@dataclass
+class Prediction:
+    """Label maps [H, W] of one image, and the points of every step, each [P, 2] of (x, y) in [0, 1]."""
 
-    ``image`` is normalised, [3, H, W]; points are (x, y) in [0, 1] of the image.
-    """
+    coarse: np.ndarray
+    refined: np.ndarray
+    points: list[np.ndarray]
+
+
+@torch.no_grad()
+def predict_image(network: Any, image: Tensor, accelerator: Accelerator) -> Prediction:
+    """Predict one normalised image [3, H, W] and keep the points that were chosen."""
     network.eval()
     with accelerator.autocast():
         output = network.predict(image[None].to(accelerator.device), output="labels", return_points=True)
         coarse = network.upsample(output.coarse, image.shape[-2:]).argmax(1)
-    points = output.points[-1][0].float().cpu() if output.points else None
-    return coarse[0].cpu(), output.labels[0].cpu(), points
-
-
-def make_picture(
-    network: nn.Module, image: Tensor, pixels: np.ndarray, palette: np.ndarray, accelerator: Accelerator
-) -> tuple[np.ndarray, np.ndarray]:
-    """The refined label map [H, W] and the side-by-side picture of image, coarse, refined and points, uint8 [h, w, 3]."""
-    coarse, refined, points = predict_with_points(network, image, accelerator)
-    labels = refined.numpy()
-    picture = side_by_side(pixels, coarse.numpy(), labels, None if points is None else points.numpy(), palette)
-    return labels, np.asarray(picture)
+    points = [step[0].float().cpu().numpy() for step in output.points or []]
+    return Prediction(coarse[0].cpu().numpy(), output.labels[0].cpu().numpy(), points)
 
 
 def make_pictures(
-    network: nn.Module, dataset: Any, count: int, accelerator: Accelerator
-) -> list[tuple[str, np.ndarray]]:
-    """Side-by-side pictures of ``count`` images spread over a data set, with their names."""
-    pictures = []
+    network: nn.Module, dataset: Any, count: int, accelerator: Accelerator, zoom: bool = False
+) -> Iterator[tuple[str, Image.Image]]:
+    """Names and pictures (image, coarse, refined, points, label) of ``count`` images spread over a data set; with
+    ``zoom`` each is followed by the window in which refinement changed most, enlarged."""
     count = min(count, len(dataset))
     for index in (len(dataset) * i // count for i in range(count)):
         sample = dataset[index]
-        pixels = to_pixels(sample["image"], dataset.mean, dataset.std)
-        pictures.append(
-            (sample["name"], make_picture(network, sample["image"], pixels, dataset.palette, accelerator)[1])
+        pixels = to_uint8(sample["image"], dataset.mean, dataset.std)
+        found = predict_image(network, sample["image"], accelerator)
+        name, label, points = sample["name"], sample["label"], found.points or None
+        yield (
+            name,
+            side_by_side(
+                pixels, found.coarse, found.refined, points, label, dataset.palette, class_names=dataset.class_names
+            ),
         )
-    return pictures
-
-
-def to_pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """uint8 [H, W, 3] of a normalised image [3, H, W]."""
-    values = image.cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        if zoom:
+            yield (
+                f"{name}_zoom",
+                boundary_zoom(pixels, found.coarse, found.refined, label, dataset.palette, points=points),
+            )
 
 
 def save_pictures(network: nn.Module, dataset: Any, count: int, folder: Path, accelerator: Accelerator) -> None:
-    """Write ``make_pictures`` as ``folder/<name>.png``."""
-    for name, picture in make_pictures(network, dataset, count, accelerator):
+    """Write ``make_pictures`` as ``folder/<name>.png`` and ``folder/<name>_zoom.png``."""
+    for name, picture in make_pictures(network, dataset, count, accelerator, zoom=True):
         save_png(folder / f"{name}.png", picture)
 
 
-def save_png(path: Path, values: np.ndarray) -> None:
-    """Write uint8 [H, W] or [H, W, 3], or uint16 [H, W], as PNG."""
-    write_atomically(path, lambda file: Image.fromarray(values).save(file, format="PNG"))
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture; ``CheckpointError`` says why if that fails."""
+    try:
+        write_atomically(path, lambda file: picture.save(file, format="PNG"))
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {error}") from error
 
 
 def _expand(images: Sequence[Path]) -> list[Path]:
@@ -93,7 +96,7 @@ def predict_files(
     """``rendseg predict``: for every image NAME write ``NAME_labels.png`` (class numbers), ``NAME_overlay.png`` and
     ``NAME_side_by_side.png`` (image, coarse, refined, points) to ``out``.
 
-    A file that cannot be read is reported and the others are still done. Returns how many were done and how many failed.
+    A file that cannot be read is reported and the others are still done. Returns how many were done, how many failed.
     """
     from rendseg.engine.train import make_accelerator
 
@@ -112,14 +115,19 @@ def predict_files(
             continue
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         image, _ = to_sample(image, torch.zeros(pixels.shape[:2]), data.mean, data.std)
-        labels, picture = make_picture(network, image, pixels, palette, accelerator)
+        found = predict_image(network, image, accelerator)
         name, n = path.stem, 1
         while name in taken:  # images of one name from several folders
             n += 1
             name = f"{path.stem}_{n}"
         taken.add(name)
-        save_png(out / f"{name}_labels.png", labels.astype(np.uint8 if len(palette) <= 256 else np.uint16))
-        save_png(out / f"{name}_overlay.png", np.asarray(overlay(pixels, labels, palette)))
+        labels = found.refined.astype(np.uint8 if len(palette) <= 256 else np.uint16)
+        save_png(out / f"{name}_labels.png", Image.fromarray(labels))
+        save_png(out / f"{name}_overlay.png", overlay(pixels, labels, palette))
+        points = found.points or None
+        picture = side_by_side(
+            pixels, found.coarse, found.refined, points, palette=palette, class_names=classes["names"]
+        )
         save_png(out / f"{name}_side_by_side.png", picture)
         print(f"{path} -> {out / name}_{{labels,overlay,side_by_side}}.png")
         done += 1

@@ -111,10 +111,10 @@ def build_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.O
 def rng_state() -> dict[str, Any]:
     """The state of every global generator of this process, as plain values and tensors."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     return {
         "python": [version, torch.tensor(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -364,7 +364,7 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
             if main and writer is not None:
                 _write_evaluation(writer, result, progress.iteration)
                 for _, picture in make_pictures(network, validation_data, 1, accelerator):
-                    writer.add_image("val/image_coarse_refined_points", picture, progress.iteration, dataformats="HWC")
+                    writer.add_image("val/prediction", np.asarray(picture), progress.iteration, dataformats="HWC")
         progress.evaluations.append({"iteration": progress.iteration, **result})
         value = result["refined"][config.eval.best]
         is_best = value is not None and value > progress.best
@@ -507,7 +507,7 @@ def _mean_over_processes(accelerator: Accelerator, sums: Mapping[str, Tensor], c
 
 
 def _explain_bad_loss(iteration: int, run_dir: Path, terms: Mapping[str, Tensor]) -> str:
-    parts = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+    parts = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
     last = run_dir / LAST
     kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been saved yet"
     return (

@@ -164,7 +164,7 @@ def draw_points(
 
     Args:
         image: [H, W, 3].
-        points: coords [N, 2] of one step, or a sequence of such, one per step; earlier steps, which are coarser, are drawn on top.
+        points: coords [N, 2] of one step, or a sequence of such, one per step; earlier, coarser steps are drawn on top.
         radius: of a point, in pixels of the picture; the default covers a pixel of the image.
     """
     pixels = _pixels(image)

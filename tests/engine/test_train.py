@@ -57,7 +57,7 @@ def test_what_a_run_leaves(uninterrupted: Config) -> None:
     folder = uninterrupted.run_dir
     names = {p.name for p in folder.iterdir()}
     assert names == {"last.pt", "best.pt", "iteration_0000008.pt", "metrics.json", "config.yaml", "pictures"}
-    assert len(list((folder / "pictures").glob("*.png"))) == 1
+    assert {p.name for p in (folder / "pictures").iterdir()} == {"val_000000.png", "val_000000_zoom.png"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["finished"] and metrics["final"]["iteration"] == 8
     assert [row["iteration"] for row in metrics["history"]] == [3, 6, 8]

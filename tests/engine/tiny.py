@@ -23,7 +23,7 @@ def tiny_content(out: Path | str, **train: Any) -> dict[str, Any]:
             "decoder": {"channels": 16, "head_channels": 16},
             "pointrend": {"hidden_channels": 16, "train_points": 64, "inference_points": 64},
         },
-        "data": {"name": "shapes", "size": [32, 32], "num_images": 10, "num_val_images": 3, "scale_range": [0.8, 1.5]},
+        "data": {"name": "shapes", "size": [32, 32], "num_images": 10, "num_val_images": 3, "scale_range": [1.0, 1.5]},
         "train": {
             "iterations": 8,
             "batch_size": 4,

@@ -87,7 +87,9 @@ def test_bad_checkpoints(tmp_path):
     state = timm.create_model("resnet18").state_dict()
     state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"layer1.0.conv1.weight .* must have shape \[64, 64, 3, 3\], got \[64, 64, 1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"layer1.0.conv1.weight .* must have shape \[64, 64, 3, 3\], got \[64, 64, 1, 1\]"
+    ):
         create_backbone(name="resnet18", checkpoint=str(path))
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as weights"):
@@ -119,5 +121,7 @@ def test_failed_download_says_what_to_do(monkeypatch):
         return create(name, pretrained=False, **arguments)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match=r"weights of 'resnet18' could not be loaded: OSError: Name .*backbone.checkpoint"):
+    with pytest.raises(
+        RuntimeError, match=r"weights of 'resnet18' could not be loaded: OSError: Name .*backbone.checkpoint"
+    ):
         create_backbone(name="resnet18", pretrained=True)

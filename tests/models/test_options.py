@@ -87,7 +87,9 @@ def test_overrides_win_over_what_the_preset_fills_in():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resolved_options_are_their_own_configuration(name):
-    options = parse_options({"model": {"pointrend": {"preset": name, "train_points": 7}, "loss": {"class_weights": [1, 2]}}})
+    options = parse_options(
+        {"model": {"pointrend": {"preset": name, "train_points": 7}, "loss": {"class_weights": [1, 2]}}}
+    )
     plain = dataclasses.asdict(options)
     plain["decoder"]["levels"] = list(plain["decoder"]["levels"])  # as read back from YAML
     assert parse_options(plain) == options and parse_options(options) == options
@@ -115,14 +117,30 @@ def test_example_of_the_documentation():
     ("config", "error", "match"),
     [
         ({"backbnoe": {}}, ValueError, r"unknown key model.backbnoe; did you mean 'backbone'\?"),
-        ({"backbone": {"pretraned": True}}, ValueError, r"unknown key model.backbone.pretraned; did you mean 'pretrained'\?"),
+        (
+            {"backbone": {"pretraned": True}},
+            ValueError,
+            r"unknown key model.backbone.pretraned; did you mean 'pretrained'\?",
+        ),
         ({"decoder": {"chanels": 3}}, ValueError, r"unknown key model.decoder.chanels; did you mean 'channels'\?"),
-        ({"pointrend": {"paddding_mode": "zeros"}}, ValueError, r"model.pointrend.paddding_mode; did you mean 'padding_mode'\?"),
+        (
+            {"pointrend": {"paddding_mode": "zeros"}},
+            ValueError,
+            r"model.pointrend.paddding_mode; did you mean 'padding_mode'\?",
+        ),
         ({"pointrend": {"preset": "detectron"}}, ValueError, r"got 'detectron'; did you mean 'detectron2'\?"),
         ({"loss": {"weight": 1}}, ValueError, "unknown key model.loss.weight"),
         ({"decoder": {"name": "semanticfpn"}}, ValueError, r"got 'semanticfpn'; did you mean 'semantic_fpn'\?"),
-        ({"name": "pointrent"}, ValueError, r"model.name must be one of pointrend, segmenter, got 'pointrent'; did you mean"),
-        ({"decoder": {"norm": "batch"}}, ValueError, "model.decoder.norm must be one of bn, syncbn, gn, none or null, got 'batch'"),
+        (
+            {"name": "pointrent"},
+            ValueError,
+            r"model.name must be one of pointrend, segmenter, got 'pointrent'; did you mean",
+        ),
+        (
+            {"decoder": {"norm": "batch"}},
+            ValueError,
+            "model.decoder.norm must be one of bn, syncbn, gn, none or null, got 'batch'",
+        ),
         ({"backbone": {"pretrained": "yes"}}, TypeError, "model.backbone.pretrained must be true or false, got 'yes'"),
         ({"decoder": {"channels": 12.5}}, TypeError, "model.decoder.channels must be an integer, got 12.5"),
         ({"decoder": {"channels": True}}, TypeError, "model.decoder.channels must be an integer, got True"),

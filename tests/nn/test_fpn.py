@@ -66,7 +66,9 @@ def test_norm_by_name(name, kind):
     conv = ConvNorm(3, 48, 3, norm=name)
     assert (conv.bias is None) == (name != "none")
     assert conv(torch.randn(2, 3, 5, 5)).min() >= 0  # ReLU; syncbn computes without a process group
-    assert {k.split(".")[0] for k in conv.state_dict()} == ({"weight", "norm"} if name != "none" else {"weight", "bias"})
+    assert {k.split(".")[0] for k in conv.state_dict()} == (
+        {"weight", "norm"} if name != "none" else {"weight", "bias"}
+    )
 
 
 def test_group_norm_takes_a_group_count_that_divides():

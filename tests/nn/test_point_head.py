@@ -83,7 +83,9 @@ def test_bad_shapes_are_named():
     head = PointHead(4, 2, 8)
     with pytest.raises(ValueError, match=r"fine must have shape \[N, 4, P\], got \[1, 3, 5\]"):
         head(torch.zeros(1, 3, 5), torch.zeros(1, 2, 5))
-    with pytest.raises(ValueError, match=r"coarse must have shape \[N, C, P\] = \[1, 2, 5\] as in fine, got \[1, 2, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"coarse must have shape \[N, C, P\] = \[1, 2, 5\] as in fine, got \[1, 2, 6\]"
+    ):
         head(torch.zeros(1, 4, 5), torch.zeros(1, 2, 6))
 
 
