@@ -4,7 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3.10 || command -v python3)
+# The first that runs and is new enough; PYTHON=path chooses another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 PY := $(abspath $(VENV))/bin/python
 PYTEST_ARGS ?=
 # Without a compiler the demo and the tests still run, on the pure-PyTorch reference; .ci/run sets this to 1.
@@ -22,6 +24,7 @@ help:
 	@sed -n 1,2p Makefile
 
 $(VENV)/.installed: pyproject.toml
+	@test -x $(PY) || test -n "$(PYTHON)" || { echo "make: no Python 3.10 or later was found; set PYTHON=path"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install "torch>=2.11" torchvision numpy ninja

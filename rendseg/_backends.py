@@ -82,16 +82,11 @@ def triton_ops() -> tuple[str, ...]:
 
 
 def _triton() -> BackendStatus:
+    if not triton_ops():
+        cause = "this version of rendseg has no Triton kernels yet"
+        return BackendStatus("triton", False, (), cause, 'use set_backend("auto"), "cpp" or "reference"')
     if importlib.util.find_spec("triton") is None:
         return BackendStatus("triton", False, (), "the package triton is not installed", "pip install triton")
-    if not triton_ops():
-        return BackendStatus(
-            "triton",
-            False,
-            (),
-            "this version of rendseg has no Triton kernels yet",
-            'use set_backend("auto"), "cpp" or "reference"',
-        )
     if not torch.cuda.is_available():
         return BackendStatus(
             "triton", False, (), "torch finds no GPU", "run on a machine with a GPU, or use the other backends"
