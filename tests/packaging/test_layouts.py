@@ -172,6 +172,8 @@ def test_editable(checkout: Path, tmp_path: Path) -> None:
     prelude = (
         "import site, sys\n"
         "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
+        "for name in [n for n in sys.modules if n.startswith('__editable__')]:\n"
+        "    del sys.modules[name]\n"
         f"site.addsitedir({str(target)!r})\n"
     )
     check(source, tmp_path, prelude=prelude)
