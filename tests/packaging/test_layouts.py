@@ -174,6 +174,7 @@ def test_editable(checkout: Path, tmp_path: Path) -> None:
         "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
         "for name in [n for n in sys.modules if n.startswith('__editable__')]:\n"
         "    del sys.modules[name]\n"
+        f"sys.path.insert(0, {str(target)!r})\n"
         f"site.addsitedir({str(target)!r})\n"
     )
     check(source, tmp_path, prelude=prelude)
