@@ -1,0 +1,392 @@
+"""One harness for every benchmark: ceilings first, then interleaved medians, floors, peak memory, JSON and a plot.
+
+Usage in a script::
+
+    bench = Bench("encode", __doc__)
+    bench.compare("forward", {"eager": f, "rendseg": g}, baseline="eager", floor=floor)
+    bench.bar("forward against eager", bench.ratio("forward", "eager", "rendseg"), at_least=3.0)
+    raise SystemExit(bench.finish())
+
+Speeds are ratios of medians within one run: the candidates of a row are run in turn, round after round, so that a slow
+spell of the machine meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import torch  # noqa: E402
+from _floors import Floor  # noqa: E402
+
+import rendseg  # noqa: E402
+
+Candidate = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+
+
+def _quantiles(samples: list[float]) -> Timing:
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
+
+
+class Bench:
+    """One benchmark run; see the module's docstring."""
+
+    def __init__(self, name: str, description: str | None = None, argv: list[str] | None = None) -> None:
+        parser = argparse.ArgumentParser(
+            prog=f"bench/{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--quick", action="store_true", help="small cases and few samples: ends within a minute")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+        parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
+        parser.add_argument(
+            "--samples", type=int, default=0, help="samples per candidate (0: 20 on the CPU, 50 on a GPU)"
+        )
+        parser.add_argument("--compile", action="store_true", help="time torch.compile too even with --quick")
+        parser.add_argument("--output", type=Path, default=None, help="folder of the JSON and the plot")
+        parser.add_argument("--no-plot", action="store_true", help="write no plot")
+        self.args = parser.parse_args(argv)
+        self.name = name
+        self.device = torch.device(self.args.device)
+        self.quick: bool = self.args.quick
+        self.with_compile: bool = self.args.compile or not self.quick
+        if self.args.threads:
+            torch.set_num_threads(self.args.threads)
+        self.samples = self.args.samples or (50 if self.device.type == "cuda" else 7 if self.quick else 20)
+        self.rows: list[dict[str, Any]] = []
+        self.bars: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self._timings: dict[tuple[str, str], Timing] = {}
+        print(f"{name}: {self._device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        self.ceilings = self._measure_ceilings()
+        text = ", ".join(f"{key} {value:.4g}" for key, value in self.ceilings.items())
+        print(f"ceilings measured now: {text}")
+
+    # -- timing ------------------------------------------------------------------------------------------------------
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _once(self, candidate: Candidate) -> float:
+        """Milliseconds of one call; on a GPU the device time of 20 calls in a row over 20."""
+        if self.device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(20):
+                candidate()
+            stop.record()
+            stop.synchronize()
+            return start.elapsed_time(stop) / 20
+        begin = time.perf_counter()
+        result = candidate()
+        elapsed = (time.perf_counter() - begin) * 1e3
+        del result  # freeing is not part of the op
+        return elapsed
+
+    def measure(
+        self, candidates: Mapping[str, Candidate], samples: int = 0, budget_s: float = 20.0
+    ) -> dict[str, Timing]:
+        """Interleaved medians of ``candidates``; at least three rounds, then until ``samples`` or ``budget_s``."""
+        samples = samples or self.samples
+        for candidate in candidates.values():  # warm-up: page faults, thread pools, compilation
+            candidate()
+            begin = time.perf_counter()
+            candidate()
+            warm = 25 if self.device.type == "cuda" else 2
+            for _ in range(warm if time.perf_counter() - begin < 0.2 else 0):
+                candidate()
+        self._synchronize()
+        taken: dict[str, list[float]] = {key: [] for key in candidates}
+        begin = time.perf_counter()
+        gc.disable()
+        try:
+            for done in range(samples):
+                for key, candidate in candidates.items():
+                    taken[key].append(self._once(candidate))
+                if done >= 2 and time.perf_counter() - begin > budget_s:
+                    break
+        finally:
+            gc.enable()
+        return {key: _quantiles(values) for key, values in taken.items()}
+
+    def compare(
+        self,
+        row: str,
+        candidates: Mapping[str, Candidate],
+        *,
+        baseline: str = "eager",
+        floor: Floor | None = None,
+        serial: bool = False,
+        precision: str = "fp32",
+        images: float = 0,
+        points: float = 0,
+        memory: bool = False,
+        samples: int = 0,
+        budget_s: float = 20.0,
+        **facts: Any,
+    ) -> dict[str, Timing]:
+        """Time the candidates of one row against ``baseline`` and keep the figures.
+
+        ``images`` and ``points`` are items per call, for rates; ``facts`` (shape, dtype, layout, seed) go to the JSON.
+        """
+        timings = self.measure(candidates, samples, budget_s)
+        peaks = {key: self.peak_extra_bytes(candidate) for key, candidate in candidates.items()} if memory else {}
+        floor_ms = None
+        if floor is not None:
+            rate = self.ceilings[f"gemm_{precision}_gflops"] * 1e9
+            floor_ms = floor.seconds(self.ceilings["copy_gb_s"] * 1e9, rate, serial) * 1e3
+        print(f"\n{row}" + (f"   floor {floor_ms:.3g} ms" if floor_ms else ""))
+        for key, timing in timings.items():
+            self._timings[(row, key)] = timing
+            entry: dict[str, Any] = {"row": row, "candidate": key, **asdict(timing), **facts}
+            columns = [f"  {key:<22} {timing.median:9.3f} ms  [{timing.p10:.3f}, {timing.p90:.3f}]"]
+            if baseline in timings:
+                entry["ratio"] = timings[baseline].median / timing.median
+                columns.append(f"{entry['ratio']:7.2f}x {baseline}")
+            if images:
+                entry["images_per_s"] = images / timing.median * 1e3
+                columns.append(f"{entry['images_per_s']:.1f} images/s")
+            if points:
+                entry["points_per_s"] = points / timing.median * 1e3
+                columns.append(f"{entry['points_per_s'] / 1e6:.3g} Mpoints/s")
+            if floor is not None and floor_ms is not None:
+                entry |= {"floor_ms": floor_ms, "percent_of_floor": 100 * floor_ms / timing.median}
+                entry["gb_per_s"] = floor.bytes / timing.median / 1e6
+                columns.append(f"{entry['gb_per_s']:.1f} GB/s, {entry['percent_of_floor']:.0f} % of floor")
+            if key in peaks and peaks[key] is not None:
+                entry["peak_extra_bytes"] = peaks[key]
+                columns.append(f"peak extra {peaks[key] / 1e6:.1f} MB")
+            self.rows.append(entry)
+            print("  ".join(columns), flush=True)
+        return timings
+
+    def ratio(self, row: str, slow: str, fast: str) -> float:
+        """How many times faster ``fast`` is than ``slow`` in ``row``."""
+        return self._timings[(row, slow)].median / self._timings[(row, fast)].median
+
+    def median(self, row: str, key: str) -> float:
+        return self._timings[(row, key)].median
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def peak_extra_bytes(self, candidate: Candidate) -> int | None:
+        """Highest memory above the level before the call: allocator statistics on a GPU, resident set on Linux.
+
+        Everything counts, outputs and scratch alike. ``None`` where the system cannot tell.
+        """
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            candidate()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        result = candidate()  # touch code and pools once, so that only this op's own memory remains
+        del result
+        try:
+            import ctypes
+
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except OSError:
+            pass
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status_bytes("VmRSS")
+            result = candidate()
+            peak = _status_bytes("VmHWM")
+        except (OSError, KeyError):
+            return None
+        del result
+        return max(peak - before, 0)
+
+    # -- ceilings ----------------------------------------------------------------------------------------------------
+
+    def _measure_ceilings(self) -> dict[str, float]:
+        cuda = self.device.type == "cuda"
+        elements = (1 << 28) if cuda else (1 << 24)
+        source = torch.randn(elements, device=self.device)
+        target = torch.empty_like(source)
+        size = 8192 if cuda else 1024
+        a, b = (torch.randn(size, size, device=self.device) for _ in range(2))
+        half_a, half_b = a.bfloat16(), b.bfloat16()
+        jobs: dict[str, Candidate] = {
+            "copy": lambda: target.copy_(source),
+            "fp32": lambda: a @ b,
+            "bf16": lambda: half_a @ half_b,
+        }
+        times = {key: self.measure({key: job}, samples=5, budget_s=2.0)[key].median for key, job in jobs.items()}
+        flops = 2 * size**3
+        return {
+            "copy_gb_s": 2 * 4 * elements / times["copy"] / 1e6,
+            "gemm_fp32_gflops": flops / times["fp32"] / 1e6,
+            "gemm_bf16_gflops": flops / times["bf16"] / 1e6,
+        }
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text, flush=True)
+
+    def bar(self, label: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> bool:
+        """State a figure beside its goal; the process never fails for it (speed is measured, not asserted)."""
+        held = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        goal = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
+        self.bars.append({"label": label, "value": value, "goal": goal, "reached": held})
+        return held
+
+    def finish(self) -> int:
+        """Print the goals, write JSON (and a plot) atomically, return the exit status."""
+        if self.bars:
+            print("\ngoals")
+            for entry in self.bars:
+                state = "reached" if entry["reached"] else "SHORT"
+                print(f"  {entry['label']:<58} {entry['value']:8.2f}  (goal {entry['goal']})  {state}")
+        folder = self.args.output or REPOSITORY / "bench" / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        device = "gpu" if self.device.type == "cuda" else "cpu"
+        stem = folder / f"{self.name}-{device}{'-quick' if self.quick else ''}"
+        payload = {
+            "benchmark": self.name,
+            "provenance": self._provenance(),
+            "ceilings": self.ceilings,
+            "rows": self.rows,
+            "goals": self.bars,
+            "notes": self.notes,
+        }
+        temporary = stem.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(payload, indent=1) + "\n")
+        os.replace(temporary, stem.with_suffix(".json"))
+        print(f"\nwrote {_shown(stem.with_suffix('.json'))}")
+        if not self.args.no_plot:
+            self._plot(stem.with_suffix(".png"))
+        return 0
+
+    def _plot(self, path: Path) -> None:
+        try:
+            import matplotlib
+        except ImportError:
+            print("no plot: matplotlib is not installed")
+            return
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        names = list(dict.fromkeys(row["row"] for row in self.rows))
+        figure, axes = plt.subplots(len(names), 1, figsize=(8, 0.5 + 1.1 * len(names)), squeeze=False)
+        for axis, name in zip(axes[:, 0], names, strict=True):
+            rows = [row for row in self.rows if row["row"] == name]
+            labels = [row["candidate"] for row in rows]
+            values = [row["median"] for row in rows]
+            colours = ["tab:green" if label.startswith("rendseg") else "tab:gray" for label in labels]
+            axis.barh(labels, values, color=colours)
+            axis.invert_yaxis()
+            axis.set_xscale("log")
+            axis.set_title(f"{name} (ms, log scale)", fontsize=8, loc="left")
+            axis.tick_params(labelsize=7)
+            for place, value in enumerate(values):
+                axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
+        figure.tight_layout()
+        temporary = path.with_suffix(".tmp.png")
+        figure.savefig(temporary, dpi=120)
+        plt.close(figure)
+        os.replace(temporary, path)
+        print(f"wrote {_shown(path)}")
+
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        except OSError:
+            pass
+        return platform.processor() or platform.machine()
+
+    def _provenance(self) -> dict[str, Any]:
+        isa = None
+        try:
+            from rendseg import _C  # type: ignore[attr-defined]
+
+            isa = _C.isa()
+        except ImportError:
+            pass
+        load = os.getloadavg() if hasattr(os, "getloadavg") else None
+        facts: dict[str, Any] = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": _git("rev-parse", "HEAD"),
+            "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "rendseg": rendseg.__version__,
+            "backend": rendseg.current_backend(),
+            "device": self._device_name(),
+            "isa": isa,
+            "threads": torch.get_num_threads(),
+            "load_average": load,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "command": " ".join([f"bench/{self.name}.py", *sys.argv[1:]]),
+        }
+        try:
+            import triton
+
+            facts["triton"] = triton.__version__
+        except ImportError:
+            facts["triton"] = None
+        if self.device.type == "cuda":
+            facts |= {
+                "cuda": torch.version.cuda,
+                "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+                "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+            }
+        return facts
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(REPOSITORY))
+    except ValueError:
+        return str(path)
