@@ -1,0 +1,13 @@
+#include <cmath>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../math/bilinear.h"
+#include "point_sample_types.h"
+
+#define RENDSEG_ISA 2
+#include "isa_begin.h"
+#include "point_sample_kernels.h"
+#include "isa_end.h"
