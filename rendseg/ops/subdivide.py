@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.subdivide import check_subdivide, label_dtype
+from ..reference.subdivide import check_subdivide, label_dtype, subdivide_backward, upsample
 from ..reference.subdivide import subdivide as reference
 from ..reference.subdivide import subdivide_labels as reference_labels
 from ._register import register, use_reference
@@ -120,13 +120,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     if not ctx.return_logits:
         return (grad.new_zeros(ctx.shape, dtype=ctx.dtype), *(None,) * 5)
-    if ctx.shape[0] == 0:
-        return (grad.sum() * 0 + grad.new_zeros(ctx.shape), *(None,) * 5)
-    size = [ctx.shape[2] * ctx.scale_factor, ctx.shape[3] * ctx.scale_factor]
-    wide = grad if grad.dtype == torch.float64 else grad.float()
-    upstream = torch.ops.aten.upsample_bilinear2d_backward(wide, size, list(ctx.shape), ctx.align_corners)
-    return (upstream.to(ctx.dtype), *(None,) * 5)
+    upstream = torch.ops.rendseg._subdivide_backward(grad, ctx.shape[2], ctx.shape[3], ctx.align_corners)
+    return (upstream, *(None,) * 5)
+
+
+def _fake_backward(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    layout = torch._prims_common.suggest_memory_format(grad)
+    size = (*grad.shape[:2], height, width)
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, height, width, ctx.align_corners = inputs
+    ctx.scale_factor = grad.shape[2] // height
+
+
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return upsample(grad, ctx.scale_factor, ctx.align_corners), None, None, None
 
 
 register("subdivide", reference=_reference_kernel, fake=_fake, backward=_backward, setup_context=_setup_context)
 register("_subdivide_labels", reference=reference_labels, fake=_fake_labels)
+register(
+    "_subdivide_backward",
+    reference=subdivide_backward,
+    fake=_fake_backward,
+    backward=_double_backward,
+    setup_context=_setup_double,
+)

@@ -71,3 +71,14 @@ def subdivide_labels(
     fine = upsample(logits.detach(), scale_factor, align_corners)
     indices, coords = uncertain_points(fine, num_points)
     return fine.argmax(1).to(dtype), indices, coords
+
+
+def subdivide_backward(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    """Gradient of :func:`upsample` to ``[N, C, height, width]``: each cell gathers ``weight * grad`` where it was used."""
+    layout = torch._prims_common.suggest_memory_format(grad)
+    size = [*grad.shape[:2], height, width]
+    if grad.shape[0] == 0:
+        return grad.new_zeros(size).contiguous(memory_format=layout)
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    out = torch.ops.aten.upsample_bilinear2d_backward(wide, list(grad.shape[2:]), size, align_corners)
+    return out.to(grad.dtype).contiguous(memory_format=layout)
