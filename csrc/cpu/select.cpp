@@ -48,7 +48,8 @@ void count_digit(const uint32_t* keys, int64_t size, const Digit& digit, uint32_
   const uint32_t mask = static_cast<uint32_t>(bins - 1);
   uint32_t table[2][kHistogramBins + 1] = {};
   const auto bin_of = [&](uint32_t key) {
-    return key >> digit.prefix_shift == digit.prefix ? (key >> digit.shift) & mask : static_cast<uint32_t>(bins);
+    const uint32_t same = 0u - static_cast<uint32_t>(key >> digit.prefix_shift == digit.prefix);
+    return ((key >> digit.shift) & mask & same) | (static_cast<uint32_t>(bins) & ~same);
   };
   int64_t i = 0;
   for (; i + 1 < size; i += 2) {
@@ -96,6 +97,11 @@ inline bool any_at_most(const uint32_t* keys, int32_t bound) {
   return any != 0;
 }
 
+// key <= bound as 0 or 1, by arithmetic: compilers turn a comparison here into a branch, which noise mispredicts.
+inline int64_t at_most(uint32_t key, uint32_t bound) {
+  return static_cast<int64_t>((static_cast<uint64_t>(key) - bound - 1) >> 63);
+}
+
 // Keys and indices of one chunk that may still be selected, in index order.
 struct Candidates {
   std::vector<uint32_t> keys;
@@ -117,7 +123,7 @@ void collect(const uint32_t* keys, int64_t begin, int64_t end, uint32_t bound, C
     for (int64_t i = block; i < block + length; ++i) {
       key_out[count] = keys[i];
       index_out[count] = static_cast<uint32_t>(i);
-      count += keys[i] <= bound;
+      count += static_cast<size_t>(at_most(keys[i], bound));
     }
   }
   out.keys.resize(count);
@@ -131,15 +137,28 @@ int64_t emit(const uint32_t* keys, int64_t begin, int64_t end, Threshold thresho
   int64_t written = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t length = std::min(kBlock, end - block);
-    if (length == kBlock && !any_at_most(keys + block, static_cast<int32_t>(threshold.key))) continue;
+    const bool closed = threshold.ties == 0;  // no more ties are wanted: below the threshold only
+    if (closed && threshold.key == 0) break;
+    const uint32_t bound = closed ? threshold.key - 1 : threshold.key;
+    if (length == kBlock && !any_at_most(keys + block, static_cast<int32_t>(bound))) continue;
     // Through a small buffer, since appending without a branch writes one place beyond the last.
     int64_t buffer[kBlock + 1];
     int64_t count = 0;
-    for (int64_t i = block; i < block + length; ++i) {
-      const bool tie = (keys[i] == threshold.key) & (threshold.ties > 0);
-      threshold.ties -= tie;
-      buffer[count] = index_of(i);
-      count += static_cast<int64_t>(tie | (keys[i] < threshold.key));
+    if (closed || threshold.ties >= length) {
+      int64_t ties = 0;
+      for (int64_t i = block; i < block + length; ++i) {
+        buffer[count] = index_of(i);
+        count += at_most(keys[i], bound);
+        ties += static_cast<int64_t>(keys[i] == threshold.key);
+      }
+      if (!closed) threshold.ties -= ties;
+    } else {  // the ties may run out within this block
+      for (int64_t i = block; i < block + length; ++i) {
+        const bool tie = keys[i] == threshold.key && threshold.ties > 0;
+        threshold.ties -= tie;
+        buffer[count] = index_of(i);
+        count += static_cast<int64_t>(tie || keys[i] < threshold.key);
+      }
     }
     std::memcpy(indices + written, buffer, static_cast<size_t>(count) * sizeof(int64_t));
     written += count;
@@ -233,7 +252,7 @@ void select_smallest(const uint32_t* keys, int64_t size, int64_t k, int64_t* ind
     return;
   }
   const Cut first = find_cut(histogram, kHistogramBins, k);
-  if (first.below + first.inside <= size / 2) {
+  if (first.below + first.inside <= std::max(size / 8, kGrain)) {
     select_from_candidates(keys, size, k, indices, first);
   } else {
     select_from_map(keys, size, k, indices, first);
