@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
-from .uncertain_points import uncertain_points
+from .uncertain_points import check_class_index, uncertain_points
 
 
 def check_subdivide(logits: Tensor, num_points: int, class_index: Tensor | None, scale_factor: int) -> None:
@@ -54,6 +54,7 @@ def subdivide(
     The margin is that of the stored (rounded) values.
     """
     check_subdivide(logits, num_points, class_index, scale_factor)
+    check_class_index(class_index, logits)
     fine = upsample(logits, scale_factor, align_corners)
     indices, coords = uncertain_points(fine.detach(), num_points, class_index)
     return (fine if return_logits else None), indices, coords

@@ -74,7 +74,7 @@ def layouts(logits: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "transposed", logits.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception] | tuple[type[Exception], ...], str]]:
+def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
     good = torch.zeros(2, 3, 4, 5)
     index = torch.zeros(2, dtype=torch.int64)
 
@@ -94,6 +94,6 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception] | tuple[type
         ("huge factor", case(scale_factor=1 << 33), ValueError, r"scale_factor must give fewer than 2\^32 cells"),
         ("index dtype", case(class_index=index.int()), TypeError, "class_index must be int64"),
         ("index shape", case(class_index=index[:1]), ValueError, r"class_index must have shape \[N\] with N = 2"),
-        ("index value", case(class_index=index + 3), (IndexError, RuntimeError), "class_index must lie in|index 3 is out of bounds"),
+        ("index value", case(class_index=index + 3), IndexError, "class_index must lie in"),
         ("index device", case(class_index=index.to("meta")), RuntimeError, "class_index must be on the device of logits"),
     ]
