@@ -156,7 +156,7 @@ def _loop(
             picked = values.argmax(1).to(label_dtype(classes))
             if every:
                 return picked.reshape(n, height, width)
-            label_map.view(n, -1).scatter_(1, indices, picked)
+            label_map.flatten(1).scatter_(1, indices, picked)
             return label_map
         if every:
             current = values.reshape(n, classes, height, width)
