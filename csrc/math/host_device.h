@@ -1,4 +1,4 @@
-// Functions compiled for the host and, under nvcc, for the device as well.
+// Qualifier of the arithmetic that the CPU and the CUDA kernels share. Headers of csrc/math/ include no Torch header.
 #pragma once
 
 #if defined(__CUDACC__)
