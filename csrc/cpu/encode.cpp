@@ -1,0 +1,473 @@
+// Encoding layer (Zhang et al., Context Encoding for Semantic Segmentation, 2018, section 3): scaled_l2, aggregate and
+// encode with their gradients, host side. The kernels are in encode_kernels.h.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "encode_includes.h"
+#include "isa.h"
+
+#define RENDSEG_ISA 0
+#include "isa_begin.h"
+
+#include "encode_kernels.h"
+
+#include "isa_end.h"
+
+namespace rendseg {
+namespace {
+
+using at::Tensor;
+
+// ---- Checks
+
+void check_codebook(const Tensor& x, int64_t channels, const Tensor& codewords, const Tensor* scale) {
+  check_strided(codewords, "codewords");
+  check_rank(codewords, "codewords", "[K, D]", 2);
+  check_feature_dtype(codewords, "codewords");
+  TORCH_CHECK_VALUE(codewords.size(0) > 0, "codewords must hold at least one codeword, got shape ", codewords.sizes());
+  TORCH_CHECK_VALUE(codewords.size(1) == channels, "codewords must have shape [K, D] with D = ", channels,
+                    " as in x, got ", codewords.sizes());
+  check_same_device(codewords, "codewords", x, "x");
+  if (scale == nullptr) return;
+  check_strided(*scale, "scale");
+  check_feature_dtype(*scale, "scale");
+  TORCH_CHECK_VALUE(scale->dim() == 1 && scale->size(0) == codewords.size(0), "scale must have shape [K] with K = ",
+                    codewords.size(0), " as in codewords, got ", scale->sizes());
+  check_same_device(*scale, "scale", x, "x");
+}
+
+void check_positions(const Tensor& x) {
+  check_strided(x, "x");
+  check_rank(x, "x", "[B, M, D]", 3);
+  check_feature_dtype(x, "x");
+}
+
+void check_map(const Tensor& x) {
+  check_strided(x, "x");
+  TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, "x must have shape [B, D, H, W] or [B, D, M], got ", x.sizes());
+  check_feature_dtype(x, "x");
+}
+
+void check_three(const Tensor& t, const char* name, const char* shape, int64_t a, int64_t b, int64_t c,
+                 const Tensor& x) {
+  check_strided(t, name);
+  check_feature_dtype(t, name);
+  TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == a && t.size(1) == b && t.size(2) == c, name, " must have shape ", shape,
+                    " = [", a, ", ", b, ", ", c, "], got ", t.sizes());
+  check_same_device(t, name, x, "x");
+}
+
+// ---- Tensors as the kernels want them
+
+template <typename T>
+constexpr at::ScalarType kWide = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+
+bool any_double(std::initializer_list<const Tensor*> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return t->scalar_type() == at::kDouble; });
+}
+
+at::ScalarType promoted(const Tensor& a, const Tensor& b, const Tensor& c) {
+  return c10::promoteTypes(c10::promoteTypes(a.scalar_type(), b.scalar_type()), c.scalar_type());
+}
+
+// Whether the H and W of x[B,D,H,W] can be walked with one stride.
+bool is_walkable(const Tensor& x) {
+  return x.dim() == 3 || x.size(2) <= 1 || x.size(3) <= 1 || x.stride(2) == x.size(3) * x.stride(3);
+}
+
+// x[B,D,H,W] or [B,D,M]
+EncodeView view_of_map(const Tensor& x) {
+  const int64_t position = x.dim() == 3 ? x.stride(2) : x.size(3) > 1 ? x.stride(3) : x.stride(2);
+  return {const_cast<void*>(x.const_data_ptr()), x.scalar_type(), x.stride(0), position, x.stride(1)};
+}
+
+// t[B,M,D] or [B,M,K]
+EncodeView view_of_rows(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.scalar_type(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The codewords and the scale in the type of the arithmetic, packed for the kernels.
+template <typename T>
+struct Codebook {
+  // With `centred`, the mean codeword is the reference that the kernels subtract from x: residuals and distances do not
+  // depend on it, but sums over many positions lose no digits to a common offset.
+  Codebook(const Tensor& codewords_, const Tensor* scale_, bool centred)
+      : codes(codewords_.size(0)),
+        channels(codewords_.size(1)),
+        padded((codes + kEncodePad - 1) / kEncodePad * kEncodePad),
+        reference(centred ? channels : 0),
+        codewords(channels * padded),
+        scale(padded) {
+    const Tensor dense = codewords_.to(kWide<T>).contiguous();
+    const T* from = dense.template const_data_ptr<T>();
+    if (centred) {
+      std::vector<double> mean(channels);
+      for (int64_t k = 0; k < codes; ++k) {
+        for (int64_t d = 0; d < channels; ++d) mean[d] += from[k * channels + d];
+      }
+      for (int64_t d = 0; d < channels; ++d) {
+        const T value = static_cast<T>(mean[d] / static_cast<double>(codes));
+        reference[d] = std::isfinite(value) ? value : T(0);  // a NaN must not spread to the other codewords
+      }
+    }
+    for (int64_t k = 0; k < codes; ++k) {
+      for (int64_t d = 0; d < channels; ++d) {
+        codewords[d * padded + k] = from[k * channels + d] - (centred ? reference[d] : T(0));
+      }
+    }
+    if (scale_ != nullptr) {
+      const Tensor dense_scale = scale_->to(kWide<T>).contiguous();
+      std::copy_n(dense_scale.template const_data_ptr<T>(), codes, scale.begin());
+    }
+  }
+  int64_t codes, channels, padded;
+  std::vector<T> reference, codewords, scale;  // [D], [D][padded], [padded]
+};
+
+// The gradient of [B,K,D] packed as [B][D][padded], and its products with the (centred) codewords.
+template <typename T>
+struct CodeGrad {
+  CodeGrad(const Tensor& grad, const Codebook<T>& book)
+      : packed(grad.size(0) * book.channels * book.padded), offset(grad.size(0) * book.padded) {
+    const Tensor dense = grad.to(kWide<T>).contiguous();
+    const T* from = dense.template const_data_ptr<T>();
+    for (int64_t b = 0; b < grad.size(0); ++b) {
+      for (int64_t k = 0; k < book.codes; ++k) {
+        double dot = 0;
+        for (int64_t d = 0; d < book.channels; ++d) {
+          const T g = *from++;
+          packed[(b * book.channels + d) * book.padded + k] = g;
+          dot += static_cast<double>(g) * book.codewords[d * book.padded + k];
+        }
+        offset[b * book.padded + k] = static_cast<T>(dot);
+      }
+    }
+  }
+  std::vector<T> packed, offset;
+};
+
+// ---- The run over chunks
+
+constexpr int64_t kChunks = 32;                   // of all images together; bounds the threads that share one image
+constexpr int64_t kPartialBytes = int64_t{16} << 20;  // of all partial sums, where one per image allows it
+
+template <typename T>
+EncodeTask<T> plan(int64_t batch, int64_t positions, const Codebook<T>& book) {
+  EncodeTask<T> task;
+  task.batch = batch;
+  task.positions = positions;
+  task.channels = book.channels;
+  task.codes = book.codes;
+  task.padded = book.padded;
+  task.reference = book.reference.empty() ? nullptr : book.reference.data();
+  task.codewords = book.codewords.data();
+  task.scale = book.scale.data();
+  const int64_t tiles = (positions + kEncodeTile - 1) / kEncodeTile;
+  const int64_t partial = std::max<int64_t>(1, book.channels * book.padded * static_cast<int64_t>(sizeof(T)));
+  const int64_t wanted = std::clamp<int64_t>(kPartialBytes / partial, 1, kChunks);
+  const int64_t per_image = std::max<int64_t>(1, wanted / batch);
+  task.chunk_tiles = (tiles + per_image - 1) / per_image;
+  task.chunks = (tiles + task.chunk_tiles - 1) / task.chunk_tiles;
+  return task;
+}
+
+template <typename T>
+void run(const EncodeTask<T>& task, void (*kernel)(const EncodeTask<T>&, int64_t, int64_t)) {
+  at::parallel_for(0, task.batch * task.chunks, 1, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
+}
+
+#define RENDSEG_PICK_ENCODE(name) \
+  pick(&baseline::EncodeKernels<T>::name, &avx2::EncodeKernels<T>::name, &avx512::EncodeKernels<T>::name)
+
+// Partial sums of every chunk, [batch * chunks][width], and their totals in a fixed order.
+template <typename T>
+class Partials {
+ public:
+  Partials(const EncodeTask<T>& task, int64_t width)
+      : batch_(task.batch), chunks_(task.chunks), width_(width),
+        values_(at::empty({batch_ * chunks_, width}, at::TensorOptions().dtype(kWide<T>))) {}
+  T* data() { return values_.template mutable_data_ptr<T>(); }
+
+  // [batch][width], or [width] over all images; left in the first rows of the partial sums themselves
+  const T* per_image() { return reduce(batch_, chunks_); }
+  const T* whole() { return reduce(1, batch_ * chunks_); }
+
+ private:
+  const T* reduce(int64_t groups, int64_t members) {
+    T* values = data();
+    at::parallel_for(0, width_, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t g = 0; g < groups; ++g) {
+        T* total = values + g * width_;
+        const T* from = values + g * members * width_;
+        if (g > 0) std::copy(from + begin, from + end, total + begin);
+        for (int64_t i = 1; i < members; ++i) {
+          const T* part = from + i * width_;
+          for (int64_t j = begin; j < end; ++j) total[j] += part[j];
+        }
+      }
+    });
+    return values;
+  }
+  int64_t batch_, chunks_, width_;
+  Tensor values_;
+};
+
+// [B,K,D]: sum_weighted - codeword * sum_assigned, the sum of the residuals.
+template <typename T>
+Tensor residual_sums(int64_t batch, const Codebook<T>& book, const T* sum_weighted, const T* sum_assigned) {
+  Tensor out = at::empty({batch, book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
+  T* to = out.template mutable_data_ptr<T>();
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t k = 0; k < book.codes; ++k) {
+      const T assigned = sum_assigned[b * book.padded + k];
+      for (int64_t d = 0; d < book.channels; ++d) {
+        *to++ = sum_weighted[(b * book.channels + d) * book.padded + k] - book.codewords[d * book.padded + k] * assigned;
+      }
+    }
+  }
+  return out;
+}
+
+// [K,D]: the gradient of the codewords. Either part may be absent: `grad` with sum_assigned [B][padded], the part
+// through the residuals; sum_weighted with sum_weight, the part through the distances.
+template <typename T>
+Tensor codeword_grad(int64_t batch, const Codebook<T>& book, const T* grad, const T* sum_assigned, const T* sum_weighted,
+                     const T* sum_weight) {
+  Tensor out = at::zeros({book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
+  T* to = out.template mutable_data_ptr<T>();
+  for (int64_t k = 0; k < book.codes; ++k) {
+    for (int64_t d = 0; d < book.channels; ++d, ++to) {
+      const int64_t at = d * book.padded + k;
+      T value = 0;
+      if (grad != nullptr) {
+        for (int64_t b = 0; b < batch; ++b) {
+          value -= sum_assigned[b * book.padded + k] * grad[b * book.channels * book.padded + at];
+        }
+      }
+      if (sum_weighted != nullptr) {
+        value -= 2 * book.scale[k] * (sum_weighted[at] - book.codewords[at] * sum_weight[k]);
+      }
+      *to = value;
+    }
+  }
+  return out;
+}
+
+template <typename T>
+Tensor first_codes(const T* values, int64_t codes) {
+  Tensor out = at::empty({codes}, at::TensorOptions().dtype(kWide<T>));
+  std::copy_n(values, codes, out.template mutable_data_ptr<T>());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> zero_grads(const Tensor& a, const Tensor& b, const Tensor& c) {
+  return {at::zeros_like(a), at::zeros_like(b, at::MemoryFormat::Contiguous),
+          at::zeros_like(c, at::MemoryFormat::Contiguous)};
+}
+
+// ---- scaled_l2
+
+template <typename T>
+Tensor scaled_l2_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale, Tensor out) {
+  const Codebook<T> book(codewords, &scale, false);
+  EncodeTask<T> task = plan(x.size(0), x.size(1), book);
+  task.x = view_of_rows(x);
+  task.map_out = view_of_rows(out);
+  run(task, RENDSEG_PICK_ENCODE(scaled_l2));
+  return out;
+}
+
+Tensor scaled_l2_cpu(const Tensor& x,          // [B,M,D]
+                     const Tensor& codewords,  // [K,D]
+                     const Tensor& scale) {    // [K]
+  check_positions(x);
+  check_codebook(x, x.size(2), codewords, &scale);
+  Tensor out = at::empty({x.size(0), x.size(1), codewords.size(0)}, x.options().dtype(promoted(x, codewords, scale)));
+  if (out.numel() == 0) return out;
+  return any_double({&x, &codewords, &scale}) ? scaled_l2_impl<double>(x, codewords, scale, out)
+                                              : scaled_l2_impl<float>(x, codewords, scale, out);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> scaled_l2_backward_impl(const Tensor& grad, const Tensor& x, const Tensor& codewords,
+                                                           const Tensor& scale) {
+  const Codebook<T> book(codewords, &scale, true);
+  EncodeTask<T> task = plan(x.size(0), x.size(1), book);
+  Tensor x_grad = at::empty_like(x);
+  Partials<T> weighted(task, book.channels * book.padded), weight(task, book.padded), scale_sum(task, book.padded);
+  task.x = view_of_rows(x);
+  task.map = view_of_rows(grad);
+  task.x_grad = view_of_rows(x_grad);
+  task.sum_weighted = weighted.data();
+  task.sum_weight = weight.data();
+  task.sum_scale = scale_sum.data();
+  run(task, RENDSEG_PICK_ENCODE(scaled_l2_backward));
+  const Tensor codes = codeword_grad<T>(task.batch, book, nullptr, nullptr, weighted.whole(), weight.whole());
+  return {x_grad, codes.to(codewords.scalar_type()), first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scaled_l2_backward_cpu(const Tensor& grad,       // [B,M,K]
+                                                          const Tensor& x,          // [B,M,D]
+                                                          const Tensor& codewords,  // [K,D]
+                                                          const Tensor& scale) {    // [K]
+  check_positions(x);
+  check_codebook(x, x.size(2), codewords, &scale);
+  check_three(grad, "grad", "[B, M, K]", x.size(0), x.size(1), codewords.size(0), x);
+  if (x.numel() == 0) return zero_grads(x, codewords, scale);
+  return any_double({&grad, &x, &codewords, &scale}) ? scaled_l2_backward_impl<double>(grad, x, codewords, scale)
+                                                     : scaled_l2_backward_impl<float>(grad, x, codewords, scale);
+}
+
+// ---- aggregate
+
+template <typename T>
+Tensor aggregate_impl(const Tensor& assignment, const Tensor& x, const Tensor& codewords) {
+  const Codebook<T> book(codewords, nullptr, true);
+  EncodeTask<T> task = plan(x.size(0), x.size(1), book);
+  Partials<T> weighted(task, book.channels * book.padded), assigned(task, book.padded);
+  task.x = view_of_rows(x);
+  task.map = view_of_rows(assignment);
+  task.sum_weighted = weighted.data();
+  task.sum_assigned = assigned.data();
+  run(task, RENDSEG_PICK_ENCODE(aggregate));
+  return residual_sums(task.batch, book, weighted.per_image(), assigned.per_image());
+}
+
+Tensor aggregate_cpu(const Tensor& assignment,   // [B,M,K]
+                     const Tensor& x,            // [B,M,D]
+                     const Tensor& codewords) {  // [K,D]
+  check_positions(x);
+  check_codebook(x, x.size(2), codewords, nullptr);
+  check_three(assignment, "assignment", "[B, M, K]", x.size(0), x.size(1), codewords.size(0), x);
+  const at::ScalarType dtype = promoted(assignment, x, codewords);
+  if (x.numel() == 0) return at::zeros({x.size(0), codewords.size(0), x.size(2)}, x.options().dtype(dtype));
+  return (any_double({&assignment, &x, &codewords}) ? aggregate_impl<double>(assignment, x, codewords)
+                                                    : aggregate_impl<float>(assignment, x, codewords))
+      .to(dtype);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> aggregate_backward_impl(const Tensor& grad, const Tensor& assignment, const Tensor& x,
+                                                           const Tensor& codewords) {
+  const Codebook<T> book(codewords, nullptr, true);
+  const CodeGrad<T> code_grad(grad, book);
+  EncodeTask<T> task = plan(x.size(0), x.size(1), book);
+  Tensor assignment_grad = at::empty_like(assignment), x_grad = at::empty_like(x);
+  Partials<T> assigned(task, book.padded);
+  task.x = view_of_rows(x);
+  task.map = view_of_rows(assignment);
+  task.map_out = view_of_rows(assignment_grad);
+  task.x_grad = view_of_rows(x_grad);
+  task.grad = code_grad.packed.data();
+  task.grad_offset = code_grad.offset.data();
+  task.sum_assigned = assigned.data();
+  run(task, RENDSEG_PICK_ENCODE(aggregate_backward));
+  const Tensor codes = codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), nullptr, nullptr);
+  return {assignment_grad, x_grad, codes.to(codewords.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> aggregate_backward_cpu(const Tensor& grad,         // [B,K,D]
+                                                          const Tensor& assignment,   // [B,M,K]
+                                                          const Tensor& x,            // [B,M,D]
+                                                          const Tensor& codewords) {  // [K,D]
+  check_positions(x);
+  check_codebook(x, x.size(2), codewords, nullptr);
+  check_three(assignment, "assignment", "[B, M, K]", x.size(0), x.size(1), codewords.size(0), x);
+  check_three(grad, "grad", "[B, K, D]", x.size(0), codewords.size(0), x.size(2), x);
+  if (x.numel() == 0) return zero_grads(assignment, x, codewords);
+  return any_double({&grad, &assignment, &x, &codewords})
+             ? aggregate_backward_impl<double>(grad, assignment, x, codewords)
+             : aggregate_backward_impl<float>(grad, assignment, x, codewords);
+}
+
+// ---- encode
+
+int64_t positions_of(const Tensor& x) { return x.dim() == 3 ? x.size(2) : x.size(2) * x.size(3); }
+
+template <typename T>
+Tensor encode_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale) {
+  const Codebook<T> book(codewords, &scale, true);
+  EncodeTask<T> task = plan(x.size(0), positions_of(x), book);
+  Partials<T> weighted(task, book.channels * book.padded), assigned(task, book.padded);
+  task.x = view_of_map(x);
+  task.sum_weighted = weighted.data();
+  task.sum_assigned = assigned.data();
+  run(task, RENDSEG_PICK_ENCODE(encode));
+  return residual_sums(task.batch, book, weighted.per_image(), assigned.per_image());
+}
+
+Tensor encode_cpu(const Tensor& x,          // [B,D,H,W] or [B,D,M]
+                  const Tensor& codewords,  // [K,D]
+                  const Tensor& scale) {    // [K]
+  check_map(x);
+  check_codebook(x, x.size(1), codewords, &scale);
+  const at::ScalarType dtype = promoted(x, codewords, scale);
+  if (x.numel() == 0) return at::zeros({x.size(0), codewords.size(0), x.size(1)}, x.options().dtype(dtype));
+  const Tensor input = is_walkable(x) ? x : x.contiguous();
+  return (any_double({&x, &codewords, &scale}) ? encode_impl<double>(input, codewords, scale)
+                                               : encode_impl<float>(input, codewords, scale))
+      .to(dtype);
+}
+
+// x_grad[x]: written
+template <typename T>
+std::tuple<Tensor, Tensor> encode_backward_impl(const Tensor& grad, const Tensor& x, const Tensor& codewords,
+                                                const Tensor& scale, const Tensor& x_grad) {
+  const Codebook<T> book(codewords, &scale, true);
+  const CodeGrad<T> code_grad(grad, book);
+  EncodeTask<T> task = plan(x.size(0), positions_of(x), book);
+  Partials<T> weighted(task, book.channels * book.padded), assigned(task, book.padded), weight(task, book.padded),
+      scale_sum(task, book.padded);
+  task.x = view_of_map(x);
+  task.x_grad = view_of_map(x_grad);
+  task.grad = code_grad.packed.data();
+  task.grad_offset = code_grad.offset.data();
+  task.sum_weighted = weighted.data();
+  task.sum_assigned = assigned.data();
+  task.sum_weight = weight.data();
+  task.sum_scale = scale_sum.data();
+  run(task, RENDSEG_PICK_ENCODE(encode_backward));
+  const Tensor codes =
+      codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), weighted.whole(), weight.whole());
+  return {codes.to(codewords.scalar_type()), first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> encode_backward_cpu(const Tensor& grad,       // [B,K,D]
+                                                       const Tensor& x,          // [B,D,H,W] or [B,D,M]
+                                                       const Tensor& codewords,  // [K,D]
+                                                       const Tensor& scale) {    // [K]
+  check_map(x);
+  check_codebook(x, x.size(1), codewords, &scale);
+  check_three(grad, "grad", "[B, K, D]", x.size(0), codewords.size(0), x.size(1), x);
+  if (x.numel() == 0) return zero_grads(x, codewords, scale);
+  Tensor x_grad = at::empty_like(x);
+  const Tensor input = is_walkable(x) ? x : x.contiguous();
+  const Tensor target = is_walkable(x_grad) ? x_grad : at::empty_like(x_grad, at::MemoryFormat::Contiguous);
+  auto [codes, scales] = any_double({&grad, &x, &codewords, &scale})
+                             ? encode_backward_impl<double>(grad, input, codewords, scale, target)
+                             : encode_backward_impl<float>(grad, input, codewords, scale, target);
+  if (!target.is_same(x_grad)) x_grad.copy_(target);
+  return {x_grad, codes, scales};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rendseg, CPU, m) {
+  m.impl("scaled_l2", scaled_l2_cpu);
+  m.impl("_scaled_l2_backward", scaled_l2_backward_cpu);
+  m.impl("aggregate", aggregate_cpu);
+  m.impl("_aggregate_backward", aggregate_backward_cpu);
+  m.impl("encode", encode_cpu);
+  m.impl("_encode_backward", encode_backward_cpu);
+}
+
+}  // namespace rendseg

@@ -1,0 +1,8 @@
+#include "encode_includes.h"
+
+#define RENDSEG_ISA 1
+#include "isa_begin.h"
+
+#include "encode_kernels.h"
+
+#include "isa_end.h"
