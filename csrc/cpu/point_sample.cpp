@@ -22,6 +22,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #if defined(__linux__)
@@ -46,6 +47,8 @@ namespace {
 
 constexpr int64_t kManyChannels = 8;   // from here on the taps of an image are worth sorting
 constexpr int64_t kPointBlock = 512;   // points located at a time where they are not sorted
+constexpr int64_t kCachedBytes = int64_t{8} << 20;  // an image below this stays in cache: order does not matter
+constexpr int64_t kPrivateBytes = int64_t{512} << 10;  // fits the cache of one core
 constexpr int64_t kTaskWork = 1 << 15;  // taps worth a thread
 
 template <typename T>
@@ -80,7 +83,7 @@ class TapBuffer {
   Taps<A> view(int64_t count) const {
     A* w = weight_.get();
     return {count,         offset_.get(), {w, w + capacity_, w + 2 * capacity_, w + 3 * capacity_},
-            inside_.get(), point_.get()};
+            inside_.get(), point_.get(),  true};
   }
 
  private:
@@ -151,7 +154,8 @@ class SortedTaps {
     }
     if (ascending) return taps;
     sort_by_key(order_, spare_);
-    const Taps<A> out = sorted_.view(points);
+    Taps<A> out = sorted_.view(points);
+    out.in_order = false;
     for (int64_t i = 0; i < points; ++i) {
       const int64_t from = order_[i].index;
       out.offset[i] = taps.offset[from];
@@ -167,6 +171,12 @@ class SortedTaps {
   std::vector<Keyed> order_, spare_;
 };
 
+// Brings a block of memory into cache.
+void read_lines(const void* data, int64_t bytes) {
+  const volatile char* p = static_cast<const volatile char*>(data);
+  for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(p[i]);
+}
+
 // map[N,C,H,W] at coords[N,P,2] into out[N,:,P], which points at the first channel of the map.
 template <typename T>
 void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& call, T* out, int64_t out_stride_n) {
@@ -176,7 +186,8 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& ca
   const T* data = map.const_data_ptr<T>();
   const int64_t stride_n = map.stride(0), stride_c = map.stride(1);
   const SampleKernels<T>& kernel = kernels<T>();
-  if (channels >= kManyChannels && stride_c != 1) {
+  const bool streams = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)} >= kCachedBytes;
+  if (channels >= kManyChannels && stride_c != 1 && streams) {
     constexpr int64_t kGroup = 16;
     const int64_t groups = (channels + kGroup - 1) / kGroup;
     const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * kGroup * 4));
@@ -194,14 +205,21 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& ca
     });
     return;
   }
+  // Points in no order that will touch most of a small image: read it in order first, which the hardware does faster.
+  const int64_t image_bytes = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)};
+  const bool touch = image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes &&
+                     map[0].is_non_overlapping_and_dense();
   const int64_t blocks = (points + kPointBlock - 1) / kPointBlock;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (std::min(points, kPointBlock) * channels * 4));
   at::parallel_for(0, call.images * blocks, grain, [&](int64_t begin, int64_t end) {
     const TapBuffer<A> buffer(kPointBlock);
+    int64_t touched = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks, first = task % blocks * kPointBlock;
       const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
       kernel.locate(coords + (n * points + first) * 2, first, grid, taps);
+      if (touch && n != touched) read_lines(data + n * stride_n, image_bytes);
+      touched = n;
       if (stride_c == 1 && channels >= kManyChannels) {
         kernel.vectors(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
       } else {
@@ -482,7 +500,7 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
     const T* data = static_cast<const T*>(map.data);
     for (int64_t first = 0; first < num_points; first += kPoints) {
       const int64_t count = std::min(kPoints, num_points - first);
-      const Taps<A> taps{count, offset, {weight[0], weight[1], weight[2], weight[3]}, inside, point};
+      const Taps<A> taps{count, offset, {weight[0], weight[1], weight[2], weight[3]}, inside, point, true};
       for (int64_t i = 0; i < 2 * count; ++i) xy[i] = static_cast<A>(coords[2 * first + i]);
       kernel.locate(xy, first, grid, taps);
       const auto rows_of = [&](int64_t c, int64_t n, A* target, int64_t stride) {

@@ -35,6 +35,7 @@ struct Taps {
   A* weight[4];
   uint8_t* inside;  // bit t set: tap t lies on the map
   int64_t* point;   // index in the output
+  bool in_order;    // point[i] == point[0] + i
 };
 
 // The taps of one image gathered by cell: cell r is at element offset[r] and sums entries begin[r] <= e < begin[r + 1].

@@ -1,5 +1,5 @@
 // Where a point of [0, 1]^2 falls on an H x W grid: the arithmetic of F.grid_sample(map, 2 * coords - 1), operation by
-// operation, so that weights and nearest cells are those of PyTorch to the last bit.
+// operation. Every operation is rounded (PyTorch may fuse the last product and difference, a difference of one ulp).
 #pragma once
 
 #include <cmath>
