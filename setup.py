@@ -1,20 +1,392 @@
-"""Build of rendseg; settings are printed first and nothing is downloaded."""
+"""Build of rendseg: prints its settings first, never downloads, and never needs a GPU.
+
+The compiled extension ``rendseg._C`` is optional. Where it cannot be built the package is installed as pure Python, and
+the reason is printed here and kept for ``rendseg doctor``. Environment:
+
+RENDSEG_CUDA=0|1                leave the CUDA kernels out | stop when they cannot be built (default: if possible)
+RENDSEG_NO_EXTENSION=1          install pure Python
+RENDSEG_REQUIRE_EXTENSION=0|1   go on as pure Python | stop with the cause when the extension cannot be built
+                                (default: 1 for ``setup.py build_ext``, 0 for an install)
+TORCH_CUDA_ARCH_LIST            GPU architectures, as in PyTorch: "9.0", "8.0;9.0+PTX"
+CUDA_HOME                       the CUDA toolkit: the folder that holds include/cuda_runtime.h
+CXX, MAX_JOBS                   C++ compiler, and the number of parallel compile jobs (default: the cores)
+"""
+
+from __future__ import annotations
 
 import glob
+import importlib.util
+import logging
+import os
+import platform
+import pprint
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import setuptools
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"rendseg: setuptools >= 77 is needed, found {setuptools.__version__}: pip install -U setuptools wheel")
+
+ROOT = Path(__file__).resolve().parent
+FACTS_NAME = "_build_facts"
+# Architectures built by default, where the compiler knows them; binaries also run on later members of the same family,
+# and the PTX of the newest serves what comes after.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+BUILD_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel", "bdist", "bdist_egg"}
+
+
+def say(message: str) -> None:
+    print(f"[rendseg] {message}", flush=True)
+
+
+def shout(*lines: str) -> None:
+    bar = "*" * 100
+    print("\n".join(("", bar, *(f"* rendseg: {line}" for line in lines), bar, "")), file=sys.stderr, flush=True)
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def load_toolchain() -> ModuleType:
+    """``rendseg/_toolchain.py`` without the package, whose import needs torch."""
+    spec = importlib.util.spec_from_file_location("_toolchain", ROOT / "rendseg" / "_toolchain.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOLCHAIN = load_toolchain()
+
+
+class CannotBuild(Exception):
+    """The extension (or its CUDA part) cannot be built; the message is the cause."""
+
+
+# --- what is here -----------------------------------------------------------------------------------------------------
+
+
+def find_compiler() -> tuple[str, str]:
+    """``(CXX, first line of its --version)``; raises :class:`CannotBuild` when none works."""
+    candidate, cause = TOOLCHAIN.find_cxx()
+    if candidate is None:
+        raise CannotBuild(cause)
+    program = shlex.split(candidate)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise CannotBuild(f"the headers of this Python are not installed ({header} is missing)")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <concepts>\n#include <string>\nint main() { return std::string().size(); }\n")
+        done = subprocess.run(
+            [*program, *("-std=c++20", "-fopenmp", "-c", str(source), "-o", str(source.with_suffix(".o")))],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        said = done.stderr.strip()[-400:]
+        raise CannotBuild(f"the C++ compiler {candidate} cannot compile C++20 with OpenMP: {said}")
+    return candidate, TOOLCHAIN.cxx_version(candidate)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def cuda_settings(torch_cuda: str | None) -> dict[str, str]:
+    """Toolkit, its version and the architectures; raises :class:`CannotBuild` with the cause."""
+    if not torch_cuda:
+        raise CannotBuild("the installed torch is built without CUDA")
+    home, cause = TOOLCHAIN.find_cuda_home()
+    if home is None:
+        raise CannotBuild(cause)
+    os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension is imported, which would guess
+    version = TOOLCHAIN.nvcc_release(home)
+    if not version:
+        raise CannotBuild(f"the nvcc of {home} does not run")
+    if version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise CannotBuild(f"the toolkit at {home} is CUDA {version}, the installed torch has CUDA {torch_cuda}")
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        known = {int(n) for n in re.findall(r"sm_(\d+)", TOOLCHAIN.output_of([f"{home}/bin/nvcc", "--list-gpu-code"]))}
+        archs = [a for a in DEFAULT_ARCHS if int(a.replace(".", "")) in known] or ["9.0"]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
+    return {"home": home, "version": version, "archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
+
+
+def build_flags(clang: bool) -> dict[str, list[str]]:
+    """Every compile and link flag, in one place; CMakeLists.txt repeats the compile flags.
+
+    No -march=native (the vector kernels choose their instruction set at run time) and no fast-math: contraction is off
+    so that every instruction set rounds alike.
+    """
+    common = ["-std=c++20", "-O3"]
+    host = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    return {
+        # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes.
+        # -g0 comes last: some Pythons pass -g.
+        "cxx": [
+            *common,
+            *host,
+            "-Wall",
+            "-Wno-unknown-pragmas",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+            "-g0",
+        ],
+        # Device-side asserts stay on: an index outside its range must stop the program, not corrupt memory.
+        "nvcc": [*common, "-UNDEBUG", "-lineinfo", "-Xcompiler", ",".join([*host, "-g0"])],
+        # GCC's OpenMP symbols come from the runtime that libtorch has loaded already (its libgomp may carry another
+        # file name); a second runtime would have threads of its own that torch.set_num_threads does not reach.
+        "link": ["-fopenmp"] if clang else [],
+    }
+
+
+def sources(cuda: bool) -> list[str]:
+    """Relative paths, as setuptools wants them."""
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
+    return sorted(f for p in patterns for f in glob.glob(p, root_dir=ROOT))
+
+
+class Plan:
+    """What this run builds and why; ``facts`` ends up in ``rendseg/_build_facts.py``."""
+
+    def __init__(self) -> None:
+        self.command = BUILD_COMMANDS.intersection(sys.argv[1:])
+        # `setup.py build_ext` asks for the extension by name; an install takes what it can get.
+        default = "1" if "build_ext" in sys.argv[1:] else "0"
+        self.required = os.environ.get("RENDSEG_REQUIRE_EXTENSION", default) != "0"
+        self.cuda_required = os.environ.get("RENDSEG_CUDA") == "1"
+        self.cuda = False
+        self.extension: Extension | None = None
+        self.facts: dict[str, object] = {
+            "EXTENSION": False,
+            "REASON": "",
+            "PYTHON": platform.python_version(),
+            "TORCH_VERSION": "",
+            "COMPILER": "",
+            "FLAGS": {},
+            "CPU_ISAS": (),
+            "CUDA": False,
+            "CUDA_REASON": "",
+            "CUDA_VERSION": "",
+            "CUDA_ARCHS": "",
+        }
+        if not self.command:  # sdist, egg_info, --version: nothing is compiled
+            return
+        try:
+            self._prepare()
+        except CannotBuild as cause:
+            self.facts["REASON"] = str(cause)
+            self.failed(str(cause), "install a C++20 compiler (GCC 11 or later) and run the same command again")
+        self._print()
+
+    def _prepare(self) -> None:
+        if flag("RENDSEG_NO_EXTENSION"):
+            raise CannotBuild("RENDSEG_NO_EXTENSION=1 was set for the build")
+        try:
+            import torch
+        except ImportError as error:
+            raise CannotBuild(
+                f"torch cannot be imported by the build ({error}); build with "
+                "`pip install --no-build-isolation .` where torch is installed"
+            ) from error
+        self.facts["TORCH_VERSION"] = torch.__version__
+        cxx, version = find_compiler()
+        os.environ["CXX"] = cxx  # the same one for ninja and for the link
+        clang = "clang" in version
+        self.facts["COMPILER"] = version
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        os.environ.setdefault("MAX_JOBS", str(cores))
+        cuda: dict[str, str] = {}
+        try:
+            if os.environ.get("RENDSEG_CUDA") == "0":
+                raise CannotBuild("RENDSEG_CUDA=0 was set for the build")
+            cuda = cuda_settings(torch.version.cuda)
+            self.cuda = True
+            self.facts.update(CUDA=True, CUDA_VERSION=cuda["version"], CUDA_ARCHS=cuda["archs"])
+        except CannotBuild as cause:
+            self.facts["CUDA_REASON"] = str(cause)
+            if self.cuda_required:
+                sys.exit(f"rendseg: RENDSEG_CUDA=1 asks for the CUDA kernels, but {cause}")
+        # It warns of a missing CUDA runtime; none is needed to build.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from torch.utils import cpp_extension
+
+        # Not CppExtension: the module uses no symbol of libtorch_python, and so loads in any process that has libtorch.
+        flags = build_flags(clang)
+        self.facts["FLAGS"] = flags
+        if platform.machine() in ("x86_64", "AMD64"):
+            self.facts["CPU_ISAS"] = ("default", "avx2", "avx512")
+        else:
+            self.facts["CPU_ISAS"] = ("default",)
+        include_dirs = cpp_extension.include_paths()
+        library_dirs = cpp_extension.library_paths()
+        libraries = ["c10", "torch_cpu", "torch"]
+        if self.cuda:
+            include_dirs.append(os.path.join(cuda["home"], "include"))
+            library_dirs.append(os.path.join(cuda["home"], "lib64"))
+            libraries += ["c10_cuda", "cudart"]
+        self.extension = Extension(
+            "rendseg._C",
+            sources(self.cuda),
+            depends=[],
+            include_dirs=include_dirs,
+            library_dirs=library_dirs,
+            libraries=libraries,
+            extra_compile_args={"cxx": flags["cxx"], "nvcc": flags["nvcc"]},
+            extra_link_args=flags["link"],
+            language="c++",
+            optional=not self.required,
+        )
+
+    def failed(self, cause: str, remedy: str) -> None:
+        """The extension will be missing: stop when it was asked for, else say so where it cannot be overlooked."""
+        if flag("RENDSEG_NO_EXTENSION") and not self.required:
+            return
+        if self.required:
+            sys.exit(f"rendseg: the extension cannot be built: {cause}. Remedy: {remedy}")
+        shout(
+            "the compiled kernels are NOT built; the pure-PyTorch reference will be used, which is slower.",
+            f"Cause: {cause}",
+            f"Remedy: {remedy}",
+        )
+
+    def _print(self) -> None:
+        facts = self.facts
+        say("build settings")
+        say(f"  python      {facts['PYTHON']} ({sys.executable})")
+        say(f"  torch       {facts['TORCH_VERSION'] or 'not importable'}")
+        if self.extension is None:
+            say(f"  extension   no: {facts['REASON']}")
+            return
+        flags = facts["FLAGS"]
+        assert isinstance(flags, dict)
+        say(f"  compiler    {facts['COMPILER']} ({os.environ['CXX']}), {os.environ['MAX_JOBS']} jobs")
+        say(f"  flags       {' '.join(flags['cxx'])}")
+        if self.cuda:
+            say(f"  CUDA        {facts['CUDA_VERSION']} at {os.environ['CUDA_HOME']}, for {facts['CUDA_ARCHS']}")
+            say(f"  nvcc flags  {' '.join(flags['nvcc'])}")
+        else:
+            say(f"  CUDA        no: {facts['CUDA_REASON']}")
+        say(f"  sources     {len(self.extension.sources)} files")
+
+    def write_facts(self, folder: Path) -> None:
+        lines = ['"""Written by the build; read by ``rendseg doctor`` and when the library does not load."""\n']
+        lines += [f"{name} = {pprint.pformat(value, width=110)}" for name, value in self.facts.items()]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{FACTS_NAME}.py").write_text("\n".join(lines) + "\n")
+
+
+PLAN = Plan()
+
+
+def base_build_ext() -> type:
+    """torch's (ninja, nvcc) where there is something to compile."""
+    if PLAN.extension is None:
+        return build_ext
+    from torch.utils.cpp_extension import BuildExtension
+
+    return BuildExtension
+
+
+class BuildExt(base_build_ext()):  # type: ignore[misc]
+    """Builds the extension where it can, without the CUDA part if only that fails, and writes the build facts."""
+
+    def run(self) -> None:
+        if PLAN.extension is not None:
+            # A library left by an earlier build must not be packaged when this one fails.
+            Path(self.build_lib, *self.get_ext_filename("rendseg._C").split("/")).unlink(missing_ok=True)
+        super().run()
+        inplace = self.inplace or getattr(self, "editable_mode", False)
+        PLAN.write_facts(ROOT / "rendseg" if inplace else Path(self.build_lib) / "rendseg")
+
+    def build_extensions(self) -> None:
+        if PLAN.extension is None:
+            return
+        try:
+            super().build_extensions()
+        except Exception as error:
+            if PLAN.cuda and not PLAN.cuda_required and not PLAN.required:
+                self._without_cuda(error)
+            else:
+                self._give_up(error)
+
+    def _without_cuda(self, error: Exception) -> None:
+        cause = f"compiling the CUDA kernels failed: {last_line(error)}"
+        shout("the CUDA kernels are NOT built.", cause, "The compiler's message is above. Building for the CPU only.")
+        PLAN.cuda = False
+        PLAN.facts.update(CUDA=False, CUDA_REASON=cause)
+        assert PLAN.extension is not None
+        PLAN.extension.sources[:] = sources(False)
+        PLAN.extension.libraries[:] = [name for name in PLAN.extension.libraries if name not in ("c10_cuda", "cudart")]
+        try:
+            super().build_extensions()
+        except Exception as again:
+            self._give_up(again)
+
+    def _give_up(self, error: Exception) -> None:
+        PLAN.facts.update(EXTENSION=False, REASON=f"the compile failed: {last_line(error)}", CUDA=False)
+        PLAN.failed(str(PLAN.facts["REASON"]), "read the compiler's message above; RENDSEG_CUDA=0 leaves CUDA out")
+
+    def build_extension(self, ext: Extension) -> None:
+        super().build_extension(ext)
+        PLAN.facts.update(EXTENSION=True, REASON="")
+
+    def get_source_files(self) -> list[str]:
+        return []  # MANIFEST.in lists what an sdist holds, the same on every machine
+
+    def get_outputs(self) -> list[str]:
+        return [f for f in super().get_outputs() if os.path.exists(f)] + [
+            os.path.join(self.build_lib, "rendseg", f"{FACTS_NAME}.py")
+        ]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {k: v for k, v in super().get_output_mapping().items() if os.path.exists(k) or os.path.exists(v)}
+
+
+def last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+
+
+class BuildPy(build_py):
+    """Leaves the facts of an earlier in-place build out; build_ext writes those of this one."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [m for m in super().find_package_modules(package, package_dir) if m[1] != FACTS_NAME]
+
+    def run(self) -> None:
+        super().run()
+        # Without an extension there is no build_ext step, and the reason must be shipped all the same.
+        if PLAN.extension is None and PLAN.command:
+            editable = getattr(self, "editable_mode", False)
+            PLAN.write_facts(ROOT / "rendseg" if editable else Path(self.build_lib) / "rendseg")
+
+
+class Sdist(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, [f for f in files if os.path.basename(f) != f"{FACTS_NAME}.py"])
+
 
 setup(
-    name="rendseg",
-    version="0.1.0.dev0",
-    packages=["rendseg"],
-    ext_modules=[
-        CppExtension(
-            "rendseg._C",
-            sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")),
-            extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    packages=find_packages(include=["rendseg", "rendseg.*"]),
+    # The Triton kernels sit in kernels/ at the top and ship as rendseg.kernels; the stand-in
+    # rendseg/kernels/__init__.py serves a checkout only.
+    package_dir={"rendseg.kernels": "kernels"},
+    include_package_data=False,
+    package_data={"rendseg": ["py.typed"]},
+    ext_modules=[PLAN.extension] if PLAN.extension is not None else [],
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "sdist": Sdist},
+    zip_safe=False,
 )

@@ -1,10 +1,12 @@
 // Argument checks shared by cpu/ and cuda/. Each names the argument, what was wanted and what arrived; wrong values and
-// shapes raise ValueError, wrong dtypes TypeError, devices that differ RuntimeError, as rendseg/reference/_checks.py does.
+// shapes raise ValueError, wrong dtypes TypeError, devices that differ RuntimeError, as rendseg/reference/_checks.py
+// does.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <string>
 
 namespace rendseg {
@@ -37,12 +39,30 @@ inline void check_logits(const at::Tensor& logits, const char* name = "logits") 
   check_rank(logits, name, "[N, C, H, W]", 4);
   check_feature_dtype(logits, name);
   TORCH_CHECK_VALUE(logits.size(1) > 0, name, " must have at least one channel, got shape ", logits.sizes());
-  TORCH_CHECK_VALUE(logits.size(2) > 0 && logits.size(3) > 0, name, " must have at least one cell (H*W > 0), got shape ",
-                    logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(2) > 0 && logits.size(3) > 0, name,
+                    " must have at least one cell (H*W > 0), got shape ", logits.sizes());
 }
 
 inline void check_num_points(int64_t num_points) {
   TORCH_CHECK_VALUE(num_points > 0, "num_points must be positive, got ", num_points);
+}
+
+// class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). The values are read, so CPU only.
+inline void check_class_index(const std::optional<at::Tensor>& class_index, const at::Tensor& logits) {
+  if (!class_index.has_value()) return;
+  const at::Tensor& index = *class_index;
+  check_strided(index, "class_index");
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "class_index must be int64, got ", index.scalar_type());
+  TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == logits.size(0),
+                    "class_index must have shape [N] with N = ", logits.size(0), " as in logits, got ", index.sizes());
+  check_same_device(index, "class_index", logits, "logits");
+  if (!index.is_cpu()) return;
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < index.size(0); ++n) {
+    const int64_t value = values[n * index.stride(0)];
+    TORCH_CHECK_INDEX(0 <= value && value < logits.size(1), "class_index must lie in [0, C) = [0, ", logits.size(1),
+                      "), got ", value, " at position ", n);
+  }
 }
 
 }  // namespace rendseg

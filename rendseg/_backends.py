@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,20 +39,59 @@ def has_kernel(op: str, device_type: str) -> bool:
 def _cpp() -> BackendStatus:
     if not _extension.LOADED:
         return BackendStatus("cpp", False, (), _extension.CAUSE, _extension.REMEDY)
-    devices = tuple(d for d in ("cpu", "cuda") if has_kernel("uncertain_points", d))
-    return BackendStatus("cpp", True, devices)
+    cause, remedy = cuda_missing()
+    devices = tuple(d for d in ("cpu", "cuda") if compiled_ops(d) and not (d == "cuda" and cause))
+    if not devices:
+        return BackendStatus("cpp", False, (), "the extension holds no kernels", f"rebuild it: {_extension.BUILD}")
+    return BackendStatus("cpp", True, devices, cause, remedy)
+
+
+def compiled_ops(device_type: str) -> tuple[str, ...]:
+    """The operators for which the compiled library holds a kernel for ``"cpu"`` or ``"cuda"``."""
+    names = (name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("rendseg::"))
+    return tuple(sorted(name for name in names if has_kernel(name, device_type)))
+
+
+def cuda_missing() -> tuple[str, str]:
+    """``(cause, remedy)`` why compiled CUDA kernels cannot run here; empty when they can."""
+    facts = _extension.facts()
+    if not getattr(facts, "CUDA", False):
+        reason = getattr(facts, "CUDA_REASON", "") or "the build left no record"
+        if not torch.version.cuda:
+            first = "install a CUDA build of torch and a CUDA toolkit of its major version, then build again"
+        elif "RENDSEG_CUDA=0" in reason:
+            first = "build without RENDSEG_CUDA=0"
+        else:
+            first = f"install the CUDA toolkit {torch.version.cuda.split('.')[0]}, set CUDA_HOME to it, and build again"
+        return f"no CUDA kernels are built: {reason}", f"{first}: {_extension.BUILD}"
+    if not torch.version.cuda:
+        return "the installed torch is built without CUDA", "install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return (
+            "the CUDA kernels are built, but torch finds no GPU",
+            "run where there is an NVIDIA GPU and its driver",
+        )
+    return "", ""
+
+
+def triton_ops() -> tuple[str, ...]:
+    """The op files in ``kernels/``: the operators that have Triton kernels."""
+    from . import kernels
+
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_")))
 
 
 def _triton() -> BackendStatus:
+    if not triton_ops():
+        cause = "this version of rendseg has no Triton kernels yet"
+        return BackendStatus("triton", False, (), cause, 'use set_backend("auto"), "cpp" or "reference"')
     if importlib.util.find_spec("triton") is None:
         return BackendStatus("triton", False, (), "the package triton is not installed", "pip install triton")
-    return BackendStatus(
-        "triton",
-        False,
-        (),
-        "this version of rendseg has no Triton kernels yet",
-        'use set_backend("auto"), "cpp" or "reference"',
-    )
+    if not torch.cuda.is_available():
+        return BackendStatus(
+            "triton", False, (), "torch finds no GPU", "run on a machine with a GPU, or use the other backends"
+        )
+    return BackendStatus("triton", True, ("cuda",))
 
 
 class _Backends(Mapping[str, BackendStatus]):

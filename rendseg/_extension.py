@@ -7,42 +7,92 @@ first call that asks for the C++ kernels by name.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import os
+import re
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch  # the extension links against libtorch, which this import loads
 
-
-def _load() -> tuple[ModuleType | None, str, str]:
-    """Return ``(module, cause, remedy)``; cause and remedy are empty when the module loaded."""
-    if os.environ.get("RENDSEG_DISABLE_EXTENSION") == "1":
-        return None, "RENDSEG_DISABLE_EXTENSION=1 is set", "unset RENDSEG_DISABLE_EXTENSION"
-    if importlib.util.find_spec("rendseg._C") is None:
-        return (
-            None,
-            "the extension rendseg._C is not built for this Python",
-            "install a C++17 compiler and run `python setup.py build_ext --inplace` in a checkout, "
-            "or `pip install --no-build-isolation .`",
-        )
-    try:
-        return importlib.import_module("rendseg._C"), "", ""
-    except Exception as error:  # ImportError, OSError, or a schema clash reported by libtorch
-        built = getattr(_facts(), "TORCH_VERSION", None)
-        hint = f" (built for torch {built}, running {torch.__version__})" if built and built != torch.__version__ else ""
-        return (
-            None,
-            f"rendseg._C does not load: {type(error).__name__}: {error}{hint}",
-            "rebuild it against the installed torch: `python setup.py build_ext --inplace --force`",
-        )
+BUILD = "`python setup.py build_ext --inplace` in a checkout, or `pip install --no-build-isolation .`"
+_FOLDER = Path(__file__).resolve().parent
 
 
-def _facts() -> ModuleType | None:
+def facts() -> ModuleType | None:
     """What the build wrote down about itself (``rendseg/_build_facts.py``), readable even when the library is not."""
     try:
         return importlib.import_module("rendseg._build_facts")
     except ImportError:
         return None
+
+
+def _release(version: str) -> str:
+    """``2.15.0+cu130`` -> ``2.15``: libtorch keeps its binary interface within one minor release only."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _absent(folder: Path) -> tuple[str, str]:
+    """Cause and remedy when there is no library for this Python."""
+    usable = {f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+    others = sorted(f.name for f in folder.glob("_C.*") if f.suffix in (".so", ".pyd") and f.name not in usable)
+    if others:
+        this = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
+        return f"the extension is built for another Python ({', '.join(others)}), this is {this}", f"build it: {BUILD}"
+    reason = getattr(facts(), "REASON", "")
+    if "NO_EXTENSION" in reason:
+        return f"the extension rendseg._C was left out: {reason}", f"build it without that setting: {BUILD}"
+    if "torch cannot be imported" in reason:
+        return f"the extension rendseg._C was not built: {reason}", "pip install --no-build-isolation ."
+    cause = "the extension rendseg._C is not built" + (f": {reason}" if reason else "")
+    return cause, f"install a C++20 compiler (GCC 11 or later) and run {BUILD}"
+
+
+def _explain(error: Exception, built: str, running: str) -> tuple[str, str]:
+    """Cause and remedy when the library is there and does not load."""
+    text = f"{type(error).__name__}: {error}"
+    rebuild = f"rebuild it against the installed torch: {BUILD}"
+    other = f" (built for torch {built}, running {running})" if built and built != running else ""
+    missing = re.search(r"(\S+?): cannot open shared object file", str(error))
+    if missing:
+        name = missing[1]
+        if re.match(r"lib(cudart|c10_cuda|torch_cuda)", name):
+            return (
+                f"rendseg._C needs the shared library {name}, which is missing: it was built for a CUDA torch{other}",
+                f"install the torch that it was built for, or {rebuild}",
+            )
+        return (
+            f"rendseg._C needs the shared library {name}, which is missing{other}",
+            f"install the package that holds {name}, or {rebuild}",
+        )
+    if "undefined symbol" in str(error):
+        return f"rendseg._C was built against another torch, whose symbols differ{other}: {text}", rebuild
+    if re.search(r"version `\w+_[\d.]+' not found", str(error)):
+        return f"rendseg._C needs newer system libraries than are here: {text}", f"build it on this machine: {BUILD}"
+    return f"rendseg._C does not load{other}: {text}", rebuild
+
+
+def _load() -> tuple[ModuleType | None, str, str]:
+    """Return ``(module, cause, remedy)``; cause and remedy are empty when the module loaded."""
+    if os.environ.get("RENDSEG_DISABLE_EXTENSION", "") not in ("", "0"):
+        value = os.environ["RENDSEG_DISABLE_EXTENSION"]
+        return None, f"RENDSEG_DISABLE_EXTENSION={value} is set", "unset RENDSEG_DISABLE_EXTENSION"
+    if importlib.util.find_spec("rendseg._C") is None:
+        return None, *_absent(_FOLDER)
+    built = str(getattr(facts(), "TORCH_VERSION", ""))
+    if built and _release(built) != _release(torch.__version__):
+        # Not tried: a library of another release may crash the process instead of raising.
+        return (
+            None,
+            f"rendseg._C was built for torch {built}, running {torch.__version__}: the binary interfaces differ",
+            f"rebuild it against the installed torch: {BUILD}",
+        )
+    try:
+        return importlib.import_module("rendseg._C"), "", ""
+    except Exception as error:  # ImportError, OSError, or a schema clash reported by libtorch
+        return None, *_explain(error, built, torch.__version__)
 
 
 C, CAUSE, REMEDY = _load()

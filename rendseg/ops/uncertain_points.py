@@ -1,5 +1,174 @@
-"""Placeholder: the reference, until the op lands."""
+"""Uncertainty and selection of points: PointRend (Kirillov et al. 2020), sections 3.1 and 3.2.
 
-from ..reference.uncertain_points import sample_uncertain_points, uncertain_points, uncertainty
+Shapes: N images (or masks), C classes, H W grid, P points. None of these has a gradient: selection is piecewise
+constant, and outputs do not require grad even where the logits do. None changes its arithmetic under autocast: each
+computes on the logits in the dtype they come in.
+"""
 
-__all__ = ["sample_uncertain_points", "uncertain_points", "uncertainty"]
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from .. import reference
+from ..reference import _checks as check
+from ..reference.point_sample import PADDING_MODES
+from ..reference.uncertain_points import check_draws, draw_counts
+from . import _register as _registry
+
+
+def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
+    """Negative margin between the two largest logits (larger is more uncertain).
+
+    ``C >= 2``: second largest minus largest logit. ``C == 1``: ``-|logit|``. With ``class_index`` (instance masks):
+    ``-|logits[n, class_index[n]]|``.
+
+    Args:
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` are read in place.
+        class_index: ``[N]`` int64 in ``[0, C)``, or none.
+
+    Returns:
+        ``[N, H, W]`` float32, <= 0. A position with any NaN among its logits, or whose two largest are the same
+        infinity, is NaN.
+
+    Raises:
+        ValueError: wrong rank or shape, no channel or no cell. TypeError: wrong dtype. IndexError: a class outside
+            ``[0, C)`` (checked on the CPU). RuntimeError: tensors on different devices.
+
+    No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.1.
+    """
+    if _registry.use_reference("uncertainty", logits):
+        return reference.uncertainty(logits, class_index)
+    return torch.ops.rendseg.uncertainty(logits, class_index)
+
+
+def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The most uncertain cells of each image.
+
+    Args:
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` are read in place.
+        num_points: how many; at most ``H*W`` are returned.
+        class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
+
+    Returns:
+        ``(indices [N, k] int64, coords [N, k, 2] float32)`` with ``k = min(num_points, H*W)``. Indices ascend, ties at the
+        threshold go to the smallest indices, NaN is most uncertain; the result is the same bits from run to run and for
+        any number of threads. ``coords`` are the cell centres ``((col + 0.5) / W, (row + 0.5) / H)``.
+
+    Raises:
+        ValueError: ``num_points <= 0``, wrong rank or shape, no channel or no cell. TypeError: wrong dtype. IndexError: a
+            class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors on different devices.
+
+    No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.1.
+    """
+    if _registry.use_reference("uncertain_points", logits):
+        return reference.uncertain_points(logits, num_points, class_index)
+    return torch.ops.rendseg.uncertain_points(logits, num_points, class_index)
+
+
+def sample_uncertain_points(
+    logits: Tensor,
+    num_points: int,
+    oversample_ratio: float = 3.0,
+    importance_ratio: float = 0.75,
+    *,
+    class_index: Tensor | None = None,
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    generator: Generator | None = None,
+    random_coords: Tensor | None = None,
+) -> Tensor:
+    """Training-time selection: the most uncertain of many random points, and some more at random.
+
+    Draws ``int(oversample_ratio * num_points)`` uniform points, samples the logits there (bilinear, rounded to the dtype
+    of ``logits``), takes the uncertainty of the sampled values, keeps the ``int(importance_ratio * num_points)`` most
+    uncertain in the order of drawing, and appends uniform points up to ``num_points``.
+
+    Args:
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` are read in place.
+        num_points: points returned for each image.
+        oversample_ratio: at least 1 and finite.
+        importance_ratio: in ``[0, 1]``.
+        class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
+        padding_mode: ``"zeros"`` or ``"border"``, as in ``F.grid_sample``.
+        align_corners: as in ``F.grid_sample``.
+        generator: source of the draws, on the device of ``logits``; none for the default one. The draws are those of one
+            ``torch.rand(N, Q, 2)``, so ``torch.manual_seed`` reproduces them, whatever the number of threads.
+        random_coords: ``[N, Q, 2]`` float32 in place of the draws, ``Q`` being the candidates and then the uniform
+            points. A coordinate that is not finite lies outside the map: zero with ``"zeros"``; with ``"border"`` the
+            nearest edge, NaN the low one.
+
+    Returns:
+        ``coords [N, num_points, 2]`` float32.
+
+    Raises:
+        ValueError: ``num_points <= 0``, a ratio or an option out of range, wrong rank or shape, no channel or no cell.
+            TypeError: wrong dtype. IndexError: a class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors or
+            generator on different devices.
+
+    No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.2.
+    """
+    function = (
+        reference.sample_uncertain_points
+        if _registry.use_reference("sample_uncertain_points", logits)
+        else torch.ops.rendseg.sample_uncertain_points
+    )
+    return function(
+        logits,
+        num_points,
+        oversample_ratio,
+        importance_ratio,
+        class_index=class_index,
+        padding_mode=padding_mode,
+        align_corners=align_corners,
+        generator=generator,
+        random_coords=random_coords,
+    )
+
+
+def _uncertainty_fake(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
+    check.logits(logits)
+    check.class_index(class_index, logits)
+    n, _, height, width = logits.shape
+    return logits.new_empty((n, height, width), dtype=torch.float32)
+
+
+def _uncertain_points_fake(
+    logits: Tensor, num_points: int, class_index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    check.logits(logits)
+    check.num_points(num_points)
+    check.class_index(class_index, logits)
+    n, _, height, width = logits.shape
+    k = torch.sym_min(num_points, height * width)
+    return logits.new_empty((n, k), dtype=torch.int64), logits.new_empty((n, k, 2), dtype=torch.float32)
+
+
+def _sample_uncertain_points_fake(
+    logits: Tensor,
+    num_points: int,
+    oversample_ratio: float = 3.0,
+    importance_ratio: float = 0.75,
+    *,
+    class_index: Tensor | None = None,
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    generator: Generator | None = None,
+    random_coords: Tensor | None = None,
+) -> Tensor:
+    check.logits(logits)
+    check.class_index(class_index, logits)
+    candidates, _, uniform = draw_counts(num_points, oversample_ratio, importance_ratio)
+    check.option(padding_mode, "padding_mode", PADDING_MODES)
+    check_draws(random_coords, logits, candidates + uniform)
+    return logits.new_empty((logits.shape[0], num_points, 2), dtype=torch.float32)
+
+
+for _name, _reference, _fake in (
+    ("uncertainty", reference.uncertainty, _uncertainty_fake),
+    ("uncertain_points", reference.uncertain_points, _uncertain_points_fake),
+    ("sample_uncertain_points", reference.sample_uncertain_points, _sample_uncertain_points_fake),
+):
+    _registry.register(_name, reference=_reference, fake=_fake)
+    # Nothing here is differentiable: autograd is passed by, so that outputs never require grad.
+    _registry.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -9,13 +9,26 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .point_sample import point_sample
+from .point_sample import PADDING_MODES, point_sample
+
+
+def check_class_index(class_index: Tensor | None, logits: Tensor) -> None:
+    """Shape, dtype and, on the CPU where that costs no synchronisation, the range of ``class_index``."""
+    check.class_index(class_index, logits)
+    if class_index is None or class_index.device.type != "cpu":
+        return
+    wrong = ((class_index < 0) | (class_index >= logits.shape[1])).nonzero()
+    if wrong.numel():
+        n = int(wrong[0, 0])
+        raise IndexError(
+            f"class_index must lie in [0, C) = [0, {logits.shape[1]}), got {int(class_index[n])} at position {n}"
+        )
 
 
 def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     """Negative margin between the two largest logits: ``[N, C, H, W] -> [N, H, W]`` float32, <= 0."""
     check.logits(logits)
-    check.class_index(class_index, logits)
+    check_class_index(class_index, logits)
     # Half inputs are widened first: the difference of two halves is exact in float32.
     wide = logits.detach().to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if class_index is not None:
@@ -49,6 +62,7 @@ def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None
     """The ``min(num_points, H*W)`` most uncertain cells: ascending ``indices [N, k]`` and their centres ``[N, k, 2]``."""
     check.logits(logits)
     check.num_points(num_points)
+    check_class_index(class_index, logits)
     n, _, height, width = logits.shape
     scores = uncertainty(logits, class_index).reshape(n, height * width)
     indices = most_uncertain(scores, min(num_points, height * width))
@@ -62,8 +76,22 @@ def draw_counts(num_points: int, oversample_ratio: float, importance_ratio: floa
         raise ValueError(f"oversample_ratio must be at least 1 and finite, got {oversample_ratio}")
     if not 0 <= importance_ratio <= 1:
         raise ValueError(f"importance_ratio must lie in [0, 1], got {importance_ratio}")
+    if not oversample_ratio * num_points < 2**31:
+        raise ValueError(f"oversample_ratio * num_points must be less than 2**31, got {oversample_ratio * num_points}")
     kept = int(importance_ratio * num_points)
     return int(oversample_ratio * num_points), kept, num_points - kept
+
+
+def check_draws(random_coords: Tensor | None, logits: Tensor, total: int) -> None:
+    if random_coords is None:
+        return
+    check.strided(random_coords, "random_coords")
+    n = logits.shape[0]
+    if random_coords.dim() != 3 or tuple(random_coords.shape) != (n, total, 2):
+        raise ValueError(f"random_coords must have shape [N, Q, 2] = [{n}, {total}, 2], got {check.shape_of(random_coords)}")
+    if random_coords.dtype != torch.float32:
+        raise TypeError(f"random_coords must be float32, got {random_coords.dtype}")
+    check.same_device(random_coords, "random_coords", logits, "logits")
 
 
 def sample_uncertain_points(
@@ -84,18 +112,22 @@ def sample_uncertain_points(
     ``num_points - int(importance_ratio * num_points)`` uniform points.
     """
     check.logits(logits)
-    check.class_index(class_index, logits)
+    check_class_index(class_index, logits)
     candidates, kept, uniform = draw_counts(num_points, oversample_ratio, importance_ratio)
+    check.option(padding_mode, "padding_mode", PADDING_MODES)
     n, total = logits.shape[0], candidates + uniform
+    check_draws(random_coords, logits, total)
     if random_coords is None:
-        random_coords = torch.rand(n, total, 2, generator=generator, device=logits.device)
-    elif random_coords.dim() != 3 or tuple(random_coords.shape) != (n, total, 2):
-        raise ValueError(f"random_coords must have shape [N, Q, 2] = [{n}, {total}, 2], got {check.shape_of(random_coords)}")
-    elif random_coords.dtype != torch.float32:
-        raise TypeError(f"random_coords must be float32, got {random_coords.dtype}")
+        random_coords = torch.rand(n, total, 2, generator=generator, dtype=torch.float32, device=logits.device)
+    random_coords = random_coords.detach()
     drawn, rest = random_coords[:, :candidates], random_coords[:, candidates:]
     # Sample first, then take the uncertainty of the sampled values: the margin is not linear in the logits.
-    at_points = point_sample(logits.detach(), drawn, padding_mode=padding_mode, align_corners=align_corners)
+    # Infinities are as far outside as any other point, and so is NaN; border padding takes NaN to the low edge.
+    at_points = point_sample(
+        logits.detach(), drawn.nan_to_num(-2.0, 3.0, -2.0), padding_mode=padding_mode, align_corners=align_corners
+    )
+    if padding_mode == "zeros":
+        at_points = at_points.masked_fill(~drawn.isfinite().all(-1).unsqueeze(1), 0.0)
     scores = uncertainty(at_points.unsqueeze(-1), class_index).squeeze(-1)
     indices = most_uncertain(scores, kept)
     return torch.cat((drawn.gather(1, indices.unsqueeze(-1).expand(-1, -1, 2)), rest), dim=1)

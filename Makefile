@@ -1,0 +1,72 @@
+# make venv | demo | test | bench | lint | format | gpu-check | clean
+# Everything runs in .venv, which the first target sets up; VENV=path uses another environment's folder.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+# The first that runs and is new enough; PYTHON=path chooses another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+PY := $(abspath $(VENV))/bin/python
+PYTEST_ARGS ?=
+# Without a compiler the demo and the tests still run, on the pure-PyTorch reference; .ci/run sets this to 1.
+export RENDSEG_REQUIRE_EXTENSION ?= 0
+# The GPUs of this machine decide; on one without a GPU a single architecture keeps the build short.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu examples/*/*.cpp \
+	tests/emulation/*.h tests/emulation/*.cpp)
+BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+
+.PHONY: help venv demo test bench lint format gpu-check clean
+
+help:
+	@sed -n 1,2p Makefile
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(PY) || test -n "$(PYTHON)" || { echo "make: no Python 3.10 or later was found; set PYTHON=path"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --upgrade pip "setuptools>=77" wheel
+	$(PY) -m pip install "torch>=2.11" torchvision numpy ninja
+	RENDSEG_NO_EXTENSION=1 $(PY) -m pip install --no-build-isolation -e ".[train,dev]"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
+	$(PY) setup.py build_ext --inplace
+	@touch $@
+
+venv: $(VENV)/.built
+
+demo: venv
+	$(PY) -m rendseg train configs/demo.yaml
+
+test: venv
+	$(PY) -m pytest tests/ $(PYTEST_ARGS)
+
+bench: venv
+	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(abspath $(VENV))/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(abspath $(VENV))/bin/clang-format -i $(CPP_FILES)
+
+# Everything that only a GPU can show: build, tests, memory checker, benchmarks. Fails where there is no GPU.
+gpu-check: $(VENV)/.installed
+	RENDSEG_CUDA=1 RENDSEG_REQUIRE_EXTENSION=1 $(PY) setup.py build_ext --inplace
+	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: the CUDA extension is built, but \
+	torch finds NO GPU on this machine: nothing was run, nothing was checked.")'
+	$(PY) -m pytest tests/ -m gpu
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --error-exitcode 1 $(PY) -m pytest tests/gpu -m "gpu and not bad_input"; \
+	else echo "gpu-check: compute-sanitizer is not on PATH, memory errors were not looked for"; fi
+	$(MAKE) bench
+
+clean:
+	rm -rf build dist cmake-build rendseg/*.so rendseg/_build_facts.py *.egg-info $(VENV)/.built

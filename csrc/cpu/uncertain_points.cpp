@@ -1,0 +1,325 @@
+// uncertainty, uncertain_points and sample_uncertain_points on the CPU: PointRend (Kirillov et al. 2020), section 3.
+#include <ATen/Parallel.h>
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "isa.h"
+#include "select.h"
+#include "uncertain_points_includes.h"
+
+#define RENDSEG_ISA 0
+#include "isa_begin.h"
+
+#include "uncertain_points_kernels.h"
+
+#include "isa_end.h"
+
+namespace rendseg {
+namespace {
+
+constexpr int64_t kCellGrain = 16384;  // fewest cells worth a thread
+constexpr int64_t kPointGrain = 4096;  // fewest candidate points worth a thread
+
+#if defined(__x86_64__)
+#define RENDSEG_PICK(function) pick(&baseline::function, &avx2::function, &avx512::function)
+#else
+#define RENDSEG_PICK(function) (&baseline::function)
+#endif
+
+LogitType logit_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return LogitType::kDouble;
+    case at::kHalf:
+      return LogitType::kHalf;
+    case at::kBFloat16:
+      return LogitType::kBFloat16;
+    default:
+      return LogitType::kFloat;
+  }
+}
+
+// Whether the kernels read these strides as they are: cells equally spaced in row order, and either the cells or the
+// channels adjacent.
+bool readable(const at::Tensor& logits) {
+  const int64_t cell = logits.size(3) > 1 ? logits.stride(3) : logits.size(2) > 1 ? logits.stride(2) : 1;
+  if (logits.size(2) > 1 && logits.stride(2) != cell * logits.size(3)) return false;
+  return cell == 1 || (cell > 0 && (logits.size(1) == 1 || logits.stride(1) == 1));
+}
+
+// The maps of a batch; keeps the copy that unreadable strides need.
+class LogitMaps {
+ public:
+  LogitMaps(const at::Tensor& logits, const std::optional<at::Tensor>& class_index)
+      : logits_(readable(logits) ? logits.detach() : logits.detach().contiguous()), class_index_(class_index) {
+    const int64_t cell = logits_.size(3) > 1 ? logits_.stride(3) : logits_.size(2) > 1 ? logits_.stride(2) : 1;
+    map_ = {nullptr,
+            logit_type(logits_.scalar_type()),
+            logits_.size(1),
+            logits_.size(2),
+            logits_.size(3),
+            logits_.stride(1),
+            cell};
+  }
+
+  LogitMap operator[](int64_t n) const {
+    LogitMap map = map_;
+    int64_t offset = n * logits_.stride(0);
+    if (class_index_.has_value()) {
+      const int64_t chosen = class_index_->const_data_ptr<int64_t>()[n * class_index_->stride(0)];
+      offset += chosen * logits_.stride(1);
+      map.channels = 1;
+    }
+    map.base = static_cast<const char*>(logits_.const_data_ptr()) + offset * logits_.element_size();
+    return map;
+  }
+
+  int64_t images() const { return logits_.size(0); }
+  int64_t cells() const { return map_.height * map_.width; }
+
+ private:
+  at::Tensor logits_;
+  std::optional<at::Tensor> class_index_;
+  LogitMap map_;
+};
+
+// Calls f(n, begin, end) for parts of the `size` cells of each of `images`, spread over the threads as one range.
+template <typename F>
+void for_each_part(int64_t images, int64_t size, int64_t grain, const F& f) {
+  at::parallel_for(0, images * size, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t n = begin / size;
+      const int64_t stop = std::min(end, (n + 1) * size);
+      f(n, begin - n * size, stop - n * size);
+      begin = stop;
+    }
+  });
+}
+
+// First-pass histogram that several threads add to; integer counts, so their order does not matter.
+class SharedHistogram {
+ public:
+  void add(const uint32_t* local) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int bin = 0; bin < kHistogramBins; ++bin) bins_[bin] += local[bin];
+  }
+  const uint32_t* bins() const { return bins_; }
+
+ private:
+  std::mutex mutex_;
+  uint32_t bins_[kHistogramBins] = {};
+};
+
+// logits[N,C,H,W], class_index[N] -> [N,H,W] float32
+at::Tensor uncertainty_cpu(const at::Tensor& logits, const std::optional<at::Tensor>& class_index) {
+  check_logits(logits);
+  check_class_index(class_index, logits);
+  at::Tensor out = at::empty({logits.size(0), logits.size(2), logits.size(3)}, logits.options().dtype(at::kFloat));
+  if (out.numel() == 0) return out;
+  const LogitMaps maps(logits, class_index);
+  float* data = out.mutable_data_ptr<float>();
+  const auto kernel = RENDSEG_PICK(uncertainty_kernel);
+  for_each_part(maps.images(), maps.cells(), kCellGrain, [&](int64_t n, int64_t begin, int64_t end) {
+    kernel(maps[n], begin, end, data + n * maps.cells() + begin);
+  });
+  return out;
+}
+
+// logits[N,C,H,W], class_index[N] -> indices[N,k] int64, coords[N,k,2] float32
+std::tuple<at::Tensor, at::Tensor> uncertain_points_cpu(const at::Tensor& logits, int64_t num_points,
+                                                        const std::optional<at::Tensor>& class_index) {
+  check_logits(logits);
+  check_num_points(num_points);
+  check_class_index(class_index, logits);
+  const int64_t images = logits.size(0);
+  const int64_t height = logits.size(2);
+  const int64_t width = logits.size(3);
+  const int64_t cells = height * width;
+  const int64_t k = std::min(num_points, cells);
+  at::Tensor indices = at::empty({images, k}, logits.options().dtype(at::kLong));
+  at::Tensor coords = at::empty({images, k, 2}, logits.options().dtype(at::kFloat));
+  if (images == 0) return {indices, coords};
+  int64_t* index_data = indices.mutable_data_ptr<int64_t>();
+  float* coord_data = coords.mutable_data_ptr<float>();
+  const LogitMaps maps(logits, class_index);
+  const auto kernel = RENDSEG_PICK(margin_keys_kernel);
+  const auto finish = [&](int64_t n, const uint32_t* keys, const uint32_t* histogram) {
+    select_smallest(keys, cells, k, index_data + n * k, histogram);
+    cell_centres(index_data + n * k, k, height, width, coord_data + n * k * 2);
+  };
+  if (images >= 4 * at::get_num_threads()) {  // an image at a time per thread, with one map of keys each
+    at::parallel_for(0, images, std::max<int64_t>(1, kCellGrain / cells), [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<uint32_t[]> keys(new uint32_t[static_cast<size_t>(cells)]);
+      for (int64_t n = begin; n < end; ++n) {
+        uint32_t histogram[kHistogramBins] = {};
+        kernel(maps[n], 0, cells, keys.get(), histogram);
+        finish(n, keys.get(), histogram);
+      }
+    });
+  } else {  // all threads on one image after the other
+    const std::unique_ptr<uint32_t[]> keys(new uint32_t[static_cast<size_t>(cells)]);
+    for (int64_t n = 0; n < images; ++n) {
+      SharedHistogram histogram;
+      at::parallel_for(0, cells, kCellGrain, [&](int64_t begin, int64_t end) {
+        uint32_t local[kHistogramBins] = {};
+        kernel(maps[n], begin, end, keys.get() + begin, local);
+        histogram.add(local);
+      });
+      finish(n, keys.get(), histogram.bins());
+    }
+  }
+  return {indices, coords};
+}
+
+struct DrawCounts {
+  int64_t candidates;
+  int64_t kept;
+  int64_t uniform;
+};
+
+DrawCounts draw_counts(int64_t num_points, double oversample_ratio, double importance_ratio) {
+  check_num_points(num_points);
+  TORCH_CHECK_VALUE(oversample_ratio >= 1 && oversample_ratio < std::numeric_limits<double>::infinity(),
+                    "oversample_ratio must be at least 1 and finite, got ", oversample_ratio);
+  TORCH_CHECK_VALUE(importance_ratio >= 0 && importance_ratio <= 1, "importance_ratio must lie in [0, 1], got ",
+                    importance_ratio);
+  const double candidates = oversample_ratio * static_cast<double>(num_points);
+  TORCH_CHECK_VALUE(candidates < 2147483648.0, "oversample_ratio * num_points must be less than 2**31, got ",
+                    candidates);
+  const int64_t kept = static_cast<int64_t>(importance_ratio * static_cast<double>(num_points));
+  return {static_cast<int64_t>(candidates), kept, num_points - kept};
+}
+
+// Writes the `num_points` coordinates of one image: the most uncertain of drawn[candidates][2], then the uniform
+// points that follow them.
+class SampledSelection {
+ public:
+  SampledSelection(DrawCounts counts, SampleOptions options)
+      : counts_(counts), options_(options), kernel_(RENDSEG_PICK(sampled_margin_keys_kernel)) {}
+
+  // Threaded, unless called inside a parallel region. `keys` and `indices` are scratch of candidates and of kept.
+  void operator()(const LogitMap& map, const float* drawn, uint32_t* keys, int64_t* indices, float* out) const {
+    if (counts_.kept > 0) {
+      SharedHistogram histogram;
+      at::parallel_for(0, counts_.candidates, kPointGrain, [&](int64_t begin, int64_t end) {
+        uint32_t local[kHistogramBins] = {};
+        kernel_(map, drawn + 2 * begin, end - begin, options_, keys + begin, local);
+        histogram.add(local);
+      });
+      select_smallest(keys, counts_.candidates, counts_.kept, indices, histogram.bins());
+      for (int64_t i = 0; i < counts_.kept; ++i) {
+        std::memcpy(out + 2 * i, drawn + 2 * indices[i], 2 * sizeof(float));
+      }
+    }
+    std::memcpy(out + 2 * counts_.kept, drawn + 2 * counts_.candidates,
+                static_cast<size_t>(2 * counts_.uniform) * sizeof(float));
+  }
+
+ private:
+  DrawCounts counts_;
+  SampleOptions options_;
+  decltype(&baseline::sampled_margin_keys_kernel) kernel_;
+};
+
+// logits[N,C,H,W], class_index[N], random_coords[N,Q,2] -> coords[N,num_points,2] float32
+at::Tensor sample_uncertain_points_cpu(const at::Tensor& logits, int64_t num_points, double oversample_ratio,
+                                       double importance_ratio, const std::optional<at::Tensor>& class_index,
+                                       c10::string_view padding_mode, bool align_corners,
+                                       std::optional<at::Generator> generator,
+                                       const std::optional<at::Tensor>& random_coords) {
+  check_logits(logits);
+  check_class_index(class_index, logits);
+  const DrawCounts counts = draw_counts(num_points, oversample_ratio, importance_ratio);
+  TORCH_CHECK_VALUE(padding_mode == "zeros" || padding_mode == "border",
+                    "padding_mode must be one of zeros, border, got '", padding_mode, "'");
+  TORCH_CHECK_VALUE(logits.size(2) < (int64_t{1} << 31) / logits.size(3),
+                    "logits must have fewer than 2**31 cells (H*W) for sampling, got shape ", logits.sizes());
+  const int64_t images = logits.size(0);
+  const int64_t total = counts.candidates + counts.uniform;
+  at::Tensor given;
+  if (random_coords.has_value()) {
+    given = *random_coords;
+    check_strided(given, "random_coords");
+    TORCH_CHECK_VALUE(given.dim() == 3 && given.size(0) == images && given.size(1) == total && given.size(2) == 2,
+                      "random_coords must have shape [N, Q, 2] = [", images, ", ", total, ", 2], got ", given.sizes());
+    TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat, "random_coords must be float32, got ", given.scalar_type());
+    check_same_device(given, "random_coords", logits, "logits");
+    given = given.detach().contiguous();
+  } else if (generator.has_value()) {
+    TORCH_CHECK(generator->device() == logits.device(), "generator must be on the device of logits (", logits.device(),
+                "), got ", generator->device());
+  }
+  const auto options = logits.options().dtype(at::kFloat);
+  at::Tensor coords = at::empty({images, num_points, 2}, options);
+  if (images == 0) return coords;
+  const LogitMaps maps(logits, class_index);
+  const SampledSelection select(counts, {padding_mode == "border", align_corners});
+  float* out = coords.mutable_data_ptr<float>();
+
+  // Image after image; the draws come from one stream in the order of the images, as those of one torch.rand would.
+  struct Scratch {
+    at::Tensor drawn;
+    std::vector<uint32_t> keys;
+    std::vector<int64_t> indices;
+  };
+  const auto make_scratch = [&] {
+    return Scratch{given.defined() ? at::Tensor() : at::empty({total, 2}, options),
+                   std::vector<uint32_t>(static_cast<size_t>(counts.candidates)),
+                   std::vector<int64_t>(static_cast<size_t>(counts.kept))};
+  };
+  const auto draw = [&](int64_t n, Scratch& scratch) {
+    if (given.defined()) return given.const_data_ptr<float>() + n * total * 2;
+    scratch.drawn.uniform_(0, 1, generator);
+    return scratch.drawn.const_data_ptr<float>();
+  };
+  const auto select_image = [&](int64_t n, const float* drawn, Scratch& scratch) {
+    select(maps[n], drawn, scratch.keys.data(), scratch.indices.data(), out + n * num_points * 2);
+  };
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1 || images < threads) {
+    Scratch scratch = make_scratch();
+    for (int64_t n = 0; n < images; ++n) select_image(n, draw(n, scratch), scratch);
+    return coords;
+  }
+  // Each thread takes the next image together with its draws, so that one draws while the others select.
+  std::mutex mutex;
+  int64_t next = 0;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch = make_scratch();
+    for (int64_t worker = begin; worker < end; ++worker) {
+      while (true) {
+        int64_t n;
+        const float* drawn;
+        {
+          const std::lock_guard<std::mutex> lock(mutex);
+          if (next == images) break;
+          n = next++;
+          drawn = draw(n, scratch);
+        }
+        select_image(n, drawn, scratch);
+      }
+    }
+  });
+  return coords;
+}
+
+}  // namespace
+}  // namespace rendseg
+
+TORCH_LIBRARY_IMPL(rendseg, CPU, m) {
+  m.impl("uncertainty", &rendseg::uncertainty_cpu);
+  m.impl("uncertain_points", &rendseg::uncertain_points_cpu);
+  m.impl("sample_uncertain_points", &rendseg::sample_uncertain_points_cpu);
+}

@@ -1,0 +1,155 @@
+"""Any folder of images and label maps.
+
+``ROOT/images`` and ``ROOT/labels`` (other names: `images`, `labels`), searched recursively; the label of
+``images/a/NAME.jpg`` is ``labels/a/NAME.png`` (other endings: `image_suffix`, `label_suffix`). The splits are
+
+* ``split: folders``: ``images/train`` and ``images/val``, and the same within ``labels``;
+* ``split: lists``: ``ROOT/train.txt`` and ``ROOT/val.txt``, one name per line, with or without extension;
+* ``split: fraction``: a random `val_fraction` of the images, drawn by `seed`.
+
+Label maps are one-channel images (grey, palette, 1 or 16 bits) whose values are classes, or are translated by
+`class_map`, e.g. ``{0: 0, 255: 1}``; or colour images translated by `color_map`, e.g. ``{"#000000": 0, "#804080":
+1}``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .base import SegmentationDataset, Split, check_pair
+from .images import IGNORE, LabelReader, find_images, read_image
+from .options import DataError, FolderOptions
+
+
+def distinct_colors(count: int) -> np.ndarray:
+    """uint8 [count, 3]: the bits of the class number spread over r, g and b (Pascal VOC's colour map)."""
+    index = np.arange(count)
+    colors = np.zeros((count, 3), np.uint8)
+    for level in range(3):
+        for channel in range(3):
+            colors[:, channel] |= (((index >> (3 * level + channel)) & 1) << (7 - level)).astype(np.uint8)
+    return colors
+
+
+def _parse_colors(color_map: dict[str, int]) -> dict[tuple[int, int, int], int]:
+    colors: dict[tuple[int, int, int], int] = {}
+    for text, label in color_map.items():
+        digits = text.strip().removeprefix("#")
+        try:
+            if len(digits) != 6:
+                raise ValueError
+            value = int(digits, 16)
+        except ValueError:
+            raise DataError(f'data.color_map: key {text!r} is no colour; write it as "#rrggbb" in quotes') from None
+        colors[(value >> 16, (value >> 8) & 255, value & 255)] = label
+    return colors
+
+
+class Folder(SegmentationDataset):
+    """See the module."""
+
+    def __init__(self, options: FolderOptions, split: Split, augment_seed: int = 0) -> None:
+        if options.class_map is not None and options.color_map is not None:
+            raise DataError("data.class_map and data.color_map exclude each other: give one of them")
+        mapping = options.class_map if options.class_map is not None else options.color_map
+        names = options.classes
+        if names is None:
+            if mapping is None:
+                raise DataError("data.classes is missing: give the number of classes or their names")
+            names = max((label for label in mapping.values() if label != IGNORE), default=-1) + 1
+        if isinstance(names, int):
+            names = [f"class {index}" for index in range(names)]
+        if not 1 <= len(names) <= IGNORE:
+            raise DataError(f"data.classes: wanted 1 to {IGNORE} classes, got {len(names)}")
+        for value, label in (mapping or {}).items():
+            if label != IGNORE and not 0 <= label < len(names):
+                key = "class_map" if options.class_map is not None else "color_map"
+                raise DataError(f"data.{key}: {value!r} -> {label} is no class (0..{len(names) - 1}, or 255 to ignore)")
+            if isinstance(value, int) and not 0 <= value <= 65535:
+                raise DataError(f"data.class_map: value {value} cannot occur in a label map (0..65535)")
+        palette = distinct_colors(len(names)) if options.palette is None else np.array(options.palette)
+        if palette.shape != (len(names), 3) or palette.min() < 0 or palette.max() > 255:
+            raise DataError(f"data.palette: wanted {len(names)} colours of three values 0..255, got {options.palette}")
+        super().__init__(options, split, names, palette, augment_seed)
+
+        ignored = options.ignore_label
+        ignore_values = () if ignored is None else (ignored,) if isinstance(ignored, int) else tuple(ignored)
+        if any(not 0 <= value <= 65535 for value in ignore_values):
+            raise DataError(f"data.ignore_label: values must be 0..65535, got {ignored}")
+        colors = _parse_colors(options.color_map) if options.color_map is not None else None
+        self._reader = LabelReader(self.num_classes, options.class_map, colors, ignore_values)
+        self._root = Path(options.root).expanduser()
+        if not self._root.is_dir():
+            raise DataError(f"{self._root}: no such folder; set data.root to the folder that holds {options.images}/")
+        self._image_folder = self._root / options.images
+        self._label_folder = self._root / options.labels
+        for folder, key in ((self._image_folder, "images"), (self._label_folder, "labels")):
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder; create it or set data.{key} to its name in data.root")
+        self._images = self._choose(options, split)
+        self._labels = [self._label_path(path, options) for path in self._images]
+        if options.cache:
+            self.keep_in_memory()
+
+    def _choose(self, options: FolderOptions, split: Split) -> list[Path]:
+        part = options.train if split == "train" else options.val
+        if options.split == "folders":
+            folder = self._image_folder / part
+            if not folder.is_dir():
+                raise DataError(
+                    f"{folder}: no such folder; name it in data.{split}, or set data.split to lists or fraction"
+                )
+            return self._with_suffix(find_images(folder, recursive=True), folder, options)
+        paths = self._with_suffix(find_images(self._image_folder, recursive=True), self._image_folder, options)
+        if options.split == "fraction":
+            if len(paths) < 2:
+                raise DataError(f"{self._image_folder}: holds one image, too few to divide; use data.split: lists")
+            order = np.random.default_rng(options.seed).permutation(len(paths))
+            count = min(max(1, round(len(paths) * options.val_fraction)), len(paths) - 1)
+            chosen = order[:count] if split == "val" else order[count:]
+            return [paths[index] for index in sorted(chosen)]
+        listing = self._root / part
+        if not listing.is_file() and listing.with_name(listing.name + ".txt").is_file():
+            listing = listing.with_name(listing.name + ".txt")
+        if not listing.is_file():
+            raise DataError(f"{listing}: no such list file of image names; create it or name it in data.{split}")
+        known: dict[str, Path] = {}
+        for path in paths:
+            relative = path.relative_to(self._image_folder)
+            known[relative.as_posix()] = known[relative.with_suffix("").as_posix()] = path
+        names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+        names = [name for name in names if name and not name.startswith("#")]
+        if not names:
+            raise DataError(f"{listing}: the list is empty; write one image name per line")
+        for name in names:
+            if name not in known:
+                raise DataError(f"{listing}: {name!r} is not in {self._image_folder}; correct the list")
+        return [known[name] for name in names]
+
+    @staticmethod
+    def _with_suffix(paths: list[Path], folder: Path, options: FolderOptions) -> list[Path]:
+        chosen = [path for path in paths if path.stem.endswith(options.image_suffix)]
+        if not chosen:
+            raise DataError(f"{folder}: no image name ends in data.image_suffix {options.image_suffix!r}; correct it")
+        return chosen
+
+    def _label_path(self, image: Path, options: FolderOptions) -> Path:
+        relative = image.relative_to(self._image_folder)
+        stem = relative.stem.removesuffix(options.image_suffix) if options.image_suffix else relative.stem
+        label = self._label_folder / relative.with_name(stem + options.label_suffix)
+        if not label.is_file():
+            raise DataError(f"{image}: image without label map, {label} is missing; add it or remove the image")
+        return label
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def sample_name(self, index: int) -> str:
+        return "_".join(self._images[index].relative_to(self._image_folder).with_suffix("").parts)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = read_image(self._images[index]), self._reader(self._labels[index])
+        check_pair(image.shape, label.shape, self._images[index], self._labels[index])
+        return image, label

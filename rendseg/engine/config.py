@@ -1,0 +1,372 @@
+"""The YAML configuration as types: every key with its meaning, unknown keys refused with the nearest known one.
+
+``load_config(path, ["train.optimizer.lr=0.02"])`` reads a file, applies dotted overrides (the part after ``=`` is
+YAML), expands ``${NAME}`` and ``${NAME:-default}`` from the environment in every string, and resolves a relative
+``data.root`` against the folder of the file, then against the current folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the file or the option, the key, and what is wanted."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class OptimizerConfig(Section):
+    """Stochastic gradient descent and its parameter groups."""
+
+    name: Literal["sgd"] = Field(default="sgd", description="the optimizer; stochastic gradient descent")
+    lr: Positive = Field(default=0.01, description="base learning rate, the schedule's highest value")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum")
+    nesterov: bool = Field(default=False, description="Nesterov momentum")
+    weight_decay: NonNegative = Field(default=1e-4, description="L2 penalty")
+    head_lr_factor: Positive = Field(
+        default=1.0, description="learning rate of everything outside the backbone, as a factor"
+    )
+    no_decay_on_norm: bool = Field(default=False, description="no weight decay on biases and on parameters of norms")
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: true needs momentum > 0")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over iterations; the formula is ``rendseg.engine.train.learning_rate``."""
+
+    name: Literal["poly", "constant"] = Field(
+        default="poly", description="poly: (1 - t/T)^power; constant: lr throughout"
+    )
+    power: Positive = Field(default=0.9, description="exponent of poly")
+    min_lr: NonNegative = Field(default=0.0, description="learning rate at the end")
+    warmup_iterations: NonNegativeInt = Field(default=0, description="iterations of linear warm-up; 0: none")
+    warmup_factor: float = Field(
+        default=0.1, ge=0, le=1, description="the warm-up begins at this share of the schedule"
+    )
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    iterations: PositiveInt = Field(description="optimizer steps of the whole run")
+    batch_size: PositiveInt = Field(default=4, description="images per process and forward pass")
+    gradient_accumulation: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="see OptimizerConfig")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="see ScheduleConfig")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="arithmetic of the forward pass; bf16 and fp16 by autocast, fp16 (GPU) with loss scaling",
+    )
+    clip_grad_norm: Positive | None = Field(
+        default=None, description="largest norm of all gradients together; null: no limit"
+    )
+    num_workers: NonNegativeInt = Field(
+        default=2, description="processes that prepare images; 0: in the training process"
+    )
+    log_every: PositiveInt = Field(
+        default=20, description="iterations between rows of metrics.json and TensorBoard scalars"
+    )
+    eval_every: NonNegativeInt = Field(default=0, description="iterations between evaluations; 0: only after the last")
+    checkpoint_every: PositiveInt = Field(default=500, description="iterations between checkpoints")
+    keep_checkpoints: NonNegativeInt = Field(
+        default=1, description="numbered checkpoints (iteration_*.pt) kept besides last.pt and best.pt"
+    )
+    time_limit_minutes: Positive | None = Field(
+        default=None,
+        description="stop after this much training time, all resumptions together, save and evaluate; null: none",
+    )
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard scalars and images to <run folder>/tensorboard"
+    )
+
+
+class EvalConfig(Section):
+    """Evaluation on the validation split, after training and by `rendseg eval`."""
+
+    batch_size: PositiveInt = Field(default=1, description="images of one size that are predicted together")
+    num_workers: NonNegativeInt = Field(default=2, description="processes that read images")
+    limit: PositiveInt | None = Field(default=None, description="evaluate only the first so many images; null: all")
+    boundary_ratio: Positive = Field(
+        default=0.02,
+        description="width of the band of boundary IoU, as a share of the image diagonal (at least one pixel)",
+    )
+    best: Literal["miou", "boundary_iou", "pixel_accuracy"] = Field(
+        default="miou", description="the refined prediction's metric that chooses best.pt"
+    )
+    pictures: NonNegativeInt = Field(default=4, description="side-by-side pictures written to <run folder>/pictures")
+
+
+class OutputConfig(Section):
+    """Where a run is written."""
+
+    dir: str = Field(default="runs", description="parent folder of runs, relative to the current folder")
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="name of the run and of its folder")
+    seed: NonNegativeInt = Field(
+        default=0, description="seed of weights, order of the data, augmentation and point sampling"
+    )
+    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator if there is one; cpu")
+    resume: str = Field(
+        default="auto",
+        description="auto: continue if the run folder holds a checkpoint of the same configuration; never: begin "
+        "anew and replace what the run folder holds; or the path of a checkpoint to continue from",
+    )
+    model: dict[str, Any] = Field(description="the network; its keys are the fields of rendseg.models.ModelOptions")
+    data: dict[str, Any] = Field(description="the images; its keys are the fields of the options in rendseg.data")
+    train: TrainConfig = Field(description="see TrainConfig")
+    eval: EvalConfig = Field(default=EvalConfig(), description="see EvalConfig")
+    output: OutputConfig = Field(default=OutputConfig(), description="see OutputConfig")
+
+    # The models and the data sets own their options, check them and fill in what presets say.
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _resolved_model(cls, value: Any) -> Any:
+        from rendseg.models import parse_options
+
+        try:
+            return _plain(dataclasses.asdict(parse_options(value)))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _resolved_data(cls, value: Any) -> Any:
+        from rendseg.data import parse_options
+
+        return _plain(dataclasses.asdict(parse_options(value)))  # a DataError is a ValueError
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run."""
+        return Path(self.output.dir) / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, numbers and strings: what YAML and a checkpoint hold."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that ``load_config`` reads back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples throughout, as YAML has it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error (plain YAML silently keeps the second)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Read, override, expand, validate and resolve a configuration; ``ConfigError`` says what is wrong and where."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {path}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
+    return build_config(content, overrides, source=str(path), folder=path.resolve().parent)
+
+
+def build_config(
+    content: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "configuration", folder: Path | None = None
+) -> Config:
+    """The ``Config`` of a plain mapping; ``source`` is named in errors, ``folder`` is where relative roots begin."""
+    values: dict[str, Any] = _copy(content)
+    overridden = [_apply(values, override) for override in overrides]
+    values = _expand(values, source)
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("root"), str):
+        data["root"] = _resolve(data["root"], folder)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source, overridden)) from error
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy of mappings and lists that shares nothing with a YAML document's anchors."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _apply(content: dict[str, Any], override: str) -> str:
+    """Set ``a.b.c=value`` in ``content``; returns the dotted key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"an override is written key=value with a dotted key, got {override!r}")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not YAML: {_one_line(error)}") from error
+    *parents, last = key.split(".")
+    target: Any = content
+    for i, parent in enumerate(parents):
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise ConfigError(f"{override!r}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    target[last] = value
+    return key
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, source: str) -> Any:
+    """Replace ``${NAME}`` and ``${NAME:-default}`` in all strings of a nested structure."""
+    if isinstance(value, dict):
+        return {key: _expand(item, source) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, source) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if (found := os.environ.get(name)) or default is not None:
+            return found or default
+        raise ConfigError(f"{source}: the environment variable {name} of {value!r} is not set")
+
+    return _VARIABLE.sub(variable, value)
+
+
+def _resolve(root: str, folder: Path | None) -> str:
+    path = Path(root).expanduser()
+    for base in (folder, Path.cwd()):
+        if base is not None and (base / path).exists():
+            return str((base / path).resolve())
+    return os.path.abspath(path)
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
+    """All problems of a configuration, one per line; unknown keys first because they often cause the rest."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    lines = []
+    for problem in problems:
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location)
+        where = "on the command line" if any(_within(key, o) for o in overridden) else f"in {source}"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r} {where}{_nearest(location)}")
+        elif problem["type"] == "missing":
+            lines.append(f"the key {key!r} is missing in {source}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if key in ("model", "data"):  # checked by their owners, whose messages name the key
+                lines.append(f"{message} ({where})")
+                continue
+            got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
+            lines.append(f"{key} {where}: {message[:1].lower() + message[1:]}{got}" if key else f"{source}: {message}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _within(key: str, override: str) -> bool:
+    return key == override or key.startswith(override + ".") or override.startswith(key + ".")
+
+
+def _nearest(location: list[str]) -> str:
+    """``"; did you mean ...?"`` from the keys of the same section, else from all keys of the configuration."""
+    section: Any = Config
+    for part in location[:-1]:
+        if part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    everywhere = all_keys(Config)
+    same = [key for key in everywhere if key.split(".")[-1] == location[-1]]
+    if same:
+        return f"; there is {same[0]!r}"
+    near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+    if near:
+        return f"; the nearest is {'.'.join([*location[:-1], near[0]])!r}"
+    tails = {key.split(".")[-1]: key for key in everywhere}
+    near = difflib.get_close_matches(location[-1], tails, n=1, cutoff=0.6)
+    nearest = f"; the nearest is {tails[near[0]]!r}" if near else ""
+    return nearest or f"; known here: {', '.join(section.model_fields)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a section and the sections in it."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys += all_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """``(dotted key, value in one, value in other)`` wherever two plain configurations differ."""
+    result: list[tuple[str, Any, Any]] = []
+    for key in [*one, *(k for k in other if k not in one)]:
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            result += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            result.append((prefix + key, a, b))
+    return result
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

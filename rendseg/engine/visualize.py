@@ -1,0 +1,365 @@
+"""Pictures of predictions: colour maps, overlays, coarse and refined side by side, and a boundary enlarged.
+
+Images are PIL images, or uint8 arrays or tensors ``[H, W, 3]`` or ``[H, W]``; :func:`to_uint8` undoes the
+normalisation of a batch. Label maps are integer arrays or tensors ``[H, W]``; what lies outside the palette (255:
+ignored) is left without colour. A palette is uint8 ``[C, 3]``. Points are coordinates ``(x, y)`` in [0, 1] as
+everywhere in rendseg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ImageLike = Image.Image | np.ndarray | torch.Tensor
+LabelsLike = np.ndarray | torch.Tensor
+
+_PAPER = (255, 255, 255)
+_INK = (32, 32, 36)
+_VOID = (0, 0, 0)
+# Colours of the points of steps 1, 2, ...: told apart in print and by the colour-blind, and on a grey image.
+_STEPS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (120, 255, 90), (180, 130, 255))
+
+
+def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised float ``[3, H, W]`` -> uint8 ``[H, W, 3]``."""
+    values = image.detach().float().cpu()
+    scale, shift = (torch.tensor(list(v), dtype=torch.float32)[:, None, None] for v in (std, mean))
+    return (
+        ((values * scale + shift) * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    )
+
+
+def _pixels(image: ImageLike) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.array(image.convert("RGB"))
+    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"image must be uint8 [H, W, 3] or a PIL image, got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def _labels(labels: LabelsLike, name: str = "labels", shape: tuple[int, int] | None = None) -> np.ndarray:
+    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if array.ndim != 2 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers [H, W], got {array.dtype} {list(array.shape)}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name} must have the size of the image, {list(shape)}, got {list(array.shape)}")
+    return array
+
+
+def _palette(palette: Any) -> np.ndarray:
+    array = np.asarray(palette)
+    if array.ndim != 2 or array.shape[1] != 3 or len(array) == 0:
+        raise ValueError(f"palette must have shape [C, 3], got {list(array.shape)}")
+    return array.astype(np.uint8)
+
+
+def colorize(labels: LabelsLike, palette: Any, void: tuple[int, int, int] = _VOID) -> np.ndarray:
+    """Labels ``[H, W]`` -> colours uint8 ``[H, W, 3]``; labels outside the palette become `void`."""
+    array, colors = _labels(labels), _palette(palette)
+    table = np.concatenate([colors, np.array([void], np.uint8)])
+    outside = (array < 0) | (array >= len(colors))
+    return table[np.where(outside, len(colors), array)]
+
+
+def contours(labels: np.ndarray) -> np.ndarray:
+    """bool ``[H, W]``: pixels whose right or lower neighbour has another label."""
+    edge = np.zeros(labels.shape, bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:-1] |= labels[:-1] != labels[1:]
+    return edge
+
+
+def overlay(
+    image: ImageLike, labels: LabelsLike, palette: Any, alpha: float = 0.55, contour: bool = False
+) -> Image.Image:
+    """The image tinted by class colours of opacity `alpha`; ignored pixels stay as they are.
+
+    With `contour`, the outlines of the classes are drawn in their full colour on top.
+    """
+    pixels, colors = _pixels(image), _palette(palette)
+    array = _labels(labels, shape=pixels.shape[:2])
+    tint = colorize(array, colors)
+    known = ((array >= 0) & (array < len(colors)))[..., None]
+    mixed = np.where(known, (1 - alpha) * pixels + alpha * tint, pixels)
+    if contour:
+        mixed = np.where(contours(array)[..., None], np.where(known, tint, 255), mixed)
+    return Image.fromarray((mixed + 0.5).astype(np.uint8))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _factor(height: int, width: int, least: int) -> int:
+    """Whole factor that enlarges an image's shorter side to about `least` pixels."""
+    return max(1, round(least / min(height, width)))
+
+
+def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
+    return array.repeat(factor, 0).repeat(factor, 1) if factor > 1 else array
+
+
+def _legend(names: Sequence[str], colors: np.ndarray, width: int, size: int) -> Image.Image:
+    """Colour boxes with names, in as many lines as the width needs."""
+    font, line, gap = _font(size), round(1.6 * size), round(1.1 * size)
+    spots, x, y = [], gap, 0
+    for index, name in enumerate(names):
+        length = round(1.4 * size + font.getlength(name))
+        if x + length > width - gap and x > gap:
+            x, y = gap, y + line
+        spots.append((x, y, index))
+        x += length + gap
+    strip = Image.new("RGB", (width, y + line + size // 2), _PAPER)
+    draw = ImageDraw.Draw(strip)
+    for x, y, index in spots:
+        draw.rectangle(
+            [x, y + size * 0.3, x + size, y + size * 1.3], fill=tuple(int(v) for v in colors[index]), outline=_INK
+        )
+        draw.text((x + 1.4 * size, y + line / 2), names[index], _INK, font, anchor="lm")
+    return strip
+
+
+def panels(
+    images: Sequence[ImageLike],
+    captions: Sequence[str],
+    columns: int | None = None,
+    legend: Image.Image | None = None,
+) -> Image.Image:
+    """Images of one size in a grid, each under its caption."""
+    arrays = [_pixels(image) for image in images]
+    height, width = arrays[0].shape[:2]
+    columns = columns or len(arrays)
+    rows = -(-len(arrays) // columns)
+    size = max(12, min(28, width // 18))
+    bar, gap = round(1.9 * size), max(4, size // 2)
+    total_width = columns * width + (columns + 1) * gap
+    total_height = rows * (height + bar) + rows * gap
+    sheet = Image.new("RGB", (total_width, total_height + (legend.height if legend else 0)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, (array, caption) in enumerate(zip(arrays, captions, strict=True)):
+        row, column = divmod(index, columns)
+        left, top = gap + column * (width + gap), row * (height + bar + gap)
+        fitted = size
+        while fitted > 8 and _font(fitted).getlength(caption) > width:
+            fitted -= 1
+        draw.text((left + width / 2, top + bar / 2), caption, _INK, _font(fitted), anchor="mm")
+        sheet.paste(Image.fromarray(array), (left, top + bar))
+    if legend:
+        sheet.paste(legend, (0, total_height))
+    return sheet
+
+
+def draw_points(
+    image: ImageLike, points: Sequence[Any] | LabelsLike, factor: int = 1, radius: float | None = None
+) -> Image.Image:
+    """The image in grey, enlarged by `factor`, with the points of each step in the step's colour.
+
+    Args:
+        image: [H, W, 3].
+        points: coords [N, 2] of one step, or a sequence of such, one per step; earlier, coarser steps are drawn on top.
+        radius: of a point, in pixels of the picture; the default covers a pixel of the image.
+    """
+    pixels = _pixels(image)
+    grey = pixels @ np.array([0.299, 0.587, 0.114])
+    canvas = _enlarge(np.repeat((40 + 0.45 * grey)[..., None], 3, 2).astype(np.uint8), factor)
+    height, width = canvas.shape[:2]
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for step, coords in reversed(list(enumerate(_steps(points)))):
+        color = _STEPS[step % len(_STEPS)]
+        reach = radius if radius is not None else max(0.5, 0.42 * factor)
+        for x, y in (coords * (width, height)).tolist():
+            if reach <= 0.5:
+                draw.point((int(min(x, width - 1)), int(min(y, height - 1))), fill=color)
+            else:
+                draw.ellipse([x - reach, y - reach, x + reach, y + reach], fill=color)
+    return picture
+
+
+def _steps(points: Any) -> list[np.ndarray]:
+    if isinstance(points, torch.Tensor | np.ndarray) and points.ndim == 2:
+        points = [points]
+    steps = []
+    for coords in points:
+        array = coords.detach().float().cpu().numpy() if isinstance(coords, torch.Tensor) else np.asarray(coords, float)
+        if array.ndim == 3 and array.shape[0] == 1:
+            array = array[0]
+        if array.ndim != 2 or array.shape[1] != 2:
+            raise ValueError(f"points must have shape [N, 2] per step, got {list(array.shape)}")
+        steps.append(array[np.isfinite(array).all(1)])
+    return steps
+
+
+def side_by_side(
+    image: ImageLike,
+    coarse_labels: LabelsLike,
+    refined_labels: LabelsLike,
+    points: Sequence[Any] | None = None,
+    label: LabelsLike | None = None,
+    palette: Any = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    uncertainty: LabelsLike | None = None,
+    alpha: float = 0.6,
+    columns: int | None = None,
+    min_size: int = 256,
+) -> Image.Image:
+    """Image, coarse and refined prediction, the points that were re-computed and the label, side by side.
+
+    Args:
+        image: [H, W, 3]; the label maps have its size.
+        coarse_labels: integer [H, W], the coarse logits enlarged and arg-maxed. refined_labels: integer [H, W].
+        points: coords per subdivision step, each [N, 2]; they are drawn on the image, or on `uncertainty`.
+        label: integer [H, W] or None.
+        palette: [C, 3].
+        class_names: adds a legend of the classes that occur.
+        uncertainty: float [H, W], a map to draw the points on; any range.
+        columns: panels per row; None: all in one row.
+        min_size: smaller images are enlarged by a whole factor to about this many pixels.
+    """
+    if palette is None:
+        raise ValueError("palette is missing: give the colours [C, 3], e.g. dataset.palette")
+    pixels, colors = _pixels(image), _palette(palette)
+    shape = (pixels.shape[0], pixels.shape[1])
+    maps = [_labels(coarse_labels, "coarse_labels", shape), _labels(refined_labels, "refined_labels", shape)]
+    factor = _factor(shape[0], shape[1], min_size)
+    big = _enlarge(pixels, factor)
+    shown: list[ImageLike] = [
+        big,
+        *(overlay(big, _enlarge(labels, factor), colors, alpha, contour=factor > 1) for labels in maps),
+    ]
+    captions = ["image", "coarse", "refined"]
+    if points is not None:
+        steps = _steps(points)
+        ground = pixels if uncertainty is None else heat(uncertainty)
+        shown.append(draw_points(ground, steps, factor))
+        captions.append(f"points chosen ({' + '.join(str(len(step)) for step in steps)})" if steps else "points chosen")
+    if label is not None:
+        truth = _labels(label, "label", shape)
+        maps.append(truth)
+        shown.append(overlay(big, _enlarge(truth, factor), colors, alpha, contour=factor > 1))
+        captions.append("label")
+    legend = None
+    if class_names is not None:
+        present = [c for c in np.unique(np.concatenate([m.ravel() for m in maps])).tolist() if 0 <= c < len(colors)]
+        width = (columns or len(shown)) * big.shape[1]
+        names = [class_names[c] if c < len(class_names) else f"class {c}" for c in present]
+        legend = _legend(names, colors[present], width, max(12, min(22, big.shape[1] // 20)))
+    return panels(shown, captions, columns, legend)
+
+
+def heat(values: LabelsLike) -> np.ndarray:
+    """Any map [H, W] -> uint8 [H, W, 3], dark to light between its 2nd and 98th percentile."""
+    array = values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, float)
+    finite = array[np.isfinite(array)]
+    low, high = np.percentile(finite, [2, 98]) if finite.size else (0.0, 1.0)
+    scaled = np.nan_to_num(np.clip((array - low) / max(high - low, 1e-12), 0, 1))
+    return np.repeat((255 * scaled).astype(np.uint8)[..., None], 3, 2)
+
+
+def best_window(
+    coarse_labels: LabelsLike,
+    refined_labels: LabelsLike,
+    label: LabelsLike | None,
+    window: int,
+    ignore_index: int = 255,
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the square in which refinement changed most (for the better, given a label)."""
+    coarse, refined = _labels(coarse_labels), _labels(refined_labels)
+    if label is None:
+        gain = (coarse != refined).astype(np.float64)
+    else:
+        truth = _labels(label)
+        gain = ((refined == truth).astype(np.float64) - (coarse == truth)) * (truth != ignore_index)
+    height, width = gain.shape
+    side = min(window, height, width)
+    total = np.pad(gain.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    top, left = divmod(int(sums.argmax()), sums.shape[1])
+    return left, top, left + side, top + side
+
+
+def boundary_zoom(
+    image: ImageLike,
+    coarse_labels: LabelsLike,
+    refined_labels: LabelsLike,
+    label: LabelsLike | None = None,
+    palette: Any = None,
+    *,
+    points: Sequence[Any] | None = None,
+    box: tuple[int, int, int, int] | None = None,
+    window: int | None = None,
+    size: int = 360,
+    alpha: float = 0.55,
+) -> Image.Image:
+    """A boundary enlarged: the image with the place marked, and that place in the coarse and the refined prediction.
+
+    Args:
+        image: [H, W, 3]; the label maps have its size.
+        label: integer [H, W]; adds a panel, and is used to choose the place.
+        palette: [C, 3].
+        points: coords per step, each [N, 2]; marked as dots in the refined panel.
+        box: (left, top, right, bottom) in pixels of the image; None: :func:`best_window`.
+        window: side of the square in that case; None: a quarter of the shorter side.
+        size: side of the panels, about.
+    """
+    if palette is None:
+        raise ValueError("palette is missing: give the colours [C, 3], e.g. dataset.palette")
+    pixels, colors = _pixels(image), _palette(palette)
+    shape = pixels.shape[:2]
+    coarse, refined = _labels(coarse_labels, "coarse_labels", shape), _labels(refined_labels, "refined_labels", shape)
+    truth = None if label is None else _labels(label, "label", shape)
+    if box is None:
+        box = best_window(coarse, refined, truth, window or max(24, min(shape) // 4))
+    left, top, right, bottom = box
+    if not (0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]):
+        raise ValueError(f"box must lie within the image {shape[1]}x{shape[0]}, got {box}")
+    factor = max(1, round(size / (bottom - top)))
+    height, width = (bottom - top) * factor, (right - left) * factor
+    part = _enlarge(pixels[top:bottom, left:right], factor)
+
+    whole = Image.fromarray(pixels)
+    scale = min(width / shape[1], height / shape[0])
+    whole = whole.resize((max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))), Image.Resampling.LANCZOS)
+    first = Image.new("RGB", (width, height), _PAPER)
+    x0, y0 = (width - whole.width) // 2, (height - whole.height) // 2
+    first.paste(whole, (x0, y0))
+    frame = [x0 + left * scale, y0 + top * scale, x0 + right * scale, y0 + bottom * scale]
+    ImageDraw.Draw(first).rectangle(frame, outline=(255, 255, 255), width=5)
+    ImageDraw.Draw(first).rectangle(frame, outline=(230, 30, 30), width=3)
+
+    def zoomed(labels: np.ndarray) -> Image.Image:
+        large = _enlarge(labels[top:bottom, left:right], factor)
+        picture = np.array(overlay(part, large, colors, alpha))
+        line = max(1, factor // 6)
+        edge = contours(large)
+        for axis in (0, 1):  # a line of `line` pixels: the contour moved and united with itself
+            for step in range(1, line):
+                edge |= np.roll(contours(large), -step, axis)
+        picture[edge] = _PAPER
+        return Image.fromarray(picture)
+
+    last = zoomed(refined)
+    shown: list[ImageLike] = [first, part, zoomed(coarse), last]
+    captions = ["image", "enlarged", "coarse", "refined"]
+    if points is not None:
+        draw = ImageDraw.Draw(last)
+        reach = max(1.0, factor / 7)
+        for coords in _steps(points):
+            for x, y in (coords * (shape[1], shape[0])).tolist():
+                px, py = (x - left) * factor, (y - top) * factor
+                if 0 <= px < width and 0 <= py < height:
+                    draw.ellipse([px - reach, py - reach, px + reach, py + reach], fill=(20, 20, 20))
+        captions[3] = "refined, points computed"
+    if truth is not None:
+        shown.append(zoomed(truth))
+        captions.append("label")
+    return panels(shown, captions)

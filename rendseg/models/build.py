@@ -1,0 +1,38 @@
+"""A model from a plain mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .backbones import create_backbone
+from .options import ModelOptions, parse_options
+from .pointrend import PointRend
+from .registry import build_decoder
+from .segmenter import Segmenter
+
+
+def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> Segmenter:
+    """The model that the ``model`` section of a configuration describes; see ``rendseg.models.options`` for keys and
+    defaults.
+
+    Errors: ``ValueError`` for unknown keys (naming the nearest), values and combinations; ``TypeError`` for values of
+    the wrong type; those of :func:`create_backbone`.
+    """
+    options = parse_options(config)
+    backbone = create_backbone(options.backbone)
+    decoder = build_decoder(options.decoder, backbone, num_classes)
+    if options.name == "segmenter":
+        switches = options.pointrend
+        return Segmenter(
+            backbone,
+            decoder,
+            loss=options.loss,
+            align_corners=switches.upsample_align_corners,
+            coarse_loss_mean=switches.coarse_loss_mean,
+            coarse_loss_at=switches.coarse_loss_at,
+            channels_last=options.channels_last,
+        )
+    return PointRend(
+        backbone, decoder, options=options.pointrend, loss=options.loss, channels_last=options.channels_last
+    )

@@ -1,0 +1,52 @@
+"""What a decoder is: coarse logits and named feature maps. N images, C classes, h w size of the coarse map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class DecoderOutput(NamedTuple):
+    """``coarse [N, C, h, w]`` logits; ``features``: named maps; ``extra``: whatever :meth:`Decoder.extra_losses`
+    needs."""
+
+    coarse: Tensor
+    features: dict[str, Tensor]
+    extra: dict[str, Tensor]
+
+
+class Decoder(nn.Module):
+    """Base of every decoder that :class:`rendseg.models.PointRend` and :class:`rendseg.models.Segmenter` wrap.
+
+    A subclass sets ``num_classes``, ``stride`` (of the coarse logits), ``feature_channels`` and ``feature_strides`` (of
+    the maps it adds to the backbone's, by name), and, where the decoder needs image sizes that are a multiple of
+    something beyond its stride, ``size_divisor``. All parameters take part in every training step, or DDP would wait.
+    """
+
+    num_classes: int
+    stride: int
+    size_divisor: int = 1
+    feature_channels: dict[str, int]
+    feature_strides: dict[str, int]
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self.feature_channels = {}
+        self.feature_strides = {}
+
+    def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
+        """``features``: the backbone's maps by name."""
+        raise NotImplementedError
+
+    def extra_losses(self, output: DecoderOutput, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+        """Losses of the decoder's own (auxiliary heads, semantic encoding), already weighted; none by default.
+
+        ``labels [N, H, W]`` int64 of the padded image. Each must be exactly 0, with a graph, when all labels are
+        ignored.
+        """
+        return {}

@@ -1,0 +1,184 @@
+"""PointRend around any decoder: PointRend (Kirillov et al. 2020). B images, C classes, H W their size, P points."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn.point_head import PointHead
+from .backbones import Backbone
+from .decoder import Decoder
+from .losses import segmentation_loss
+from .options import LossOptions, PointRendOptions, check_pointrend, num_points, pointrend_options
+from .segmenter import SegmentationOutput, Segmenter, _argmax
+
+SCALE = 2  # of one subdivision step
+
+
+class PointRend(Segmenter):
+    """Wraps ``decoder`` with training on uncertain points (section 3.2) and refinement at inference (section 3.1).
+
+    ``head`` maps ``(fine [N, Cf, P], coarse [N, C, P]) -> [N, C, P]``; ``None`` makes the ``PointHead`` that the
+    options describe. ``options`` is a preset's name or a full set of switches; further keyword arguments override
+    single switches.
+
+    ``forward(images, labels)`` -> ``{"loss_coarse", "loss_point", ...}``, scalars, weighted, exactly 0 with a graph
+    where every label is ignored; ``forward(images)`` in evaluation mode and :meth:`predict` ->
+    :class:`SegmentationOutput`, refined to exactly the padded image and cropped. The number of steps follows from the
+    coarse stride (4 -> 1: two of factor 2). Dtypes and errors as in :class:`Segmenter`.
+    """
+
+    refines = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decoder: Decoder,
+        head: nn.Module | None = None,
+        *,
+        options: PointRendOptions | str = "rendseg",
+        loss: LossOptions | None = None,
+        channels_last: bool = False,
+        **switches: Any,
+    ) -> None:
+        if isinstance(options, str):
+            options = pointrend_options(options, **switches)
+        elif switches:
+            options = pointrend_options(**{**dataclasses.asdict(options), **switches})
+        check_pointrend(options)
+        super().__init__(
+            backbone,
+            decoder,
+            loss=loss,
+            align_corners=options.upsample_align_corners,
+            coarse_loss_mean=options.coarse_loss_mean,
+            coarse_loss_at=options.coarse_loss_at,
+            channels_last=channels_last,
+        )
+        self.options = options
+        channels = {**dict(zip(backbone.names, backbone.channels, strict=True)), **decoder.feature_channels}
+        strides = {**dict(zip(backbone.names, backbone.strides, strict=True)), **decoder.feature_strides}
+        unknown = [name for name in options.point_features if name not in channels]
+        if unknown:
+            raise ValueError(
+                f"point_features must name maps of the backbone or decoder ({', '.join(channels)}), got {unknown}"
+            )
+        self.coarse_stride = options.coarse_stride or decoder.stride
+        self.steps = _steps(self.coarse_stride, options.steps)
+        self.left_over = self.coarse_stride // SCALE**self.steps  # factor of the final bilinear upsampling
+        # Coordinates are relative to the padded image, so every map that is sampled has to cover exactly that.
+        sampled = [strides[name] for name in options.point_features]
+        self.size_divisor = math.lcm(self.size_divisor, self.coarse_stride, *sampled)
+        if head is None:
+            head = PointHead(
+                sum(channels[name] for name in options.point_features),
+                decoder.num_classes,
+                options.hidden_channels,
+                options.num_layers,
+                options.coarse_each_layer,
+                options.coarse_first,
+                options.init,
+            )
+        self.head = head
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        labels = self._check_labels(images, labels)
+        images, labels = self._pad(images, labels)
+        output, maps = self._features(images)
+        coarse = self._coarse(output, images)
+        losses = self._losses(coarse, output, labels)
+        options = self.options
+        coords = ops.sample_uncertain_points(
+            coarse.detach(),
+            num_points(options.train_points, images.shape[2], images.shape[3]),
+            options.oversample_ratio,
+            options.importance_ratio,
+            padding_mode=options.padding_mode,
+            align_corners=options.sampling_align_corners,
+        )
+        logits = self._point_logits([maps[name] for name in options.point_features], coarse, coords)
+        value = segmentation_loss(
+            logits,
+            ops.point_labels(labels, coords, self.loss.ignore_index),
+            class_weights=self.class_weights,
+            ignore_index=self.loss.ignore_index,
+            mean=options.point_loss_mean,
+        )
+        losses["loss_point"] = self.loss.point_weight * value
+        return losses
+
+    def _point_logits(self, fine: list[Tensor], coarse: Tensor, coords: Tensor) -> Tensor:
+        sampling = {"padding_mode": self.options.padding_mode, "align_corners": self.options.sampling_align_corners}
+        return self.head(
+            ops.point_sample(fine[0] if len(fine) == 1 else fine, coords, **sampling),  # type: ignore[arg-type]
+            ops.point_sample(coarse, coords, **sampling),  # type: ignore[arg-type]
+        )
+
+    def _predict(self, images: Tensor, output: str, return_points: bool) -> SegmentationOutput:
+        height, width = images.shape[-2:]
+        images, _ = self._pad(images)
+        decoded, maps = self._features(images)
+        coarse = self._coarse(decoded, images)
+        fine = [maps[name] for name in self.options.point_features]
+        count = num_points(self.options.inference_points, images.shape[2], images.shape[3])
+        points: list[Tensor] | None = None
+        as_labels = output == "labels" and self.left_over == 1
+        if return_points or self.options.sampling_align_corners:
+            refined, points = self._refine_stepwise(coarse, fine, count)
+            if as_labels:
+                refined = _argmax(refined)
+            if return_points:
+                points = [p * p.new_tensor([images.shape[3] / width, images.shape[2] / height]) for p in points]
+            else:
+                points = None
+        else:
+            refined = ops.refine(
+                coarse,
+                fine if len(fine) > 1 else fine[0],
+                self.head,
+                steps=self.steps,
+                num_points=count,
+                coarse_source=self.options.coarse_source,
+                scale_factor=SCALE,
+                align_corners=self.options.upsample_align_corners,
+                padding_mode=self.options.padding_mode,
+                output="labels" if as_labels else "logits",
+            )
+        if not as_labels:
+            refined = self._enlarge(refined, self.left_over)
+        refined = refined[..., :height, :width]
+        if output == "labels":
+            return SegmentationOutput(coarse, None, refined if as_labels else _argmax(refined), points)
+        return SegmentationOutput(coarse, refined, None, points)
+
+    def _refine_stepwise(self, coarse: Tensor, fine: list[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+        """What ``ops.refine`` computes, one op at a time: where the points, or ``sampling_align_corners``, are asked
+        for."""
+        current, points = coarse, []
+        for _ in range(self.steps):
+            source = coarse if self.options.coarse_source == "original" else current
+            enlarged, indices, coords = ops.subdivide(current, count, SCALE, self.options.upsample_align_corners)
+            assert enlarged is not None
+            values = self._point_logits(fine, source, coords)
+            current = ops.scatter_points(enlarged, indices, values.to(enlarged.dtype))
+            points.append(coords)
+        return current, points
+
+
+def _steps(stride: int, steps: int | None) -> int:
+    """The number of doublings from ``stride`` to 1, or the checked ``steps``."""
+    if steps is None:
+        steps = stride.bit_length() - 1
+        if 2**steps != stride:
+            raise ValueError(
+                f"coarse logits of stride {stride} cannot be doubled to stride 1: set coarse_stride to a power of two"
+            )
+    elif stride % SCALE**steps:
+        raise ValueError(
+            f"{steps} steps of x{SCALE} do not fit coarse logits of stride {stride}: they would not end at the image"
+        )
+    return steps

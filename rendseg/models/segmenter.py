@@ -1,0 +1,202 @@
+"""Backbone and decoder as a segmentation model, without point refinement. B images, C classes, H W their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbones import Backbone
+from .decoder import Decoder, DecoderOutput
+from .losses import segmentation_loss
+from .options import LossOptions
+
+
+class SegmentationOutput(NamedTuple):
+    """What a model answers in evaluation mode.
+
+    coarse
+        ``[B, C, h, w]`` logits of the padded image; :meth:`Segmenter.upsample` brings them to the image.
+    refined
+        ``[B, C, H, W]`` logits of the image (of a plain ``Segmenter``: the coarse ones, upsampled); ``None`` with
+        ``output="labels"``.
+    labels
+        ``[B, H, W]`` uint8 (int16 beyond 256 classes) with ``output="labels"``, else ``None``.
+    points
+        with ``return_points``: one ``[B, P, 2]`` per subdivision step, ``(x, y)`` relative to the image (a point in the
+        padding lies above 1); else ``None``.
+    """
+
+    coarse: Tensor
+    refined: Tensor | None = None
+    labels: Tensor | None = None
+    points: list[Tensor] | None = None
+
+
+class Segmenter(nn.Module):
+    """A backbone and a decoder; logits are upsampled bilinearly.
+
+    ``forward(images [B, C_in, H, W], labels [B, H, W])`` -> ``{"loss_coarse": scalar, ...}`` (weighted: their sum is
+    the objective); ``forward(images)`` in evaluation mode -> :class:`SegmentationOutput`. Any image size: images are
+    padded with zeros (labels with ``ignore_index``) right and below as the network needs, results are cropped back.
+
+    Dtypes: floating images, integer labels. Under autocast the network runs in its dtype; logits are widened to float32
+    before upsampling, losses and selection. Errors: ``ValueError`` and ``TypeError`` for shapes and dtypes that do not
+    fit.
+    """
+
+    refines = False
+    """Whether the model refines points: whether ``refined`` is more than the upsampled ``coarse``."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decoder: Decoder,
+        *,
+        loss: LossOptions | None = None,
+        align_corners: bool = False,
+        coarse_loss_mean: str = "valid",
+        coarse_loss_at: str = "image",
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+        self.num_classes = decoder.num_classes
+        self.loss = loss or LossOptions()
+        self.align_corners = align_corners
+        self.coarse_loss_mean = coarse_loss_mean
+        self.coarse_loss_at = coarse_loss_at
+        self.channels_last = channels_last
+        self.coarse_stride = decoder.stride
+        self.class_weights: Tensor | None
+        weights = self.loss.class_weights
+        if weights is not None:
+            if len(weights) != self.num_classes:
+                raise ValueError(
+                    f"class_weights must hold one weight per class ({self.num_classes}), got {len(weights)}"
+                )
+            if not all(0 <= w < math.inf for w in weights):
+                raise ValueError(f"class_weights must be finite and not negative, got {list(weights)}")
+        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        self.size_divisor = math.lcm(self.coarse_stride, decoder.size_divisor, backbone.size_divisor)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor] | SegmentationOutput:
+        if labels is not None:
+            return self.losses(images, labels)
+        if self.training:
+            raise ValueError("labels are needed in training mode; call eval() to predict")
+        return self._predict(images, "logits", False)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, output: str = "logits", return_points: bool = False) -> SegmentationOutput:
+        """Segment ``images [B, C_in, H, W]`` without gradients.
+
+        ``output="labels"`` gives the label map and never allocates full-size logits where the steps reach stride 1; it
+        equals the argmax of ``output="logits"``. Errors: ``RuntimeError`` in training mode.
+        """
+        if self.training:
+            raise RuntimeError("predict needs evaluation mode: call eval() first")
+        if output not in ("logits", "labels"):
+            raise ValueError(f"output must be one of logits, labels, got {output!r}")
+        return self._predict(images, output, return_points)
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The training losses; call the model itself, so that DDP sees it."""
+        labels = self._check_labels(images, labels)
+        images, labels = self._pad(images, labels)
+        output, _ = self._features(images)
+        return self._losses(self._coarse(output, images), output, labels)
+
+    def upsample(self, coarse: Tensor, size: Sequence[int]) -> Tensor:
+        """Coarse logits ``[B, C, h, w]`` of the padded image, upsampled bilinearly and cropped to ``size`` (height,
+        width)."""
+        return self._enlarge(coarse, self.coarse_stride)[:, :, : size[0], : size[1]]
+
+    # ---- parts
+
+    def _losses(self, coarse: Tensor, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
+        if self.coarse_loss_at == "image":
+            logits, at = self._enlarge(coarse, self.coarse_stride), labels
+        else:
+            half = self.coarse_stride // 2
+            logits, at = coarse, labels[:, half :: self.coarse_stride, half :: self.coarse_stride]
+        value = segmentation_loss(
+            logits,
+            at,
+            class_weights=self.class_weights,
+            ignore_index=self.loss.ignore_index,
+            mean=self.coarse_loss_mean,
+        )
+        losses = {"loss_coarse": self.loss.coarse_weight * value}
+        losses.update(self.decoder.extra_losses(output, labels, self.loss.ignore_index))
+        return losses
+
+    def _predict(self, images: Tensor, output: str, return_points: bool) -> SegmentationOutput:
+        height, width = images.shape[-2:]
+        images, _ = self._pad(images)
+        decoded, _ = self._features(images)
+        coarse = self._coarse(decoded, images)
+        logits = self.upsample(coarse, (height, width))
+        points: list[Tensor] | None = [] if return_points else None
+        if output == "labels":
+            return SegmentationOutput(coarse, None, _argmax(logits), points)
+        return SegmentationOutput(coarse, logits, None, points)
+
+    def _features(self, images: Tensor) -> tuple[DecoderOutput, dict[str, Tensor]]:
+        """The decoder's output, and every named map: the backbone's and the decoder's."""
+        maps = dict(zip(self.backbone.names, self.backbone(images), strict=True))
+        output = self.decoder(maps)
+        return output, {**maps, **output.features}
+
+    def _coarse(self, output: DecoderOutput, images: Tensor) -> Tensor:
+        """The coarse logits in float32 (float64), of exactly the padded size over the coarse stride."""
+        coarse = output.coarse
+        if coarse.dtype in (torch.float16, torch.bfloat16):
+            coarse = coarse.float()
+        size = (images.shape[2] // self.coarse_stride, images.shape[3] // self.coarse_stride)
+        if tuple(coarse.shape[2:]) != size:
+            coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
+        # The softmax over channels and the selection read planes; reordering is cheap here, before upsampling.
+        return coarse.contiguous()
+
+    def _enlarge(self, coarse: Tensor, factor: int) -> Tensor:
+        if factor == 1:
+            return coarse
+        size = (coarse.shape[2] * factor, coarse.shape[3] * factor)
+        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
+
+    def _check_labels(self, images: Tensor, labels: Tensor) -> Tensor:
+        if labels.dim() != 3 or labels.shape[0] != images.shape[0] or labels.shape[1:] != images.shape[2:]:
+            wanted = [images.shape[0], *images.shape[2:]]
+            raise ValueError(f"labels must have shape [B, H, W] = {wanted} as in images, got {list(labels.shape)}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be an integer tensor, got {labels.dtype}")
+        return labels.long()
+
+    def _pad(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (and labels) padded right and below to a multiple of ``size_divisor``."""
+        if images.dim() != 4 or images.shape[1] != self.backbone.in_chans:
+            raise ValueError(f"images must have shape [B, {self.backbone.in_chans}, H, W], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, got {images.dtype}")
+        height, width = images.shape[2:]
+        if height == 0 or width == 0:
+            raise ValueError(f"images must have at least one pixel, got shape {list(images.shape)}")
+        pad = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
+        if any(pad):
+            images = F.pad(images, pad)
+            labels = None if labels is None else F.pad(labels, pad, value=self.loss.ignore_index)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels if labels is not None else images.new_empty(0)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)

@@ -1,0 +1,142 @@
+"""SemanticFPN: Panoptic Feature Pyramid Networks (Kirillov et al. 2019), section 3.1, semantic segmentation branch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.conv import ConvNorm
+from ..nn.fpn import FPN, upsample_to
+from .backbones import Backbone
+from .decoder import Decoder, DecoderOutput
+from .options import SemanticFPNOptions
+from .registry import register_decoder
+
+
+class _Upsample(nn.Module):
+    """x2, cropped to ``size`` when one is given."""
+
+    def __init__(self, align_corners: bool) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if self.align_corners or size is None:
+            size = size or (2 * x.shape[2], 2 * x.shape[3])
+            return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)
+        return upsample_to(x, 2, size)
+
+
+class SemanticFPN(Decoder):
+    """A feature pyramid, one head per level that brings it to the finest stride, their sum, and a 1x1 predictor.
+
+    ``forward(features)`` -> coarse logits ``[N, num_classes, H/s, W/s]`` (``s`` the stride of the finest level, 4 for
+    ``c2`` .. ``c5``) and the pyramid's maps ``p2`` .. ``p5``. The head of a level is a 3x3 convolution with ``norm``
+    and ReLU for each doubling that it needs (at least one), each followed by a bilinear doubling. Modules are called
+    ``fpn`` (``fpn_lateral2``, ``fpn_output2``, ...), ``p2`` .. ``p5`` and ``predictor``. Image sizes need not be
+    multiples of the strides. Under autocast the convolutions run in its dtype.
+
+    ``level_order="coarse_first"`` reproduces PaddleSeg's PointRend, whose pyramid answers from coarse to fine but whose
+    heads assume fine to coarse: the coarsest level sets the stride of the logits, and finer levels are enlarged even
+    more and then resized down to it. It costs much memory and is there only to run networks trained that way.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[str, int],
+        strides: Mapping[str, int],
+        num_classes: int,
+        *,
+        channels: int = 256,
+        head_channels: int = 128,
+        norm: str = "gn",
+        neck_norm: str = "none",
+        top_down: str = "nearest",
+        align_corners: bool = False,
+        level_order: str = "fine_first",
+        levels: Sequence[str] = ("c2", "c3", "c4", "c5"),
+    ) -> None:
+        super().__init__(num_classes)
+        if level_order not in ("fine_first", "coarse_first"):
+            raise ValueError(f"level_order must be fine_first or coarse_first, got {level_order!r}")
+        unknown = [name for name in levels if name not in in_channels]
+        if unknown or not levels:
+            raise ValueError(f"levels must name maps of the backbone ({', '.join(in_channels)}), got {list(levels)}")
+        self.levels = tuple(levels)
+        self.outputs = tuple("p" + name[1:] for name in levels)
+        self.align_corners = align_corners
+        self.reversed = level_order == "coarse_first"
+        level_strides = [strides[name] for name in levels]
+        self.fpn = FPN(
+            [in_channels[name] for name in levels],
+            level_strides,
+            channels,
+            names=[name[1:] for name in levels],
+            norm=neck_norm,
+            top_down=top_down,
+        )
+        self.feature_channels = dict.fromkeys(self.outputs, channels)
+        self.feature_strides = dict(zip(self.outputs, level_strides, strict=True))
+        ladder = self.outputs[::-1] if self.reversed else self.outputs
+        self.stride = self.feature_strides[ladder[0]]
+        if self.reversed:  # the resize to the common size is only in place when every level covers the same area
+            self.size_divisor = max(level_strides)
+        for i, name in enumerate(ladder):
+            # PaddleSeg counts the doublings from the nominal strides 4, 8, 16, 32, whatever the maps really are.
+            ratio = 2**i if self.reversed else self.feature_strides[name] // self.stride
+            doublings = round(math.log2(ratio))
+            if 2**doublings != ratio:
+                raise ValueError(f"the strides of the levels must differ by powers of two, got {level_strides}")
+            modules: list[nn.Module] = []
+            width = channels
+            for _ in range(max(1, doublings)):
+                modules.append(ConvNorm(width, head_channels, 3, norm=norm))
+                width = head_channels
+                if doublings:
+                    modules.append(_Upsample(align_corners))
+            self.add_module(name, nn.Sequential(*modules))
+        self.predictor = nn.Conv2d(head_channels, num_classes, 1)
+        nn.init.normal_(self.predictor.weight, std=0.01)
+        nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
+        maps = dict(zip(self.outputs, self.fpn([features[name] for name in self.levels]), strict=True))
+        ladder = self.outputs[::-1] if self.reversed else self.outputs
+        height, width = maps[ladder[0]].shape[2:]
+        total: Tensor | None = None
+        for name in ladder:
+            x = maps[name]
+            stride = self.feature_strides[name] // self.stride
+            for module in getattr(self, name):
+                if not isinstance(module, _Upsample):
+                    x = module(x)
+                elif self.reversed:
+                    x = module(x)
+                else:
+                    stride //= 2
+                    x = module(x, (-(-height // stride), -(-width // stride)))
+            if self.reversed and total is not None:
+                x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=self.align_corners)
+            total = x if total is None else total + x
+        assert total is not None
+        return DecoderOutput(self.predictor(total), maps, {})
+
+
+@register_decoder("semantic_fpn", SemanticFPNOptions)
+def _build(options: SemanticFPNOptions, backbone: Backbone, num_classes: int) -> SemanticFPN:
+    return SemanticFPN(
+        dict(zip(backbone.names, backbone.channels, strict=True)),
+        dict(zip(backbone.names, backbone.strides, strict=True)),
+        num_classes,
+        channels=options.channels,
+        head_channels=options.head_channels,
+        norm=options.norm or "bn",
+        neck_norm=options.neck_norm or "none",
+        top_down=options.top_down or "nearest",
+        align_corners=options.align_corners,
+        level_order=options.level_order or "fine_first",
+        levels=options.levels,
+    )

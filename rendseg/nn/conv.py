@@ -1,0 +1,64 @@
+"""Convolution with its norm and activation in one module, and the choice of norm by name."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("bn", "syncbn", "gn", "none")
+
+
+def make_norm(name: str, channels: int) -> nn.Module | None:
+    """The norm called ``name`` over ``channels``: ``bn``, ``syncbn``, ``gn`` (32 groups, or the largest that divides),
+    ``none``.
+
+    ``syncbn`` is ``torch.nn.SyncBatchNorm``: outside a process group it computes what ``bn`` does, on any device.
+    """
+    if name == "bn":
+        return nn.BatchNorm2d(channels)
+    if name == "syncbn":
+        return nn.SyncBatchNorm(channels)
+    if name == "gn":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    if name == "none":
+        return None
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution of stride 1 and equal output size, then ``norm``, then ReLU when ``relu``.
+
+    Parameters are called ``weight``, ``bias`` (only without a norm) and ``norm.*``. Initialised by Kaiming's normal
+    rule over the fan out (``init="msra"``) or the uniform rule over the fan in (``init="xavier"``); zero bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        norm: str = "none",
+        relu: bool = True,
+        init: str = "msra",
+    ) -> None:
+        norm_layer = make_norm(norm, out_channels)
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm_layer is None)
+        self.norm = norm_layer
+        self.relu = relu
+        if init == "msra":
+            nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        elif init == "xavier":
+            nn.init.kaiming_uniform_(self.weight, a=1)
+        else:
+            raise ValueError(f"init must be msra or xavier, got {init!r}")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = super().forward(input)
+        if self.norm is not None:
+            x = self.norm(x)
+        return F.relu(x, inplace=True) if self.relu else x

@@ -1,0 +1,87 @@
+"""Feature pyramid: Feature Pyramid Networks (Lin et al. 2017), section 3. N images, H W size of the finest map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conv import ConvNorm
+
+TOP_DOWN = ("nearest", "bilinear", "bilinear_aligned")
+
+
+def upsample_to(x: Tensor, factor: int, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """``x`` enlarged exactly ``factor`` times, then cropped right and below to ``size`` (height, width).
+
+    A map of stride ``2s`` made from an image whose size is no multiple of ``2s`` reaches beyond the map of stride
+    ``s``; cropping keeps every cell where it belongs, resizing to ``size`` would stretch it.
+    ``mode="bilinear_aligned"`` is the exception: bilinear with ``align_corners=True`` straight to ``size``.
+    """
+    if mode == "bilinear_aligned":
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    if factor > 1:
+        x = F.interpolate(x, scale_factor=factor, mode=mode, **({} if mode == "nearest" else {"align_corners": False}))
+    if x.shape[2] < size[0] or x.shape[3] < size[1]:
+        raise ValueError(
+            f"a feature map enlarged {factor} times gives {tuple(x.shape[2:])}, smaller than the finer map {size}: "
+            "pad the image to a multiple of the largest stride"
+        )
+    return x[:, :, : size[0], : size[1]]
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 and output 3x3 convolutions around a top-down sum: ``[N, Ci, Hi, Wi]`` maps to ``[N, channels, Hi,
+    Wi]`` maps.
+
+    ``in_channels`` and ``strides`` go from fine to coarse; level ``i`` has the modules ``fpn_lateral{names[i]}`` and
+    ``fpn_output{names[i]}``. Strides may repeat (dilated backbones). Under autocast the convolutions run in its dtype.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        strides: Sequence[int],
+        channels: int = 256,
+        *,
+        names: Sequence[str] = ("2", "3", "4", "5"),
+        norm: str = "none",
+        top_down: str = "nearest",
+    ) -> None:
+        super().__init__()
+        if top_down not in TOP_DOWN:
+            raise ValueError(f"top_down must be one of {', '.join(TOP_DOWN)}, got {top_down!r}")
+        if not len(in_channels) == len(strides) == len(names) or not in_channels:
+            raise ValueError(
+                f"in_channels, strides and names must have the same length, at least 1, got {len(in_channels)}, "
+                f"{len(strides)} and {len(names)}"
+            )
+        self.names = tuple(names)
+        self.strides = tuple(strides)
+        self.top_down = top_down
+        self.factors = []
+        for fine, coarse in zip(strides, strides[1:], strict=False):
+            if coarse % fine:
+                raise ValueError(f"every stride must divide the next, got {list(strides)}")
+            self.factors.append(coarse // fine)
+        relu = norm != "none"
+        for name, channels_in in zip(names, in_channels, strict=True):
+            self.add_module(
+                f"fpn_lateral{name}", ConvNorm(channels_in, channels, 1, norm=norm, relu=relu, init="xavier")
+            )
+            self.add_module(f"fpn_output{name}", ConvNorm(channels, channels, 3, norm=norm, relu=relu, init="xavier"))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        if len(features) != len(self.names):
+            raise ValueError(f"features must hold {len(self.names)} maps, got {len(features)}")
+        outputs: list[Tensor] = []
+        above: Tensor | None = None
+        for i in reversed(range(len(features))):
+            merged = getattr(self, f"fpn_lateral{self.names[i]}")(features[i])
+            if above is not None:
+                size = (merged.shape[2], merged.shape[3])
+                merged = merged + upsample_to(above, self.factors[i], size, self.top_down)
+            outputs.append(getattr(self, f"fpn_output{self.names[i]}")(merged))
+            above = merged
+        return outputs[::-1]

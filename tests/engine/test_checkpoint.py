@@ -1,0 +1,198 @@
+"""Checkpoints: what is refused and how, and that the previous one survives whatever happens during a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rendseg.engine import checkpoint as module
+from rendseg.engine.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    newest_usable,
+    save_checkpoint,
+    write_json,
+)
+
+
+def contents(value: float = 1.0, size: int = 4) -> dict[str, Any]:
+    return {
+        "config": {"name": "x"},
+        "classes": {"names": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255},
+        "model": {"weight": torch.full((size,), value)},
+        "training": {"progress": {"iteration": 3}},
+    }
+
+
+def value(path: Path) -> float:
+    return float(load_checkpoint(path)["model"]["weight"][0])
+
+
+def test_round_trip_and_aliases(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.pt", contents(1.0), ("best.pt", "iteration_0000001.pt"))
+    save_checkpoint(tmp_path / "last.pt", contents(2.0), ("iteration_0000002.pt",))
+    assert value(tmp_path / "last.pt") == 2.0
+    assert value(tmp_path / "best.pt") == 1.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.pt",
+        "iteration_0000001.pt",
+        "iteration_0000002.pt",
+        "last.pt",
+    ]
+
+
+def test_copies_where_links_are_not_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_checkpoint(tmp_path / "last.pt", contents(), ("best.pt",))
+    assert value(tmp_path / "best.pt") == 1.0
+
+
+@pytest.mark.parametrize("cause", ["replace", "save"])
+def test_a_failure_during_a_save_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, contents(1.0))
+
+    def die(*args: Any) -> None:
+        if cause == "save":
+            args[1].write(b"PK\x03\x04 the first part of a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "replace") if cause == "replace" else (module.torch, "save")), die)
+    with pytest.raises(CheckpointError, match="No space left on device.*previous checkpoint is kept"):
+        save_checkpoint(path, contents(2.0))
+    monkeypatch.undo()
+    assert value(path) == 1.0
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A real failed write: the kernel refuses to let any file grow beyond 100 kB."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, contents(1.0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="previous checkpoint is kept"):
+            save_checkpoint(path, contents(2.0, size=1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert value(path) == 1.0
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.pt", contents(1.0))
+    with pytest.raises(CheckpointError, match="weight holds NaN"):
+        save_checkpoint(tmp_path / "last.pt", contents(float("nan")))
+    assert value(tmp_path / "last.pt") == 1.0
+
+
+@pytest.mark.bad_input
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, contents(size=1000))
+    whole = path.read_bytes()
+    for length in (5, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            load_checkpoint(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="empty"):
+        load_checkpoint(path)
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.bad_input
+def test_nothing_in_the_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({**contents(), "format": module.FORMAT, "version": 1, "extra": Malicious()}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+        load_checkpoint(tmp_path / "bad.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError, match="not a rendseg checkpoint"):
+        load_checkpoint(tmp_path / "raw.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.bad_input
+def test_not_a_rendseg_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    for other in ({"state_dict": {}}, [1, 2], torch.zeros(3)):
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match="not a rendseg checkpoint"):
+            load_checkpoint(path)
+    path.write_text("a text")
+    with pytest.raises(CheckpointError, match="not a rendseg checkpoint"):
+        load_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    torch.save({**contents(), "format": module.FORMAT, "version": 99}, path)
+    with pytest.raises(CheckpointError, match="layout 99"):
+        load_checkpoint(path)
+    torch.save({"format": module.FORMAT, "version": module.VERSION, "config": {}}, path)
+    with pytest.raises(CheckpointError, match="no 'classes'"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(CheckpointError, match="it is a folder"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.bad_input
+def test_another_model_names_the_first_difference() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state["0.weight"].clone()
+    load_weights(model, state, "x.pt")
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt is a checkpoint of another model: 1 entries are missing, first 1\.bias"
+    ):
+        load_weights(model, {k: v + 1 for k, v in state.items() if k != "1.bias"}, "x.pt")
+    with pytest.raises(CheckpointError, match=r"1 are unexpected, first extra"):
+        load_weights(model, {**state, "extra": torch.zeros(1)}, "x.pt")
+    with pytest.raises(
+        CheckpointError, match=r"1 differ in shape, first 0\.bias: \[5\] in the file, \[3\] in the model"
+    ):
+        load_weights(model, {**state, "0.weight": before + 1, "0.bias": torch.zeros(5)}, "x.pt")
+    assert torch.equal(model[0].weight, before)  # nothing was loaded
+
+
+def test_newest_usable_falls_back(tmp_path: Path) -> None:
+    assert newest_usable(tmp_path) is None
+    save_checkpoint(tmp_path / "last.pt", contents(1.0), ("iteration_0000001.pt",))
+    save_checkpoint(tmp_path / "last.pt", contents(2.0), ("iteration_0000002.pt",))
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.pt").write_bytes(b"PK\x03\x04")
+    found = newest_usable(tmp_path)
+    assert found is not None and found[0].name == "iteration_0000002.pt"
+    for path in tmp_path.iterdir():
+        path.unlink()
+        path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError, match="last.pt is truncated"):
+        newest_usable(tmp_path)
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "m.json", {"a": float("nan"), "b": [1.5, float("inf"), None], "c": {3: "x"}})
+    assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": [1.5, None, None], "c": {"3": "x"}}

@@ -1,0 +1,371 @@
+"""The training loop: it learns, and it continues exactly after every kind of end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rendseg.engine import train as module
+from rendseg.engine.checkpoint import CheckpointError, load_checkpoint
+from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig
+from rendseg.engine.train import Interrupted, TrainingError, build_optimizer, learning_rate, train
+from tests.engine.tiny import tiny_config, tiny_network
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_checkpoint(config.run_dir / "last.pt")["model"]
+
+
+def assert_same_end(one: Config, other: Config) -> None:
+    """Same weights, optimizer state and losses, bit for bit."""
+    a, b = load_checkpoint(one.run_dir / "last.pt"), load_checkpoint(other.run_dir / "last.pt")
+    assert a["training"]["progress"]["iteration"] == b["training"]["progress"]["iteration"]
+    for key, value in a["model"].items():
+        assert torch.equal(value, b["model"][key]), key
+    states = [c["training"]["optimizer"]["state"] for c in (a, b)]
+    for index, state in states[0].items():
+        assert torch.equal(state["momentum_buffer"], states[1][index]["momentum_buffer"])
+    rows = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in c["training"]["progress"]["history"]]
+        for c in (a, b)
+    ]
+    assert rows[0] == rows[1]
+    for kind in ("coarse", "refined"):
+        assert a["training"]["progress"]["evaluations"][-1][kind] == b["training"]["progress"]["evaluations"][-1][kind]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = tiny_config(tmp_path_factory.mktemp("uninterrupted"), eval_every=5)
+    train(config)
+    return config
+
+
+def test_what_a_run_leaves(uninterrupted: Config) -> None:
+    folder = uninterrupted.run_dir
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"last.pt", "best.pt", "iteration_0000008.pt", "metrics.json", "config.yaml", "pictures"}
+    assert {p.name for p in (folder / "pictures").iterdir()} == {"val_000000.png", "val_000000_zoom.png"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["finished"] and metrics["final"]["iteration"] == 8
+    assert [row["iteration"] for row in metrics["history"]] == [3, 6, 8]
+    assert [row["iteration"] for row in metrics["evaluations"]] == [5, 8]
+    assert metrics["final"]["loss"] == metrics["history"][-1]["loss"]
+    row = metrics["history"][0]
+    assert row["loss"] == pytest.approx(row["loss_coarse"] + row["loss_point"], rel=1e-6)
+    assert set(metrics["final"]["refined"]) >= {"miou", "boundary_iou", "pixel_accuracy", "per_class_iou"}
+    saved = load_checkpoint(folder / "last.pt")
+    assert saved["config"] == uninterrupted.to_dict()
+    assert saved["classes"]["names"][0] == "background"
+
+
+def test_the_loss_falls_and_scalars_are_written(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, iterations=60, log_every=10, tensorboard=True, checkpoint_every=100)
+    history = train(config)["history"]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(config.run_dir / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [10, 20, 30, 40, 50, 60]
+    assert events.Scalars("train/loss")[-1].value == pytest.approx(history[-1]["loss"], rel=1e-5)
+    assert "val/boundary_iou/refined" in events.Tags()["scalars"]
+    assert len(events.Tags()["images"]) == 1
+
+
+# ------------------------------------------------------------------------------------------------- resumption
+
+
+def test_continues_exactly_after_sigterm(tmp_path: Path, uninterrupted: Config) -> None:
+    config = tiny_config(tmp_path, eval_every=5)
+
+    def send(iteration: int) -> None:
+        if iteration == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    previous = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM at iteration 7.*continues"):
+        train(config, send)
+    assert signal.getsignal(signal.SIGTERM) is previous
+    saved = load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]
+    assert saved["iteration"] == 7
+    seen: list[int] = []
+    train(config, seen.append)
+    assert seen == [8]
+    assert_same_end(config, uninterrupted)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {repo!r})
+from tests.engine.tiny import tiny_config
+from rendseg.engine import train as module
+config = tiny_config({out!r}, eval_every=5)
+{body}
+"""
+# kill -9 between two checkpoints, at iteration 6 (the last checkpoint is of iteration 5)
+KILL = "module.train(config, lambda iteration: iteration == 6 and os.kill(os.getpid(), signal.SIGKILL))"
+# death within the second save: half of the file is written, nothing is cleaned up
+KILL_IN_SAVE = """
+import torch
+save, count = torch.save, 0
+def dying(contents, file):
+    global count
+    count += 1
+    if count == 2:
+        file.write(b"PK" * 1000)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(contents, file)
+torch.save = dying
+module.train(config)
+"""
+
+
+@pytest.mark.parametrize(("body", "saved_at"), [(KILL, 5), (KILL_IN_SAVE, 4)], ids=["kill", "kill during a save"])
+def test_continues_exactly_after_kill_9(tmp_path: Path, uninterrupted: Config, body: str, saved_at: int) -> None:
+    script = KILLED.format(repo=str(REPO), out=str(tmp_path), body=body)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    config = tiny_config(tmp_path, eval_every=5)
+    assert load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]["iteration"] == saved_at
+    train(config)
+    assert_same_end(config, uninterrupted)
+
+
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_continues(
+    tmp_path: Path, uninterrupted: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, eval_every=5)
+    replace, saves = os.replace, []
+
+    def full(source: Any, target: Any) -> None:
+        saves.append(target)
+        if str(target).endswith("last.pt") and sum(str(t).endswith("last.pt") for t in saves) == 3:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train(config)
+    monkeypatch.undo()
+    assert load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]["iteration"] == 5
+    train(config)
+    assert_same_end(config, uninterrupted)
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path: Path, uninterrupted: Config) -> None:
+    config = tiny_config(tmp_path, eval_every=5, keep_checkpoints=2)
+    with pytest.raises(Interrupted):
+        train(config, lambda iteration: iteration == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    names = sorted(p.name for p in config.run_dir.glob("iteration_*.pt"))
+    assert names == ["iteration_0000005.pt", "iteration_0000006.pt"]
+    for name in ("last.pt", "iteration_0000006.pt"):
+        damaged = (config.run_dir / name).read_bytes()[:1000]
+        (config.run_dir / name).unlink()  # not through the hard link
+        (config.run_dir / name).write_bytes(damaged)
+    seen: list[int] = []
+    train(config, seen.append)
+    assert seen == [6, 7, 8]
+    assert_same_end(config, uninterrupted)
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path, uninterrupted: Config) -> None:
+    config = tiny_config(tmp_path, eval_every=5, num_workers=2)
+    train(config)
+    assert_same_end(config, uninterrupted)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, iterations=2)
+    train(config)
+    seen: list[int] = []
+    train(config, seen.append)
+    assert seen == []
+    train(tiny_config(tmp_path, "resume=never", iterations=2), seen.append)
+    assert seen == [1, 2]
+
+
+@pytest.mark.bad_input
+def test_another_configuration_does_not_continue_silently(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, iterations=2))
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.lr: 0\.02 there, 0\.5 now"):
+        train(tiny_config(tmp_path, "train.optimizer.lr=0.5", iterations=2))
+    last = tmp_path / "tiny" / "last.pt"
+    seen: list[int] = []
+    train(tiny_config(tmp_path, "train.log_every=1", iterations=2), seen.append)  # harmless: accepted, finished
+    train(tiny_config(tmp_path, f"resume={last}", iterations=3), seen.append)  # told to: continues with new settings
+    assert seen == [3]
+    with pytest.raises(CheckpointError, match="another model: .*differ in shape, first"):
+        train(tiny_config(tmp_path, f"resume={last}", "model.decoder.channels=24", "name=other", iterations=3))
+
+
+# ------------------------------------------------------------------------------------------------- mathematics
+
+
+def test_schedule_is_its_formula() -> None:
+    poly = ScheduleConfig(name="poly", power=0.9, warmup_iterations=10, warmup_factor=0.1, min_lr=1e-4)
+    for t in range(100):
+        wanted = 1e-4 + (0.02 - 1e-4) * (1 - t / 100) ** 0.9
+        if t < 10:
+            wanted *= 0.1 + 0.9 * t / 10
+        assert learning_rate(t, 100, 0.02, poly) == pytest.approx(wanted, rel=1e-12)
+    assert learning_rate(0, 100, 0.02, poly) == pytest.approx(0.002)
+    assert learning_rate(100, 100, 0.02, poly) == pytest.approx(1e-4)
+    constant = ScheduleConfig(name="constant", warmup_iterations=4, warmup_factor=0.0)
+    assert [learning_rate(t, 9, 1.0, constant) for t in (0, 1, 4, 8)] == [0.0, 0.25, 1.0, 1.0]
+
+
+def test_the_learning_rate_reaches_the_groups(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, "train.schedule.warmup_iterations=0", "train.optimizer.head_lr_factor=10", iterations=4, log_every=1
+    )
+    history = train(config)["history"]
+    assert [row["lr"] for row in history] == pytest.approx([0.02 * (1 - t / 4) ** 0.9 for t in range(4)])
+    groups = load_checkpoint(config.run_dir / "last.pt")["training"]["optimizer"]["param_groups"]
+    assert sorted(g["lr"] / history[-1]["lr"] for g in groups) == pytest.approx([1, 10])
+
+
+def test_parameter_groups() -> None:
+    model = nn.Module()
+    model.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model.head = nn.Sequential(nn.Conv2d(4, 5, 1), nn.GroupNorm(1, 5))
+    groups = build_optimizer(
+        model, OptimizerConfig(head_lr_factor=10, no_decay_on_norm=True, weight_decay=0.5)
+    ).param_groups
+    found = {(g["lr_factor"], g["weight_decay"]): [list(p.shape) for p in g["params"]] for g in groups}
+    assert found == {
+        (1.0, 0.5): [[4, 3, 1, 1]],
+        (1.0, 0.0): [[4], [4], [4]],
+        (10.0, 0.5): [[5, 4, 1, 1]],
+        (10.0, 0.0): [[5], [5], [5]],
+    }
+    groups = build_optimizer(model, OptimizerConfig()).param_groups
+    assert [len(g["params"]) for g in groups] == [4, 4]
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_network", tiny_network)
+    results = []
+    for name, batch_size, parts in (("whole", 4, 1), ("parts", 1, 4)):
+        config = tiny_config(tmp_path, f"name={name}", batch_size=batch_size, gradient_accumulation=parts)
+        history = train(config)["history"]
+        results.append((weights(config), [row["loss"] for row in history]))
+    for key, value in results[0][0].items():
+        torch.testing.assert_close(results[1][0][key], value, rtol=1e-4, atol=1e-6)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
+
+
+def test_clipping_bounds_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_network", tiny_network)
+    config = tiny_config(
+        tmp_path,
+        "train.clip_grad_norm=0.001",
+        "train.optimizer.weight_decay=0",
+        "train.schedule={name: constant}",
+        "train.optimizer.lr=1",
+        iterations=1,
+    )
+    train(config)
+    before = tiny_network(config, 8).state_dict()
+    moved = sum((weights(config)[k] - v).square().sum() for k, v in before.items()).sqrt()
+    assert float(moved) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    history = train(tiny_config(tmp_path, precision="bf16", iterations=2, log_every=1))["history"]
+    assert all(math.isfinite(row["loss"]) for row in history)
+    assert all(v.dtype != torch.bfloat16 for v in weights(tiny_config(tmp_path)).values())
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {repo!r})
+from tests.engine.tiny import tiny_config, tiny_network
+from rendseg.engine import train as module
+module.build_network = tiny_network
+module.train(tiny_config({out!r}, "name=two", batch_size=2, iterations=3, log_every=1))
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP over gloo: two processes of 2 images make the steps of one process of 4, and evaluate each image once."""
+    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(repo=str(REPO), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [*command, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    monkeypatch.setattr(module, "build_network", tiny_network)
+    one = train(tiny_config(tmp_path, "name=one", batch_size=4, iterations=3, log_every=1))
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["environment"]["processes"] == 2
+    assert [r["loss"] for r in two["history"]] == pytest.approx([r["loss"] for r in one["history"]], rel=1e-5)
+    saved = [load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two")]
+    for key, value in saved[0]["model"].items():
+        torch.testing.assert_close(saved[1]["model"][key], value, rtol=1e-4, atol=1e-6)
+    assert len(saved[1]["training"]["rng"]) == 2
+    assert two["final"]["refined"]["num_pixels"] == one["final"]["refined"]["num_pixels"]
+    assert two["final"]["refined"]["miou"] == pytest.approx(one["final"]["refined"]["miou"], abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    def poisoned(*args: Any) -> nn.Module:
+        network = tiny_network(*args)
+        forward, calls = network.forward, []
+
+        def wrapped(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            calls.append(1)
+            losses = forward(images, labels)
+            return {**losses, "loss_point": losses["loss_coarse"] * (value if len(calls) == 6 else 1.0)}
+
+        network.forward = wrapped  # type: ignore[method-assign]
+        return network
+
+    monkeypatch.setattr(module, "build_network", poisoned)
+    config = tiny_config(tmp_path)
+    with pytest.raises(TrainingError, match=r"not finite at iteration 6 \(.*loss_point (nan|inf).*last\.pt"):
+        train(config)
+    assert load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]["iteration"] == 4
+
+
+@pytest.mark.bad_input
+def test_time_limit(tmp_path: Path) -> None:
+    metrics = train(tiny_config(tmp_path, iterations=500, time_limit_minutes=0.01))
+    assert 1 <= metrics["final"]["iteration"] < 500 and not metrics["finished"]
+    assert metrics["evaluations"][-1]["iteration"] == metrics["final"]["iteration"]
+
+
+@pytest.mark.bad_input
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 can be had here")
+def test_fp16_on_the_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU; use bf16 or fp32"):
+        train(tiny_config(tmp_path, precision="fp16"))
+
+
+@pytest.mark.bad_input
+def test_a_model_that_cannot_be_built(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the model cannot be built.*resnet1800"):
+        train(tiny_config(tmp_path, "model.backbone.name=resnet1800"))

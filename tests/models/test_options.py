@@ -1,0 +1,167 @@
+"""The preset table, and the reading of configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rendseg.models import PRESETS, BackboneOptions, parse_options, pointrend_options
+from rendseg.models.options import num_points
+
+# What each implementation computes, row by row, written down independently of the code under test.
+ROWS = {
+    "upsample_align_corners": (False, False, False, False, True),
+    "sampling_align_corners": (False, False, False, False, False),
+    "padding_mode": ("border", "zeros", "zeros", "zeros", "zeros"),
+    "coarse_source": ("original", "original", "original", "original", "current"),
+    "point_features": (("p2",), ("p2",), ("p2",), ("p5",), ("c3",)),
+    "coarse_first": (False, False, False, False, True),
+    "num_layers": (3, 3, 3, 3, 0),
+    "hidden_channels": (256, 256, 256, 256, 256),
+    "coarse_each_layer": (True, False, True, True, True),
+    "init": ("detectron2", "detectron2", "mmseg", "paddleseg", "torch"),
+    "train_points": (2048, 2048, 2048, 2048, "width/16"),
+    "oversample_ratio": (3.0,) * 5,
+    "importance_ratio": (0.75,) * 5,
+    "point_loss_mean": ("valid", "valid", "all", "valid", "valid"),
+    "coarse_loss_mean": ("valid", "valid", "all", "valid", "valid"),
+    "coarse_loss_at": ("image",) * 5,
+    "inference_points": (8192, 8192, 8196, 8196, 8096),
+    "steps": (None, 2, 2, 2, None),
+    "coarse_stride": (None, None, None, 8, None),
+}
+NAMES = ("rendseg", "detectron2", "mmseg", "paddleseg", "deeplab")
+PARTS = {  # coarse-head norm, norm in the pyramid, order of the levels, output stride
+    "rendseg": ("bn", "none", "fine_first", 32),
+    "detectron2": ("gn", "none", "fine_first", 32),
+    "mmseg": ("syncbn", "none", "fine_first", 32),
+    "paddleseg": ("none", "bn", "coarse_first", 8),
+    "deeplab": ("bn", "none", "fine_first", 8),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preset_row(name):
+    found = dataclasses.asdict(PRESETS[name])
+    assert found.pop("preset") == name
+    assert found == {key: values[NAMES.index(name)] for key, values in ROWS.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preset_fills_in_backbone_and_decoder(name):
+    options = parse_options({"pointrend": {"preset": name}})
+    decoder = options.decoder
+    assert (decoder.norm, decoder.neck_norm, decoder.level_order, options.backbone.output_stride) == PARTS[name]
+    assert decoder.top_down == ("bilinear_aligned" if name == "paddleseg" else "nearest")
+    assert options.backbone.freeze_norm is False  # nothing is loaded, so there is nothing worth freezing
+    loaded = parse_options({"pointrend": {"preset": name}, "backbone": {"pretrained": True}})
+    assert loaded.backbone.freeze_norm is (name == "detectron2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", list(ROWS))
+def test_every_switch_can_be_overridden(name, key):
+    other = {
+        "padding_mode": ("zeros", "border"),
+        "coarse_source": ("original", "current"),
+        "init": ("torch", "mmseg"),
+        "point_loss_mean": ("valid", "all"),
+        "coarse_loss_mean": ("valid", "all"),
+        "coarse_loss_at": ("image", "coarse"),
+        "point_features": (("p3", "c2"), ("p4",)),
+        "oversample_ratio": (2.0, 4.0),
+        "importance_ratio": (0.5, 1.0),
+    }.get(key, (True, False) if isinstance(ROWS[key][0], bool) else (1, 2))
+    value = next(v for v in other if v != getattr(PRESETS[name], key))
+    changed = pointrend_options(name, **{key: value})
+    assert dataclasses.asdict(changed) == {**dataclasses.asdict(PRESETS[name]), key: value}
+
+
+def test_overrides_win_over_what_the_preset_fills_in():
+    options = parse_options(
+        {"pointrend": {"preset": "paddleseg"}, "decoder": {"norm": "gn"}, "backbone": {"output_stride": 16}}
+    )
+    assert options.decoder.norm == "gn" and options.backbone.output_stride == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolved_options_are_their_own_configuration(name):
+    options = parse_options(
+        {"model": {"pointrend": {"preset": name, "train_points": 7}, "loss": {"class_weights": [1, 2]}}}
+    )
+    plain = dataclasses.asdict(options)
+    plain["decoder"]["levels"] = list(plain["decoder"]["levels"])  # as read back from YAML
+    assert parse_options(plain) == options and parse_options(options) == options
+    assert options.pointrend.train_points == 7 and options.loss.class_weights == (1.0, 2.0)
+
+
+def test_example_of_the_documentation():
+    options = parse_options(
+        {
+            "name": "pointrend",
+            "backbone": {"name": "resnet18", "pretrained": False, "output_stride": 32, "checkpoint": None},
+            "decoder": {"name": "semantic_fpn", "channels": 128, "head_channels": 128, "norm": "bn"},
+            "pointrend": {"preset": "rendseg", "inference_points": "area/256"},
+            "loss": {"coarse_weight": 1.0, "point_weight": 1.0, "class_weights": None},
+            "channels_last": True,
+        }
+    )
+    assert options.backbone == BackboneOptions("resnet18", output_stride=32, freeze_norm=False)
+    assert options.pointrend.inference_points == "area/256"
+    assert parse_options({"pointrend": None, "decoder": None}) == parse_options({})
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("config", "error", "match"),
+    [
+        ({"backbnoe": {}}, ValueError, r"unknown key model.backbnoe; did you mean 'backbone'\?"),
+        (
+            {"backbone": {"pretraned": True}},
+            ValueError,
+            r"unknown key model.backbone.pretraned; did you mean 'pretrained'\?",
+        ),
+        ({"decoder": {"chanels": 3}}, ValueError, r"unknown key model.decoder.chanels; did you mean 'channels'\?"),
+        (
+            {"pointrend": {"paddding_mode": "zeros"}},
+            ValueError,
+            r"model.pointrend.paddding_mode; did you mean 'padding_mode'\?",
+        ),
+        ({"pointrend": {"preset": "detectron"}}, ValueError, r"got 'detectron'; did you mean 'detectron2'\?"),
+        ({"loss": {"weight": 1}}, ValueError, "unknown key model.loss.weight"),
+        ({"decoder": {"name": "semanticfpn"}}, ValueError, r"got 'semanticfpn'; did you mean 'semantic_fpn'\?"),
+        (
+            {"name": "pointrent"},
+            ValueError,
+            r"model.name must be one of pointrend, segmenter, got 'pointrent'; did you mean",
+        ),
+        (
+            {"decoder": {"norm": "batch"}},
+            ValueError,
+            "model.decoder.norm must be one of bn, syncbn, gn, none or null, got 'batch'",
+        ),
+        ({"backbone": {"pretrained": "yes"}}, TypeError, "model.backbone.pretrained must be true or false, got 'yes'"),
+        ({"decoder": {"channels": 12.5}}, TypeError, "model.decoder.channels must be an integer, got 12.5"),
+        ({"decoder": {"channels": True}}, TypeError, "model.decoder.channels must be an integer, got True"),
+        ({"pointrend": {"point_features": "p2"}}, TypeError, "point_features must be a list of a string, got 'p2'"),
+        ({"pointrend": {"train_points": "width/8"}}, ValueError, "train_points must be a number or one of area/256"),
+        ({"pointrend": {"train_points": 0}}, ValueError, "train_points must be positive, got 0"),
+        ({"pointrend": {"importance_ratio": 1.5}}, ValueError, r"importance_ratio must lie in \[0, 1\], got 1.5"),
+        ({"pointrend": {"steps": -1}}, ValueError, "steps must be at least 0, got -1"),
+        ({"loss": {"point_weight": -1}}, ValueError, "point_weight must be finite and not negative, got -1"),
+        ({"backbone": "resnet18"}, TypeError, "model.backbone must be a mapping, got str"),
+        ([], TypeError, "model must be a mapping, got list"),
+    ],
+)
+def test_bad_configuration(config, error, match):
+    with pytest.raises(error, match=match):
+        parse_options(config)
+
+
+def test_number_of_points():
+    assert num_points(77, 10, 10) == 77
+    assert num_points("area/256", 1024, 2048) == 8192
+    assert num_points("width/16", 768, 768) == 48
+    assert num_points("(width/16)^2", 768, 768) == 2304
+    assert num_points("area/256", 4, 4) == 1
