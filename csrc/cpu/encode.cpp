@@ -8,7 +8,10 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -17,9 +20,7 @@
 
 #define RENDSEG_ISA 0
 #include "isa_begin.h"
-
 #include "encode_kernels.h"
-
 #include "isa_end.h"
 
 namespace rendseg {
@@ -40,8 +41,8 @@ void check_codebook(const Tensor& x, int64_t channels, const Tensor& codewords, 
   if (scale == nullptr) return;
   check_strided(*scale, "scale");
   check_feature_dtype(*scale, "scale");
-  TORCH_CHECK_VALUE(scale->dim() == 1 && scale->size(0) == codewords.size(0), "scale must have shape [K] with K = ",
-                    codewords.size(0), " as in codewords, got ", scale->sizes());
+  TORCH_CHECK_VALUE(scale->dim() == 1 && scale->size(0) == codewords.size(0),
+                    "scale must have shape [K] with K = ", codewords.size(0), " as in codewords, got ", scale->sizes());
   check_same_device(*scale, "scale", x, "x");
 }
 
@@ -61,8 +62,8 @@ void check_three(const Tensor& t, const char* name, const char* shape, int64_t a
                  const Tensor& x) {
   check_strided(t, name);
   check_feature_dtype(t, name);
-  TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == a && t.size(1) == b && t.size(2) == c, name, " must have shape ", shape,
-                    " = [", a, ", ", b, ", ", c, "], got ", t.sizes());
+  TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == a && t.size(1) == b && t.size(2) == c, name, " must have shape ",
+                    shape, " = [", a, ", ", b, ", ", c, "], got ", t.sizes());
   check_same_device(t, name, x, "x");
 }
 
@@ -95,69 +96,42 @@ EncodeView view_of_rows(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), t.scalar_type(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// t[B,K,D] as [B][D][padded], in the type of the arithmetic.
+template <typename T>
+std::vector<T> pack(const Tensor& t, int64_t padded) {
+  const Tensor dense = t.to(kWide<T>).contiguous();
+  const T* from = dense.template const_data_ptr<T>();
+  const int64_t codes = t.size(1), channels = t.size(2);
+  std::vector<T> packed(t.size(0) * channels * padded);
+  for (int64_t b = 0; b < t.size(0); ++b) {
+    for (int64_t k = 0; k < codes; ++k) {
+      for (int64_t d = 0; d < channels; ++d) packed[(b * channels + d) * padded + k] = *from++;
+    }
+  }
+  return packed;
+}
+
 // The codewords and the scale in the type of the arithmetic, packed for the kernels.
 template <typename T>
 struct Codebook {
-  // With `centred`, the mean codeword is the reference that the kernels subtract from x: residuals and distances do not
-  // depend on it, but sums over many positions lose no digits to a common offset.
-  Codebook(const Tensor& codewords_, const Tensor* scale_, bool centred)
+  Codebook(const Tensor& codewords_, const Tensor* scale_)
       : codes(codewords_.size(0)),
         channels(codewords_.size(1)),
         padded((codes + kEncodePad - 1) / kEncodePad * kEncodePad),
-        reference(centred ? channels : 0),
-        codewords(channels * padded),
+        codewords(pack<T>(codewords_.unsqueeze(0), padded)),
         scale(padded) {
-    const Tensor dense = codewords_.to(kWide<T>).contiguous();
-    const T* from = dense.template const_data_ptr<T>();
-    if (centred) {
-      std::vector<double> mean(channels);
-      for (int64_t k = 0; k < codes; ++k) {
-        for (int64_t d = 0; d < channels; ++d) mean[d] += from[k * channels + d];
-      }
-      for (int64_t d = 0; d < channels; ++d) {
-        const T value = static_cast<T>(mean[d] / static_cast<double>(codes));
-        reference[d] = std::isfinite(value) ? value : T(0);  // a NaN must not spread to the other codewords
-      }
-    }
-    for (int64_t k = 0; k < codes; ++k) {
-      for (int64_t d = 0; d < channels; ++d) {
-        codewords[d * padded + k] = from[k * channels + d] - (centred ? reference[d] : T(0));
-      }
-    }
     if (scale_ != nullptr) {
-      const Tensor dense_scale = scale_->to(kWide<T>).contiguous();
-      std::copy_n(dense_scale.template const_data_ptr<T>(), codes, scale.begin());
+      const Tensor dense = scale_->to(kWide<T>).contiguous();
+      std::copy_n(dense.template const_data_ptr<T>(), codes, scale.begin());
     }
   }
   int64_t codes, channels, padded;
-  std::vector<T> reference, codewords, scale;  // [D], [D][padded], [padded]
-};
-
-// The gradient of [B,K,D] packed as [B][D][padded], and its products with the (centred) codewords.
-template <typename T>
-struct CodeGrad {
-  CodeGrad(const Tensor& grad, const Codebook<T>& book)
-      : packed(grad.size(0) * book.channels * book.padded), offset(grad.size(0) * book.padded) {
-    const Tensor dense = grad.to(kWide<T>).contiguous();
-    const T* from = dense.template const_data_ptr<T>();
-    for (int64_t b = 0; b < grad.size(0); ++b) {
-      for (int64_t k = 0; k < book.codes; ++k) {
-        double dot = 0;
-        for (int64_t d = 0; d < book.channels; ++d) {
-          const T g = *from++;
-          packed[(b * book.channels + d) * book.padded + k] = g;
-          dot += static_cast<double>(g) * book.codewords[d * book.padded + k];
-        }
-        offset[b * book.padded + k] = static_cast<T>(dot);
-      }
-    }
-  }
-  std::vector<T> packed, offset;
+  std::vector<T> codewords, scale;  // [D][padded], [padded]
 };
 
 // ---- The run over chunks
 
-constexpr int64_t kChunks = 32;                   // of all images together; bounds the threads that share one image
+constexpr int64_t kChunks = 32;                       // of all images together; bounds the threads that share one image
 constexpr int64_t kPartialBytes = int64_t{16} << 20;  // of all partial sums, where one per image allows it
 
 template <typename T>
@@ -168,7 +142,6 @@ EncodeTask<T> plan(int64_t batch, int64_t positions, const Codebook<T>& book) {
   task.channels = book.channels;
   task.codes = book.codes;
   task.padded = book.padded;
-  task.reference = book.reference.empty() ? nullptr : book.reference.data();
   task.codewords = book.codewords.data();
   task.scale = book.scale.data();
   const int64_t tiles = (positions + kEncodeTile - 1) / kEncodeTile;
@@ -193,7 +166,9 @@ template <typename T>
 class Partials {
  public:
   Partials(const EncodeTask<T>& task, int64_t width)
-      : batch_(task.batch), chunks_(task.chunks), width_(width),
+      : batch_(task.batch),
+        chunks_(task.chunks),
+        width_(width),
         values_(at::empty({batch_ * chunks_, width}, at::TensorOptions().dtype(kWide<T>))) {}
   T* data() { return values_.template mutable_data_ptr<T>(); }
 
@@ -204,6 +179,7 @@ class Partials {
  private:
   const T* reduce(int64_t groups, int64_t members) {
     T* values = data();
+    if (members == 1) return values;
     at::parallel_for(0, width_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t g = 0; g < groups; ++g) {
         T* total = values + g * width_;
@@ -221,42 +197,35 @@ class Partials {
   Tensor values_;
 };
 
-// [B,K,D]: sum_weighted - codeword * sum_assigned, the sum of the residuals.
+// The inverse of pack: sums[B][D][padded] as [B,K,D].
 template <typename T>
-Tensor residual_sums(int64_t batch, const Codebook<T>& book, const T* sum_weighted, const T* sum_assigned) {
+Tensor unpack(int64_t batch, const Codebook<T>& book, const T* sums) {
   Tensor out = at::empty({batch, book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
   T* to = out.template mutable_data_ptr<T>();
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; k < book.codes; ++k) {
-      const T assigned = sum_assigned[b * book.padded + k];
-      for (int64_t d = 0; d < book.channels; ++d) {
-        *to++ = sum_weighted[(b * book.channels + d) * book.padded + k] - book.codewords[d * book.padded + k] * assigned;
-      }
+      for (int64_t d = 0; d < book.channels; ++d) *to++ = sums[(b * book.channels + d) * book.padded + k];
     }
   }
   return out;
 }
 
 // [K,D]: the gradient of the codewords. Either part may be absent: `grad` with sum_assigned [B][padded], the part
-// through the residuals; sum_weighted with sum_weight, the part through the distances.
+// through the residuals; sum_residual [D][padded], the part through the distances.
 template <typename T>
-Tensor codeword_grad(int64_t batch, const Codebook<T>& book, const T* grad, const T* sum_assigned, const T* sum_weighted,
-                     const T* sum_weight) {
-  Tensor out = at::zeros({book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
+Tensor codeword_grad(int64_t batch, const Codebook<T>& book, const T* grad, const T* sum_assigned,
+                     const T* sum_residual) {
+  Tensor out = at::empty({book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
   T* to = out.template mutable_data_ptr<T>();
   for (int64_t k = 0; k < book.codes; ++k) {
-    for (int64_t d = 0; d < book.channels; ++d, ++to) {
+    for (int64_t d = 0; d < book.channels; ++d) {
       const int64_t at = d * book.padded + k;
       T value = 0;
-      if (grad != nullptr) {
-        for (int64_t b = 0; b < batch; ++b) {
-          value -= sum_assigned[b * book.padded + k] * grad[b * book.channels * book.padded + at];
-        }
+      for (int64_t b = 0; b < batch && grad != nullptr; ++b) {
+        value -= sum_assigned[b * book.padded + k] * grad[b * book.channels * book.padded + at];
       }
-      if (sum_weighted != nullptr) {
-        value -= 2 * book.scale[k] * (sum_weighted[at] - book.codewords[at] * sum_weight[k]);
-      }
-      *to = value;
+      if (sum_residual != nullptr) value -= 2 * book.scale[k] * sum_residual[at];
+      *to++ = value;
     }
   }
   return out;
@@ -278,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> zero_grads(const Tensor& a, const Tensor& b, 
 
 template <typename T>
 Tensor scaled_l2_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale, Tensor out) {
-  const Codebook<T> book(codewords, &scale, false);
+  const Codebook<T> book(codewords, &scale);
   EncodeTask<T> task = plan(x.size(0), x.size(1), book);
   task.x = view_of_rows(x);
   task.map_out = view_of_rows(out);
@@ -300,19 +269,19 @@ Tensor scaled_l2_cpu(const Tensor& x,          // [B,M,D]
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> scaled_l2_backward_impl(const Tensor& grad, const Tensor& x, const Tensor& codewords,
                                                            const Tensor& scale) {
-  const Codebook<T> book(codewords, &scale, true);
+  const Codebook<T> book(codewords, &scale);
   EncodeTask<T> task = plan(x.size(0), x.size(1), book);
   Tensor x_grad = at::empty_like(x);
-  Partials<T> weighted(task, book.channels * book.padded), weight(task, book.padded), scale_sum(task, book.padded);
+  Partials<T> residual(task, book.channels * book.padded), scale_sum(task, book.padded);
   task.x = view_of_rows(x);
   task.map = view_of_rows(grad);
   task.x_grad = view_of_rows(x_grad);
-  task.sum_weighted = weighted.data();
-  task.sum_weight = weight.data();
+  task.sum_residual = residual.data();
   task.sum_scale = scale_sum.data();
   run(task, RENDSEG_PICK_ENCODE(scaled_l2_backward));
-  const Tensor codes = codeword_grad<T>(task.batch, book, nullptr, nullptr, weighted.whole(), weight.whole());
-  return {x_grad, codes.to(codewords.scalar_type()), first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
+  const Tensor codes = codeword_grad<T>(task.batch, book, nullptr, nullptr, residual.whole());
+  return {x_grad, codes.to(codewords.scalar_type()),
+          first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> scaled_l2_backward_cpu(const Tensor& grad,       // [B,M,K]
@@ -331,15 +300,14 @@ std::tuple<Tensor, Tensor, Tensor> scaled_l2_backward_cpu(const Tensor& grad,   
 
 template <typename T>
 Tensor aggregate_impl(const Tensor& assignment, const Tensor& x, const Tensor& codewords) {
-  const Codebook<T> book(codewords, nullptr, true);
+  const Codebook<T> book(codewords, nullptr);
   EncodeTask<T> task = plan(x.size(0), x.size(1), book);
-  Partials<T> weighted(task, book.channels * book.padded), assigned(task, book.padded);
+  Partials<T> residual(task, book.channels * book.padded);
   task.x = view_of_rows(x);
   task.map = view_of_rows(assignment);
-  task.sum_weighted = weighted.data();
-  task.sum_assigned = assigned.data();
+  task.sum_residual = residual.data();
   run(task, RENDSEG_PICK_ENCODE(aggregate));
-  return residual_sums(task.batch, book, weighted.per_image(), assigned.per_image());
+  return unpack(task.batch, book, residual.per_image());
 }
 
 Tensor aggregate_cpu(const Tensor& assignment,   // [B,M,K]
@@ -356,10 +324,10 @@ Tensor aggregate_cpu(const Tensor& assignment,   // [B,M,K]
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> aggregate_backward_impl(const Tensor& grad, const Tensor& assignment, const Tensor& x,
-                                                           const Tensor& codewords) {
-  const Codebook<T> book(codewords, nullptr, true);
-  const CodeGrad<T> code_grad(grad, book);
+std::tuple<Tensor, Tensor, Tensor> aggregate_backward_impl(const Tensor& grad, const Tensor& assignment,
+                                                           const Tensor& x, const Tensor& codewords) {
+  const Codebook<T> book(codewords, nullptr);
+  const std::vector<T> packed_grad = pack<T>(grad, book.padded);
   EncodeTask<T> task = plan(x.size(0), x.size(1), book);
   Tensor assignment_grad = at::empty_like(assignment), x_grad = at::empty_like(x);
   Partials<T> assigned(task, book.padded);
@@ -367,11 +335,10 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_backward_impl(const Tensor& grad, c
   task.map = view_of_rows(assignment);
   task.map_out = view_of_rows(assignment_grad);
   task.x_grad = view_of_rows(x_grad);
-  task.grad = code_grad.packed.data();
-  task.grad_offset = code_grad.offset.data();
+  task.grad = packed_grad.data();
   task.sum_assigned = assigned.data();
   run(task, RENDSEG_PICK_ENCODE(aggregate_backward));
-  const Tensor codes = codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), nullptr, nullptr);
+  const Tensor codes = codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), nullptr);
   return {assignment_grad, x_grad, codes.to(codewords.scalar_type())};
 }
 
@@ -395,14 +362,13 @@ int64_t positions_of(const Tensor& x) { return x.dim() == 3 ? x.size(2) : x.size
 
 template <typename T>
 Tensor encode_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale) {
-  const Codebook<T> book(codewords, &scale, true);
+  const Codebook<T> book(codewords, &scale);
   EncodeTask<T> task = plan(x.size(0), positions_of(x), book);
-  Partials<T> weighted(task, book.channels * book.padded), assigned(task, book.padded);
+  Partials<T> residual(task, book.channels * book.padded);
   task.x = view_of_map(x);
-  task.sum_weighted = weighted.data();
-  task.sum_assigned = assigned.data();
+  task.sum_residual = residual.data();
   run(task, RENDSEG_PICK_ENCODE(encode));
-  return residual_sums(task.batch, book, weighted.per_image(), assigned.per_image());
+  return unpack(task.batch, book, residual.per_image());
 }
 
 Tensor encode_cpu(const Tensor& x,          // [B,D,H,W] or [B,D,M]
@@ -422,22 +388,18 @@ Tensor encode_cpu(const Tensor& x,          // [B,D,H,W] or [B,D,M]
 template <typename T>
 std::tuple<Tensor, Tensor> encode_backward_impl(const Tensor& grad, const Tensor& x, const Tensor& codewords,
                                                 const Tensor& scale, const Tensor& x_grad) {
-  const Codebook<T> book(codewords, &scale, true);
-  const CodeGrad<T> code_grad(grad, book);
+  const Codebook<T> book(codewords, &scale);
+  const std::vector<T> packed_grad = pack<T>(grad, book.padded);
   EncodeTask<T> task = plan(x.size(0), positions_of(x), book);
-  Partials<T> weighted(task, book.channels * book.padded), assigned(task, book.padded), weight(task, book.padded),
-      scale_sum(task, book.padded);
+  Partials<T> residual(task, book.channels * book.padded), assigned(task, book.padded), scale_sum(task, book.padded);
   task.x = view_of_map(x);
   task.x_grad = view_of_map(x_grad);
-  task.grad = code_grad.packed.data();
-  task.grad_offset = code_grad.offset.data();
-  task.sum_weighted = weighted.data();
+  task.grad = packed_grad.data();
+  task.sum_residual = residual.data();
   task.sum_assigned = assigned.data();
-  task.sum_weight = weight.data();
   task.sum_scale = scale_sum.data();
   run(task, RENDSEG_PICK_ENCODE(encode_backward));
-  const Tensor codes =
-      codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), weighted.whole(), weight.whole());
+  const Tensor codes = codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), residual.whole());
   return {codes.to(codewords.scalar_type()), first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
 }
 

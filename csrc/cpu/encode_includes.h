@@ -18,3 +18,9 @@
 #endif
 
 #include "encode.h"
+
+// GCC 12 takes the undefined operands inside its own intrinsics, and remainder loops that never run, for mistakes.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+#endif

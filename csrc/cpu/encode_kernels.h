@@ -1,26 +1,30 @@
-// No include guard: the vector kernels of the encoding ops, compiled once for each instruction set (see isa.h, encode.h).
+// No include guard: the vector kernels of the encoding ops, compiled once for each instruction set (see isa.h,
+// encode.h).
 //
-// Distances are summed as (x - c)^2, not as ||x||^2 - 2 x c + ||c||^2, which cancels; the subtraction is nearly free
-// beside the multiplication. Every sum over channels or positions is in two levels (block, then whole), which also keeps
+// Everything is summed over the residuals x - c themselves: no ||x||^2 - 2 x c + ||c||^2, no sum a x - c sum a, hence
+// nothing that cancels where features or codewords lie far from zero or from each other. The subtraction is nearly free
+// beside the multiplication. Every sum over channels or positions is in two levels (block, then whole), which keeps
 // rounding errors small.
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
 
 #define RENDSEG_INLINE inline __attribute__((always_inline))
 
+// Register blocks, as large as the registers hold: positions or channels (rows) by vectors.
 #if RENDSEG_ISA == 2
 constexpr int kVectorBytes = 64;
-constexpr int kRows = 12;   // rows of a register block of two vectors
-constexpr int kAcross = 6;  // vectors of a register block of four rows
-#elif RENDSEG_ISA == 1
-constexpr int kVectorBytes = 32;
-constexpr int kRows = 6;
+constexpr int kRows = 12;       // of one sum of two vectors a row
+constexpr int kWide = 2;        // vectors of a row of kPairRows, with two things to hold of each
+constexpr int kAcrossRows = 4;  // channels by kAcross vectors of positions, likewise
 constexpr int kAcross = 3;
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kRows = 4;
-constexpr int kAcross = 3;
+constexpr int kVectorBytes = RENDSEG_ISA == 1 ? 32 : 16;
+constexpr int kRows = 6;
+constexpr int kWide = 1;
+constexpr int kAcrossRows = 3;
+constexpr int kAcross = 2;
 #endif
+constexpr int kPairRows = 6;
 constexpr int64_t kTile = kEncodeTile;
 constexpr int64_t kChannelBlock = 64;  // channels whose tile rows and codewords fit the first-level cache
 
@@ -217,20 +221,18 @@ RENDSEG_INLINE void transpose_square(Vec<T>* v) {
   transpose_steps<T, kLanes<T> / 2>(v);
 }
 
-// out[i][j] (j contiguous, rows `out_stride` apart) = source[i * row + j * column] - offset[i], for i < rows, j < columns.
+// out[i][j] (j contiguous, rows `out_stride` apart) = source[i * row + j * column], for i < rows, j < columns.
 template <typename T, typename X>
-void read_rows(const X* source, int64_t row, int64_t column, int64_t rows, int64_t columns, const T* offset, T* out,
+void read_rows(const X* source, int64_t row, int64_t column, int64_t rows, int64_t columns, T* out,
                int64_t out_stride) {
   constexpr int n = kLanes<T>;
   if (column == 1) {
     for (int64_t i = 0; i < rows; ++i) {
       const X* from = source + i * row;
       T* to = out + i * out_stride;
-      const T less = offset != nullptr ? offset[i] : T(0);
-      const Vec<T> minus = splat<T>(less);
       int64_t j = 0;
-      for (; j + n <= columns; j += n) store<T>(to + j, load_as<T, X>(from + j) - minus);
-      for (; j < columns; ++j) to[j] = static_cast<T>(from[j]) - less;
+      for (; j + n <= columns; j += n) store<T>(to + j, load_as<T, X>(from + j));
+      for (; j < columns; ++j) to[j] = static_cast<T>(from[j]);
     }
     return;
   }
@@ -238,23 +240,21 @@ void read_rows(const X* source, int64_t row, int64_t column, int64_t rows, int64
   for (int64_t j = 0; j < full_columns; j += n) {
     for (int64_t i = 0; i < full_rows; i += n) {
       Vec<T> v[n];
-      const Vec<T> minus = offset != nullptr ? load<T>(offset + i) : Vec<T>{};
 #pragma GCC unroll 16
-      for (int lane = 0; lane < n; ++lane) v[lane] = load_as<T, X>(source + i + (j + lane) * column) - minus;
+      for (int lane = 0; lane < n; ++lane) v[lane] = load_as<T, X>(source + i + (j + lane) * column);
       transpose_square<T>(v);
 #pragma GCC unroll 16
       for (int lane = 0; lane < n; ++lane) store<T>(out + (i + lane) * out_stride + j, v[lane]);
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const T less = offset != nullptr ? offset[i] : T(0);
     for (int64_t j = i < full_rows ? full_columns : 0; j < columns; ++j) {
-      out[i * out_stride + j] = static_cast<T>(source[i * row + j * column]) - less;
+      out[i * out_stride + j] = static_cast<T>(source[i * row + j * column]);
     }
   }
 }
 
-// The inverse of read_rows, without offset.
+// The inverse of read_rows.
 template <typename T, typename X>
 void write_rows(X* target, int64_t row, int64_t column, int64_t rows, int64_t columns, const T* in, int64_t in_stride) {
   constexpr int n = kLanes<T>;
@@ -296,13 +296,20 @@ template <typename T>
 void read_tile(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t count, T* tile) {
   const EncodeView& x = task.x;
   auto read = [&]<typename X>(const X* source) {
-    read_rows<T, X>(source, x.channel, x.position, task.channels, count, task.reference, tile, kTile);
+    read_rows<T, X>(source, x.channel, x.position, task.channels, count, tile, kTile);
   };
   switch (x.dtype) {
-    case c10::ScalarType::Half: read(at_position<c10::Half>(x, image, first)); break;
-    case c10::ScalarType::BFloat16: read(at_position<c10::BFloat16>(x, image, first)); break;
-    case c10::ScalarType::Double: read(at_position<double>(x, image, first)); break;
-    default: read(at_position<float>(x, image, first));
+    case c10::ScalarType::Half:
+      read(at_position<c10::Half>(x, image, first));
+      break;
+    case c10::ScalarType::BFloat16:
+      read(at_position<c10::BFloat16>(x, image, first));
+      break;
+    case c10::ScalarType::Double:
+      read(at_position<double>(x, image, first));
+      break;
+    default:
+      read(at_position<float>(x, image, first));
   }
   if (count < kTile) {
     for (int64_t d = 0; d < task.channels; ++d) std::fill(tile + d * kTile + count, tile + (d + 1) * kTile, T(0));
@@ -316,10 +323,17 @@ void write_tile(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t
     write_rows<T, X>(const_cast<X*>(target), x.channel, x.position, task.channels, count, tile, kTile);
   };
   switch (x.dtype) {
-    case c10::ScalarType::Half: write(at_position<c10::Half>(x, image, first)); break;
-    case c10::ScalarType::BFloat16: write(at_position<c10::BFloat16>(x, image, first)); break;
-    case c10::ScalarType::Double: write(at_position<double>(x, image, first)); break;
-    default: write(at_position<float>(x, image, first));
+    case c10::ScalarType::Half:
+      write(at_position<c10::Half>(x, image, first));
+      break;
+    case c10::ScalarType::BFloat16:
+      write(at_position<c10::BFloat16>(x, image, first));
+      break;
+    case c10::ScalarType::Double:
+      write(at_position<double>(x, image, first));
+      break;
+    default:
+      write(at_position<float>(x, image, first));
   }
 }
 
@@ -329,13 +343,20 @@ void read_map(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t c
   const EncodeView& map = task.map;
   std::fill(rows, rows + kTile * task.padded, T(0));
   auto read = [&]<typename X>(const X* source) {
-    read_rows<T, X>(source, map.position, map.channel, count, task.codes, nullptr, rows, task.padded);
+    read_rows<T, X>(source, map.position, map.channel, count, task.codes, rows, task.padded);
   };
   switch (map.dtype) {
-    case c10::ScalarType::Half: read(at_position<c10::Half>(map, image, first)); break;
-    case c10::ScalarType::BFloat16: read(at_position<c10::BFloat16>(map, image, first)); break;
-    case c10::ScalarType::Double: read(at_position<double>(map, image, first)); break;
-    default: read(at_position<float>(map, image, first));
+    case c10::ScalarType::Half:
+      read(at_position<c10::Half>(map, image, first));
+      break;
+    case c10::ScalarType::BFloat16:
+      read(at_position<c10::BFloat16>(map, image, first));
+      break;
+    case c10::ScalarType::Double:
+      read(at_position<double>(map, image, first));
+      break;
+    default:
+      read(at_position<float>(map, image, first));
   }
 }
 
@@ -346,41 +367,82 @@ void write_map(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t 
     write_rows<T, X>(const_cast<X*>(target), map.position, map.channel, count, task.codes, rows, task.padded);
   };
   switch (map.dtype) {
-    case c10::ScalarType::Half: write(at_position<c10::Half>(map, image, first)); break;
-    case c10::ScalarType::BFloat16: write(at_position<c10::BFloat16>(map, image, first)); break;
-    case c10::ScalarType::Double: write(at_position<double>(map, image, first)); break;
-    default: write(at_position<float>(map, image, first));
+    case c10::ScalarType::Half:
+      write(at_position<c10::Half>(map, image, first));
+      break;
+    case c10::ScalarType::BFloat16:
+      write(at_position<c10::BFloat16>(map, image, first));
+      break;
+    case c10::ScalarType::Double:
+      write(at_position<double>(map, image, first));
+      break;
+    default:
+      write(at_position<float>(map, image, first));
   }
 }
 
 // columns[k][t] = rows[t][k], [kTile][padded] -> [padded][kTile].
 template <typename T>
 void turn(const T* rows, int64_t padded, T* columns) {
-  read_rows<T, T>(rows, 1, padded, padded, kTile, nullptr, columns, kTile);
+  read_rows<T, T>(rows, 1, padded, padded, kTile, columns, kTile);
 }
+
+// Fetches the tile that comes next into the second-level cache, a few lines at a time between the register blocks: its
+// rows lie far apart in memory, where the hardware sees no pattern.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* first, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int64_t calls)
+      : at_(static_cast<const char*>(first)),
+        rows_(rows),
+        lines_((row_bytes + 63) / 64),
+        stride_(stride_bytes),
+        each_((rows_ * lines_ + calls - 1) / calls) {}
+  RENDSEG_INLINE void step() {
+    for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
+      __builtin_prefetch(at_ + line_ * 64, 0, 2);
+      if (++line_ == lines_) {
+        line_ = 0;
+        at_ += stride_;
+        --rows_;
+      }
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t rows_ = 0, lines_ = 0, stride_ = 0, each_ = 0, line_ = 0;
+};
 
 // ---- Products of a tile; register blocks first
 
-// out[r][v] (+)= sum over channels of (tile - code)^2, or of tile * code; r positions by NV vectors of codes.
-template <typename T, int NR, int NV, bool kSquare>
-RENDSEG_INLINE void over_channels(const T* tile, const T* codes, int64_t padded, int64_t channels, T* out, bool first) {
+template <typename T>
+RENDSEG_INLINE void put(T* to, Vec<T> value, bool first) {  // to (+)= value
+  store<T>(to, first ? value : load<T>(to) + value);
+}
+
+// squares[r][v] (+)= sum over channels of (tile - code)^2 and dots[r][v] (+)= that of (tile - code) * grad, for NR
+// positions and NV vectors of codes.
+template <typename T, int NR, int NV, bool kSquare, bool kDot>
+RENDSEG_INLINE void over_channels(const T* tile, const T* codes, const T* grad, int64_t padded, int64_t channels,
+                                  T* squares, T* dots, bool first) {
   constexpr int n = kLanes<T>;
-  Vec<T> sum[NR][NV] = {};
+  Vec<T> square[NR][NV] = {}, dot[NR][NV] = {};
   for (int64_t d = 0; d < channels; ++d) {
-    Vec<T> c[NV];
+    Vec<T> c[NV], g[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) c[v] = load<T>(codes + d * padded + v * n);
+    for (int v = 0; v < NV; ++v) {
+      c[v] = load<T>(codes + d * padded + v * n);
+      if constexpr (kDot) g[v] = load<T>(grad + d * padded + v * n);
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < NR; ++r) {
       const Vec<T> x = splat<T>(tile[d * kTile + r]);
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
-        if constexpr (kSquare) {
-          const Vec<T> residual = x - c[v];
-          sum[r][v] = fused(residual, residual, sum[r][v]);
-        } else {
-          sum[r][v] = fused(x, c[v], sum[r][v]);
-        }
+        const Vec<T> residual = x - c[v];
+        if constexpr (kSquare) square[r][v] = fused(residual, residual, square[r][v]);
+        if constexpr (kDot) dot[r][v] = fused(residual, g[v], dot[r][v]);
       }
     }
   }
@@ -388,135 +450,166 @@ RENDSEG_INLINE void over_channels(const T* tile, const T* codes, int64_t padded,
   for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      T* to = out + r * padded + v * n;
-      store<T>(to, first ? sum[r][v] : load<T>(to) + sum[r][v]);
+      if constexpr (kSquare) put<T>(squares + r * padded + v * n, square[r][v], first);
+      if constexpr (kDot) put<T>(dots + r * padded + v * n, dot[r][v], first);
     }
   }
 }
 
-// out[kTile][padded] = squared distances of the positions to the codewords, or their products.
-template <typename T, bool kSquare>
-void contract_channels(const T* tile, const T* codes, int64_t padded, int64_t channels, int64_t count, T* out) {
-  constexpr int n = kLanes<T>;
-  if (channels == 0) std::fill(out, out + kTile * padded, T(0));
+// squares, dots[kTile][padded]: distances of the positions to the codewords, products of their residuals with the
+// gradient.
+template <typename T, bool kSquare, bool kDot>
+void contract_channels(const T* tile, const T* codes, const T* grad, int64_t padded, int64_t channels, int64_t count,
+                       T* squares, T* dots, Ahead& ahead) {
+  constexpr int n = kLanes<T>, rows = kDot ? kPairRows : kRows, vectors = kDot ? kWide : 2;
+  static_assert(kTile % rows == 0);
+  if (channels == 0) {
+    if constexpr (kSquare) std::fill(squares, squares + kTile * padded, T(0));
+    if constexpr (kDot) std::fill(dots, dots + kTile * padded, T(0));
+  }
   for (int64_t d = 0; d < channels; d += kChannelBlock) {
     const int64_t block = std::min(kChannelBlock, channels - d);
-    const T* part = tile + d * kTile;
     int64_t k = 0;
-    for (; k + 2 * n <= padded; k += 2 * n) {
-      for (int64_t t = 0; t < count; t += kRows) {
-        over_channels<T, kRows, 2, kSquare>(part + t, codes + d * padded + k, padded, block, out + t * padded + k, d == 0);
+    for (; k + vectors * n <= padded; k += vectors * n) {
+      for (int64_t t = 0; t < count; t += rows) {
+        over_channels<T, rows, vectors, kSquare, kDot>(
+            tile + d * kTile + t, codes + d * padded + k, kDot ? grad + d * padded + k : nullptr, padded, block,
+            kSquare ? squares + t * padded + k : nullptr, kDot ? dots + t * padded + k : nullptr, d == 0);
+        ahead.step();
       }
     }
     for (; k < padded; k += n) {
-      for (int64_t t = 0; t < count; t += kRows) {
-        over_channels<T, kRows, 1, kSquare>(part + t, codes + d * padded + k, padded, block, out + t * padded + k, d == 0);
+      for (int64_t t = 0; t < count; t += rows) {
+        over_channels<T, rows, 1, kSquare, kDot>(
+            tile + d * kTile + t, codes + d * padded + k, kDot ? grad + d * padded + k : nullptr, padded, block,
+            kSquare ? squares + t * padded + k : nullptr, kDot ? dots + t * padded + k : nullptr, d == 0);
+        ahead.step();
       }
     }
   }
 }
 
-// out[r][v] (+)= sum over positions of tile * weight; r channels by NV vectors of codes.
+// out[r][v] (+)= sum over positions of (tile - code) * weight, for NR channels and NV vectors of codes.
 template <typename T, int NR, int NV>
-RENDSEG_INLINE void over_positions(const T* tile, const T* weights, int64_t padded, int64_t count, T* out, bool first) {
+RENDSEG_INLINE void over_positions(const T* tile, const T* codes, const T* weights, int64_t padded, int64_t count,
+                                   T* out, bool first) {
   constexpr int n = kLanes<T>;
-  Vec<T> sum[NR][NV] = {};
+  Vec<T> sum[NR][NV] = {}, code[NR][NV];
+#pragma GCC unroll 6
+  for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) code[r][v] = load<T>(codes + r * padded + v * n);
+  }
   for (int64_t t = 0; t < count; ++t) {
     Vec<T> w[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) w[v] = load<T>(weights + t * padded + v * n);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int r = 0; r < NR; ++r) {
       const Vec<T> x = splat<T>(tile[r * kTile + t]);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) sum[r][v] = fused(x, w[v], sum[r][v]);
+      for (int v = 0; v < NV; ++v) sum[r][v] = fused(x - code[r][v], w[v], sum[r][v]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      T* to = out + r * padded + v * n;
-      store<T>(to, first ? sum[r][v] : load<T>(to) + sum[r][v]);
-    }
+    for (int v = 0; v < NV; ++v) put<T>(out + r * padded + v * n, sum[r][v], first);
   }
 }
 
 template <typename T, int NR>
-RENDSEG_INLINE void over_positions(const T* tile, const T* weights, int64_t padded, int64_t count, T* out, bool first) {
+RENDSEG_INLINE void over_positions(const T* tile, const T* codes, const T* weights, int64_t padded, int64_t count,
+                                   T* out, bool first) {
   constexpr int n = kLanes<T>;
   int64_t k = 0;
-  for (; k + 2 * n <= padded; k += 2 * n) over_positions<T, NR, 2>(tile, weights + k, padded, count, out + k, first);
-  for (; k < padded; k += n) over_positions<T, NR, 1>(tile, weights + k, padded, count, out + k, first);
+  for (; k + kWide * n <= padded; k += kWide * n) {
+    over_positions<T, NR, kWide>(tile, codes + k, weights + k, padded, count, out + k, first);
+  }
+  for (; k < padded; k += n) over_positions<T, NR, 1>(tile, codes + k, weights + k, padded, count, out + k, first);
 }
 
-// out[channels][padded] (+)= sum over positions of tile[d][t] * weights[t][k].
+// out[channels][padded] (+)= sum over positions of (tile[d][t] - codes[d][k]) * weights[t][k].
 template <typename T>
-void contract_positions(const T* tile, const T* weights, int64_t padded, int64_t channels, int64_t count, T* out,
-                        bool first) {
+void contract_positions(const T* tile, const T* codes, const T* weights, int64_t padded, int64_t channels,
+                        int64_t count, T* out, bool first, Ahead& ahead) {
   int64_t d = 0;
-  for (; d + kRows <= channels; d += kRows) {
-    over_positions<T, kRows>(tile + d * kTile, weights, padded, count, out + d * padded, first);
+  for (; d + kPairRows <= channels; d += kPairRows) {
+    over_positions<T, kPairRows>(tile + d * kTile, codes + d * padded, weights, padded, count, out + d * padded, first);
+    ahead.step();
   }
-  if constexpr (kRows > 4) {
-    for (; d + 4 <= channels; d += 4) {
-      over_positions<T, 4>(tile + d * kTile, weights, padded, count, out + d * padded, first);
-    }
+  for (; d + 2 <= channels; d += 2) {
+    over_positions<T, 2>(tile + d * kTile, codes + d * padded, weights, padded, count, out + d * padded, first);
   }
   for (; d < channels; ++d) {
-    over_positions<T, 1>(tile + d * kTile, weights, padded, count, out + d * padded, first);
+    over_positions<T, 1>(tile + d * kTile, codes + d * padded, weights, padded, count, out + d * padded, first);
   }
 }
 
-// tile = (own ? tile * own : 0) + a wa (+ b wb): rows of NR channels by NV vectors of positions; a and b are packed
-// [channels][padded], wa and wb [codes][kTile]. A null `b` is left out.
-template <typename T, int NR, int NV>
-RENDSEG_INLINE void over_codes(T* tile, const T* own, const T* a, const T* wa, const T* b, const T* wb, int64_t padded,
-                               int64_t codes) {
-  constexpr int n = kLanes<T>;
+// tile = sum over codes of grad * assigned + (tile - code) * weight, for NR channels and kAcross vectors of positions;
+// assigned and weight are [codes][kTile]. Either term is left out where its weights are null.
+template <typename T, int NR>
+RENDSEG_INLINE void over_codes(T* tile, const T* grad, const T* assigned, const T* code, const T* weight,
+                               int64_t padded, int64_t codes) {
+  constexpr int n = kLanes<T>, NV = kAcross;
   Vec<T> sum[NR][NV] = {};
-  for (int half = 0; half < 2; ++half) {
-    const T* left = half == 0 ? a : b;
-    const T* weights = half == 0 ? wa : wb;
-    if (left == nullptr) continue;
+  if (assigned != nullptr) {
     for (int64_t k = 0; k < codes; ++k) {
       Vec<T> w[NV];
-#pragma GCC unroll 6
-      for (int v = 0; v < NV; ++v) w[v] = load<T>(weights + k * kTile + v * n);
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) w[v] = load<T>(assigned + k * kTile + v * n);
 #pragma GCC unroll 4
       for (int r = 0; r < NR; ++r) {
-        const Vec<T> g = splat<T>(left[r * padded + k]);
-#pragma GCC unroll 6
+        const Vec<T> g = splat<T>(grad[r * padded + k]);
+#pragma GCC unroll 3
         for (int v = 0; v < NV; ++v) sum[r][v] = fused(g, w[v], sum[r][v]);
+      }
+    }
+  }
+  if (weight != nullptr) {
+    Vec<T> x[NR][NV];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) x[r][v] = load<T>(tile + r * kTile + v * n);
+    }
+    for (int64_t k = 0; k < codes; ++k) {
+      Vec<T> w[NV];
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) w[v] = load<T>(weight + k * kTile + v * n);
+#pragma GCC unroll 4
+      for (int r = 0; r < NR; ++r) {
+        const Vec<T> c = splat<T>(code[r * padded + k]);
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) sum[r][v] = fused(x[r][v] - c, w[v], sum[r][v]);
       }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 6
-    for (int v = 0; v < NV; ++v) {
-      T* at = tile + r * kTile + v * n;
-      store<T>(at, own != nullptr ? fused(load<T>(at), load<T>(own + v * n), sum[r][v]) : sum[r][v]);
-    }
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) store<T>(tile + r * kTile + v * n, sum[r][v]);
   }
 }
 
 template <typename T>
-void contract_codes(T* tile, const T* own, const T* a, const T* wa, const T* b, const T* wb, int64_t padded,
-                    int64_t codes, int64_t channels) {
+void contract_codes(T* tile, const T* grad, const T* assigned, const T* code, const T* weight, int64_t padded,
+                    int64_t codes, int64_t channels, Ahead& ahead) {
   constexpr int step = kAcross * kLanes<T>;
   static_assert(kTile % step == 0);
   int64_t d = 0;
-  for (; d + 4 <= channels; d += 4) {
+  auto from = [](const T* p, int64_t offset) { return p != nullptr ? p + offset : nullptr; };
+  for (; d + kAcrossRows <= channels; d += kAcrossRows) {
     for (int64_t t = 0; t < kTile; t += step) {
-      over_codes<T, 4, kAcross>(tile + d * kTile + t, own ? own + t : nullptr, a + d * padded, wa + t,
-                                b ? b + d * padded : nullptr, wb ? wb + t : nullptr, padded, codes);
+      over_codes<T, kAcrossRows>(tile + d * kTile + t, from(grad, d * padded), from(assigned, t),
+                                 from(code, d * padded), from(weight, t), padded, codes);
     }
+    ahead.step();
   }
   for (; d < channels; ++d) {
     for (int64_t t = 0; t < kTile; t += step) {
-      over_codes<T, 1, kAcross>(tile + d * kTile + t, own ? own + t : nullptr, a + d * padded, wa + t,
-                                b ? b + d * padded : nullptr, wb ? wb + t : nullptr, padded, codes);
+      over_codes<T, 1>(tile + d * kTile + t, from(grad, d * padded), from(assigned, t), from(code, d * padded),
+                       from(weight, t), padded, codes);
     }
   }
 }
@@ -557,7 +650,8 @@ void sum_rows(const T* rows, const T* factor, int64_t padded, int64_t count, T* 
   for (int64_t k = 0; k < padded; k += n) {
     Vec<T> sum = {};
     if (factor != nullptr) {
-      for (int64_t t = 0; t < count; ++t) sum = fused(load<T>(rows + t * padded + k), load<T>(factor + t * padded + k), sum);
+      for (int64_t t = 0; t < count; ++t)
+        sum = fused(load<T>(rows + t * padded + k), load<T>(factor + t * padded + k), sum);
     } else {
       for (int64_t t = 0; t < count; ++t) sum += load<T>(rows + t * padded + k);
     }
@@ -565,35 +659,26 @@ void sum_rows(const T* rows, const T* factor, int64_t padded, int64_t count, T* 
   }
 }
 
-// rows -> -2 scale rows, in place, and own[t] = the sum of 2 scale rows: the weights of x in the gradient of a distance.
+// rows -> 2 scale rows, in place: the weights of the residuals in the gradient of a distance.
 template <typename T>
-void distance_weights(const T* scale, int64_t padded, int64_t count, T* rows, T* own) {
+void distance_weights(const T* scale, int64_t padded, int64_t count, T* rows) {
   constexpr int n = kLanes<T>;
-  std::fill(own, own + kTile, T(0));
   for (int64_t t = 0; t < count; ++t) {
-    Vec<T> sum = {};
     for (int64_t k = 0; k < padded; k += n) {
-      const Vec<T> weight = T(-2) * load<T>(scale + k) * load<T>(rows + t * padded + k);
-      store<T>(rows + t * padded + k, weight);
-      sum += weight;
+      store<T>(rows + t * padded + k, T(2) * load<T>(scale + k) * load<T>(rows + t * padded + k));
     }
-    own[t] = -sum_lanes<T>(sum);
   }
 }
 
-// Gradient of the softmax: rows (the gradient of the assignment plus `offset`) -> gradient of the logits, in place.
+// Gradient of the softmax: rows, the gradient of the assignment -> gradient of the logits, in place.
 template <typename T>
-void softmax_rows_backward(const T* assignment, const T* offset, int64_t padded, int64_t count, T* rows) {
+void softmax_rows_backward(const T* assignment, int64_t padded, int64_t count, T* rows) {
   constexpr int n = kLanes<T>;
   for (int64_t t = 0; t < count; ++t) {
     const T* a = assignment + t * padded;
     T* g = rows + t * padded;
     Vec<T> sum = {};
-    for (int64_t k = 0; k < padded; k += n) {
-      const Vec<T> grad = load<T>(g + k) - load<T>(offset + k);
-      store<T>(g + k, grad);
-      sum = fused(load<T>(a + k), grad, sum);
-    }
+    for (int64_t k = 0; k < padded; k += n) sum = fused(load<T>(a + k), load<T>(g + k), sum);
     const Vec<T> dot = splat<T>(sum_lanes<T>(sum));
     for (int64_t k = 0; k < padded; k += n) store<T>(g + k, load<T>(a + k) * (load<T>(g + k) - dot));
   }
@@ -607,52 +692,79 @@ class Scratch {
  public:
   explicit Scratch(const EncodeTask<T>& task)
       : rows_(kTile * task.padded),
-        tile_(round(kTile * task.channels)),
-        memory_(static_cast<T*>(::operator new((tile_ + 5 * rows_ + kTile) * sizeof(T), std::align_val_t(64)))) {}
+        tile_(kTile * task.channels),
+        memory_(static_cast<T*>(::operator new((tile_ + 5 * rows_) * sizeof(T), std::align_val_t(64)))) {}
   ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   T* tile() { return memory_; }
   T* rows(int which) { return memory_ + tile_ + which * rows_; }  // five of [kTile][padded]
-  T* own() { return memory_ + tile_ + 5 * rows_; }                // [kTile]
 
  private:
-  static int64_t round(int64_t size) { return (size + 63) / 64 * 64; }
   int64_t rows_, tile_;
   T* memory_;
 };
 
-// The tiles of chunk `chunk`: for (Tile at(task, chunk); at.more(); at.next()).
+// Walks over the tiles of the chunks [begin, end): for (Tiles at(task, begin, end); at.more(); at.next()).
 template <typename T>
-struct Tiles {
-  Tiles(const EncodeTask<T>& task, int64_t chunk)
-      : image(chunk / task.chunks),
-        first(chunk % task.chunks * task.chunk_tiles * kTile),
-        begin(first),
-        end(std::min(first + task.chunk_tiles * kTile, task.positions)) {}
-  bool more() const { return first < end; }
-  void next() { first += kTile; }
-  int64_t count() const { return std::min(kTile, end - first); }
-  bool opening() const { return first == begin; }
-  int64_t image, first, begin, end;
+class Tiles {
+ public:
+  Tiles(const EncodeTask<T>& task, int64_t begin, int64_t end) : chunk(begin), task_(task), end_(end) {
+    if (more()) open();
+  }
+  bool more() const { return chunk < end_; }
+  void next() {
+    first += kTile;
+    if (first >= chunk_end_ && ++chunk < end_) open();
+  }
+  int64_t count() const { return std::min(kTile, task_.positions - first); }
+  bool opening() const { return first == chunk_first_; }
+  // What fetches the next tile in `calls` steps.
+  Ahead ahead(int64_t calls) const {
+    Tiles after = *this;
+    after.next();
+    if (!after.more()) return {};
+    const EncodeView& x = task_.x;
+    const int64_t size = c10::elementSize(x.dtype);
+    const char* from = static_cast<const char*>(x.data) + (after.image * x.image + after.first * x.position) * size;
+    if (x.position == 1) return {from, task_.channels, after.count() * size, x.channel * size, calls};
+    if (x.channel == 1) return {from, after.count(), task_.channels * size, x.position * size, calls};
+    return {};
+  }
+  int64_t chunk, image = 0, first = 0;
+
+ private:
+  void open() {
+    image = chunk / task_.chunks;
+    chunk_first_ = first = chunk % task_.chunks * task_.chunk_tiles * kTile;
+    chunk_end_ = std::min(first + task_.chunk_tiles * kTile, task_.positions);
+  }
+  const EncodeTask<T>& task_;
+  int64_t end_, chunk_first_ = 0, chunk_end_ = 0;
 };
+
+// Register blocks of each kind in a full tile: how often Ahead::step is called.
+template <typename T>
+int64_t steps_over_channels(const EncodeTask<T>& task, bool dot) {
+  const int64_t vectors = task.padded / kLanes<T>, wide = dot ? kWide : 2, rows = dot ? kPairRows : kRows;
+  return (task.channels + kChannelBlock - 1) / kChannelBlock * (vectors / wide + vectors % wide) * (kTile / rows);
+}
 
 template <typename T>
 void EncodeKernels<T>::encode(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (Tiles<T> at(task, chunk); at.more(); at.next()) {
-      T* tile = scratch.tile();
-      T* rows = scratch.rows(0);
-      const int64_t count = at.count();
-      read_tile(task, at.image, at.first, count, tile);
-      contract_channels<T, true>(tile, task.codewords, padded, channels, count, rows);
-      softmax_rows(rows, task.scale, padded, task.codes, count, rows);
-      contract_positions(tile, rows, padded, channels, count, task.sum_weighted + chunk * channels * padded, at.opening());
-      sum_rows<T>(rows, nullptr, padded, count, task.sum_assigned + chunk * padded, at.opening());
-    }
+  const int64_t steps = steps_over_channels(task, false) + channels / kPairRows;
+  for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
+    T *tile = scratch.tile(), *rows = scratch.rows(0);
+    const int64_t count = at.count();
+    Ahead ahead = at.ahead(steps);
+    read_tile(task, at.image, at.first, count, tile);
+    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, channels, count, rows, nullptr, ahead);
+    softmax_rows(rows, task.scale, padded, task.codes, count, rows);
+    contract_positions(tile, task.codewords, rows, padded, channels, count,
+                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
   }
 }
 
@@ -660,31 +772,28 @@ template <typename T>
 void EncodeKernels<T>::encode_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (Tiles<T> at(task, chunk); at.more(); at.next()) {
-      T *tile = scratch.tile(), *own = scratch.own();
-      T *distance = scratch.rows(0), *assigned = scratch.rows(1), *weight = scratch.rows(2);
-      T *assigned_turned = scratch.rows(3), *weight_turned = scratch.rows(4);
-      const int64_t count = at.count();
-      const T* grad = task.grad + at.image * channels * padded;
-      read_tile(task, at.image, at.first, count, tile);
-      contract_channels<T, true>(tile, task.codewords, padded, channels, count, distance);
-      softmax_rows(distance, task.scale, padded, task.codes, count, assigned);
-      contract_channels<T, false>(tile, grad, padded, channels, count, weight);
-      softmax_rows_backward(assigned, task.grad_offset + at.image * padded, padded, count, weight);
-      sum_rows<T>(assigned, nullptr, padded, count, task.sum_assigned + chunk * padded, at.opening());
-      sum_rows<T>(weight, nullptr, padded, count, task.sum_weight + chunk * padded, at.opening());
-      sum_rows<T>(weight, distance, padded, count, task.sum_scale + chunk * padded, at.opening());
-      contract_positions(tile, weight, padded, channels, count, task.sum_weighted + chunk * channels * padded,
-                         at.opening());
-      distance_weights(task.scale, padded, count, weight, own);
-      std::fill(assigned + count * padded, assigned + kTile * padded, T(0));
-      std::fill(weight + count * padded, weight + kTile * padded, T(0));
-      turn(assigned, padded, assigned_turned);
-      turn(weight, padded, weight_turned);
-      contract_codes<T>(tile, own, grad, assigned_turned, task.codewords, weight_turned, padded, task.codes, channels);
-      write_tile(task, at.image, at.first, count, tile);
-    }
+  const int64_t steps = steps_over_channels(task, true) + channels / kPairRows + channels / kAcrossRows;
+  for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
+    T *tile = scratch.tile(), *distance = scratch.rows(0), *assigned = scratch.rows(1), *weight = scratch.rows(2);
+    T *assigned_turned = scratch.rows(3), *weight_turned = scratch.rows(4);
+    const int64_t count = at.count();
+    const T* grad = task.grad + at.image * channels * padded;
+    Ahead ahead = at.ahead(steps);
+    read_tile(task, at.image, at.first, count, tile);
+    contract_channels<T, true, true>(tile, task.codewords, grad, padded, channels, count, distance, weight, ahead);
+    softmax_rows(distance, task.scale, padded, task.codes, count, assigned);
+    softmax_rows_backward(assigned, padded, count, weight);
+    sum_rows<T>(assigned, nullptr, padded, count, task.sum_assigned + at.chunk * padded, at.opening());
+    sum_rows<T>(weight, distance, padded, count, task.sum_scale + at.chunk * padded, at.opening());
+    contract_positions(tile, task.codewords, weight, padded, channels, count,
+                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
+    distance_weights(task.scale, padded, count, weight);
+    std::fill(assigned + count * padded, assigned + kTile * padded, T(0));
+    std::fill(weight + count * padded, weight + kTile * padded, T(0));
+    turn(assigned, padded, assigned_turned);
+    turn(weight, padded, weight_turned);
+    contract_codes<T>(tile, grad, assigned_turned, task.codewords, weight_turned, padded, task.codes, channels, ahead);
+    write_tile(task, at.image, at.first, count, tile);
   }
 }
 
@@ -692,17 +801,17 @@ template <typename T>
 void EncodeKernels<T>::scaled_l2(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (Tiles<T> at(task, chunk); at.more(); at.next()) {
-      T* rows = scratch.rows(0);
-      const int64_t count = at.count();
-      read_tile(task, at.image, at.first, count, scratch.tile());
-      contract_channels<T, true>(scratch.tile(), task.codewords, padded, task.channels, count, rows);
-      for (int64_t t = 0; t < count; ++t) {
-        for (int64_t k = 0; k < padded; ++k) rows[t * padded + k] *= task.scale[k];
-      }
-      write_map(task, at.image, at.first, count, rows);
+  for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
+    T *tile = scratch.tile(), *rows = scratch.rows(0);
+    const int64_t count = at.count();
+    Ahead ahead = at.ahead(steps_over_channels(task, false));
+    read_tile(task, at.image, at.first, count, tile);
+    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, task.channels, count, rows, nullptr,
+                                      ahead);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t k = 0; k < padded; ++k) rows[t * padded + k] *= task.scale[k];
     }
+    write_map(task, at.image, at.first, count, rows);
   }
 }
 
@@ -710,23 +819,20 @@ template <typename T>
 void EncodeKernels<T>::scaled_l2_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (Tiles<T> at(task, chunk); at.more(); at.next()) {
-      T *tile = scratch.tile(), *own = scratch.own();
-      T *distance = scratch.rows(0), *weight = scratch.rows(1), *turned = scratch.rows(2);
-      const int64_t count = at.count();
-      read_tile(task, at.image, at.first, count, tile);
-      contract_channels<T, true>(tile, task.codewords, padded, channels, count, distance);
-      read_map(task, at.image, at.first, count, weight);
-      sum_rows<T>(weight, nullptr, padded, count, task.sum_weight + chunk * padded, at.opening());
-      sum_rows<T>(weight, distance, padded, count, task.sum_scale + chunk * padded, at.opening());
-      contract_positions(tile, weight, padded, channels, count, task.sum_weighted + chunk * channels * padded,
-                         at.opening());
-      distance_weights(task.scale, padded, count, weight, own);
-      turn(weight, padded, turned);
-      contract_codes<T>(tile, own, task.codewords, turned, nullptr, nullptr, padded, task.codes, channels);
-      write_tile(task, at.image, at.first, count, tile);
-    }
+  for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
+    T *tile = scratch.tile(), *distance = scratch.rows(0), *weight = scratch.rows(1), *turned = scratch.rows(2);
+    const int64_t count = at.count();
+    Ahead ahead = at.ahead(steps_over_channels(task, false) + channels / kPairRows);
+    read_tile(task, at.image, at.first, count, tile);
+    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, channels, count, distance, nullptr, ahead);
+    read_map(task, at.image, at.first, count, weight);
+    sum_rows<T>(weight, distance, padded, count, task.sum_scale + at.chunk * padded, at.opening());
+    contract_positions(tile, task.codewords, weight, padded, channels, count,
+                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
+    distance_weights(task.scale, padded, count, weight);
+    turn(weight, padded, turned);
+    contract_codes<T>(tile, nullptr, nullptr, task.codewords, turned, padded, task.codes, channels, ahead);
+    write_tile(task, at.image, at.first, count, tile);
   }
 }
 
@@ -734,15 +840,14 @@ template <typename T>
 void EncodeKernels<T>::aggregate(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (Tiles<T> at(task, chunk); at.more(); at.next()) {
-      T *tile = scratch.tile(), *rows = scratch.rows(0);
-      const int64_t count = at.count();
-      read_tile(task, at.image, at.first, count, tile);
-      read_map(task, at.image, at.first, count, rows);
-      contract_positions(tile, rows, padded, channels, count, task.sum_weighted + chunk * channels * padded, at.opening());
-      sum_rows<T>(rows, nullptr, padded, count, task.sum_assigned + chunk * padded, at.opening());
-    }
+  for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
+    T *tile = scratch.tile(), *rows = scratch.rows(0);
+    const int64_t count = at.count();
+    Ahead ahead = at.ahead(std::max<int64_t>(1, channels / kPairRows));
+    read_tile(task, at.image, at.first, count, tile);
+    read_map(task, at.image, at.first, count, rows);
+    contract_positions(tile, task.codewords, rows, padded, channels, count,
+                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
   }
 }
 
@@ -750,25 +855,19 @@ template <typename T>
 void EncodeKernels<T>::aggregate_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (Tiles<T> at(task, chunk); at.more(); at.next()) {
-      T* tile = scratch.tile();
-      T *rows = scratch.rows(0), *turned = scratch.rows(1), *product = scratch.rows(2);
-      const int64_t count = at.count();
-      const T* grad = task.grad + at.image * channels * padded;
-      const T* offset = task.grad_offset + at.image * padded;
-      read_tile(task, at.image, at.first, count, tile);
-      contract_channels<T, false>(tile, grad, padded, channels, count, product);
-      for (int64_t t = 0; t < count; ++t) {
-        for (int64_t k = 0; k < padded; ++k) product[t * padded + k] -= offset[k];
-      }
-      write_map(task, at.image, at.first, count, product);
-      read_map(task, at.image, at.first, count, rows);
-      sum_rows<T>(rows, nullptr, padded, count, task.sum_assigned + chunk * padded, at.opening());
-      turn(rows, padded, turned);
-      contract_codes<T>(tile, nullptr, grad, turned, nullptr, nullptr, padded, task.codes, channels);
-      write_tile(task, at.image, at.first, count, tile);
-    }
+  for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
+    T *tile = scratch.tile(), *rows = scratch.rows(0), *turned = scratch.rows(1), *product = scratch.rows(2);
+    const int64_t count = at.count();
+    const T* grad = task.grad + at.image * channels * padded;
+    Ahead ahead = at.ahead(steps_over_channels(task, true));
+    read_tile(task, at.image, at.first, count, tile);
+    contract_channels<T, false, true>(tile, task.codewords, grad, padded, channels, count, nullptr, product, ahead);
+    write_map(task, at.image, at.first, count, product);
+    read_map(task, at.image, at.first, count, rows);
+    sum_rows<T>(rows, nullptr, padded, count, task.sum_assigned + at.chunk * padded, at.opening());
+    turn(rows, padded, turned);
+    contract_codes<T>(tile, grad, turned, nullptr, nullptr, padded, task.codes, channels, ahead);
+    write_tile(task, at.image, at.first, count, tile);
   }
 }
 

@@ -65,9 +65,8 @@ def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
         ValueError: a wrong rank or size. TypeError: a dtype that is not floating, or a sparse tensor. RuntimeError:
             tensors on different devices, or a second derivative.
 
-    Gradients reach all three arguments, once. The sum is taken as ``sum a x - c sum a`` about the mean codeword, so that
-    a common offset costs no digits; with an infinite codeword the result is infinite or NaN but not always the one that
-    the plain formula gives. Autocast: no rule, inputs are taken as they come. Source: as :func:`scaled_l2`, section 3.1.
+    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule, inputs
+    are taken as they come. Source: as :func:`scaled_l2`, section 3.1.
     """
     if use_reference("aggregate", x):
         return reference.aggregate(assignment, x, codewords)

@@ -1,0 +1,123 @@
+"""Encoding layer against the forms people use: the broadcast over [B, M, K, D] and the GEMM form.
+
+The case is that of ENCNet: 512 channels, a 64x128 map, 32 codewords, two images. The GEMM form is hand-tuned eager:
+||x||^2 - 2 x c + ||c||^2 by matrix products that read the map in its own layout, and E = A^T x - c sum A.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch  # noqa: E402
+from _floors import encode_backward, encode_forward  # noqa: E402
+from _harness import Bench  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from rendseg import ops, reference  # noqa: E402
+
+
+def broadcast(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """Residuals spelled out for every position and codeword, twice: the form of common frameworks."""
+    positions = x.flatten(2).transpose(1, 2).contiguous()
+    size = (x.shape[0], positions.shape[1], *codewords.shape)
+    residual = positions.unsqueeze(2).expand(size) - codewords
+    assignment = (scale * residual.pow(2).sum(3)).softmax(2)
+    residual = positions.unsqueeze(2).expand(size) - codewords
+    return (assignment.unsqueeze(3) * residual).sum(1)
+
+
+def gemm(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """The same by two matrix products; loses digits where features lie far from zero."""
+    features = x.flatten(2)
+    squares = features.square().sum(1, keepdim=True) + codewords.square().sum(1).unsqueeze(1)
+    product = torch.matmul(codewords, features)
+    assignment = (scale.unsqueeze(1) * torch.add(squares, product, alpha=-2)).softmax(1)
+    return torch.matmul(assignment, features.transpose(1, 2)) - codewords * assignment.sum(2, keepdim=True)
+
+
+def main() -> int:
+    bench = Bench("encode", __doc__)
+    channels, height, width, codes = 512, 64, 128, 32
+    batch = 1 if bench.quick else 2
+    positions = height * width
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, height, width, device=bench.device)
+    bound = (channels * codes) ** -0.5
+    codewords = torch.empty(codes, channels, device=bench.device).uniform_(-bound, bound)
+    scale = -torch.rand(codes, device=bench.device)
+    grad = torch.randn(batch, codes, channels, device=bench.device)
+    facts = {"shape": [batch, channels, height, width], "codes": codes, "dtype": "float32", "seed": 0}
+
+    # Right before fast: every candidate against float64 on a part of the map.
+    part = x[:1, :, :8].contiguous()
+    truth = reference.encode(part.double(), codewords.double(), scale.double())
+    for function in (ops.encode, gemm, broadcast):
+        error = (function(part, codewords, scale) - truth).abs().max() / truth.abs().max()
+        bench.note(f"largest relative error of {function.__name__}: {error.item():.2g}")
+        assert error < 1e-3
+
+    forms = {"broadcast": broadcast, "gemm": gemm}
+    if bench.with_compile:
+        forms["gemm, torch.compile"] = torch.compile(gemm)
+    forms["rendseg"] = ops.encode
+
+    def forward(function, features):  # type: ignore[no-untyped-def]
+        def call() -> Tensor:
+            with torch.no_grad():
+                return function(features, codewords, scale)
+
+        return call
+
+    def both(function, features):  # type: ignore[no-untyped-def]
+        inputs = [t.detach().requires_grad_() for t in (features, codewords, scale)]
+        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+
+    # The broadcast form is two hundred times slower than the rest, so its rounds are few, and it has rows of its own.
+    slow_rounds = {"samples": 1 if bench.quick else 3, "budget_s": 30.0}
+    floors = {
+        "forward": encode_forward(batch, channels, positions, codes, 4),
+        "forward + backward": _add(
+            encode_forward(batch, channels, positions, codes, 4), encode_backward(batch, channels, positions, codes, 4)
+        ),
+    }
+    for title, wrap in (("forward", forward), ("forward + backward", both)):
+        fast = {name: wrap(form, x) for name, form in forms.items() if name != "broadcast"}
+        if bench.device.type == "cpu" and not bench.quick:
+            last = x.contiguous(memory_format=torch.channels_last)
+            fast["rendseg, channels_last"] = wrap(ops.encode, last)
+            fast["rendseg, bf16 features"] = wrap(ops.encode, x.bfloat16())
+        bench.compare(title, fast, baseline="gemm", floor=floors[title], images=batch, **facts)
+        slow = {name: wrap(forms[name], x) for name in ("broadcast", "rendseg")}
+        bench.compare(f"{title}, broadcast form", slow, baseline="broadcast", **slow_rounds, **facts)
+
+    bench.bar("forward against the GEMM form", bench.ratio("forward", "gemm", "rendseg"), at_least=3.0)
+    row = "forward + backward"
+    bench.bar(f"{row} against the GEMM form", bench.ratio(row, "gemm", "rendseg"), at_least=3.0)
+    ratio = bench.median(f"{row}, broadcast form", "broadcast") / bench.median(row, "rendseg")
+    bench.bar(f"{row} against the broadcast form", ratio, at_least=100.0)
+
+    # Memory beyond the inputs, the result and the gradients.
+    results = grad.nbytes
+    gradients = x.nbytes + codewords.nbytes + scale.nbytes
+    for title, wrap, given in (("forward", forward, results), (row, both, results + gradients)):
+        for name in ("gemm", "rendseg"):
+            peak = bench.peak_extra_bytes(wrap(forms[name], x))
+            if peak is None:
+                bench.note("this system does not tell the peak memory")
+                continue
+            extra = max(peak - given, 0) / 1e6
+            bench.note(f"{title}, {name}: {extra:.1f} MB beyond inputs, result and gradients")
+            if name == "rendseg":
+                bench.bar(f"{title}: extra memory, MB", extra, at_most=10.0)
+    return bench.finish()
+
+
+def _add(a, b):  # type: ignore[no-untyped-def]
+    return type(a)(a.bytes + b.bytes, a.flops + b.flops)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
