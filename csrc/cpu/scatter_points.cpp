@@ -18,8 +18,9 @@ namespace {
 void check_indices(const at::Tensor& indices, const at::Tensor& map, const char* map_name) {
   check_strided(indices, "indices");
   TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "indices must be int64, got ", indices.scalar_type());
-  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == map.size(0), "indices must have shape [N, P] with N = ",
-                    map.size(0), " as in ", map_name, ", got ", indices.sizes());
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == map.size(0),
+                    "indices must have shape [N, P] with N = ", map.size(0), " as in ", map_name, ", got ",
+                    indices.sizes());
   check_same_device(indices, "indices", map, map_name);
 }
 
@@ -33,8 +34,8 @@ void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) 
     lowest = std::min(lowest, data[i]);
     highest = std::max(highest, data[i]);
   }
-  TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells,
-                    "), got values from ", lowest, " to ", highest);
+  TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells, "), got values from ",
+                    lowest, " to ", highest);
 }
 
 void check_scatter(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
@@ -50,8 +51,8 @@ void check_scatter(const at::Tensor& logits, const at::Tensor& indices, const at
   check_same_device(values, "values", logits, "logits");
 }
 
-// Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block is
-// some points with every channel, else every point of some planes.
+// Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block
+// is some points with every channel, else every point of some planes.
 template <typename F>
 void for_blocks(const at::Tensor& map, int64_t points, F&& f) {
   const int64_t images = map.size(0), channels = map.size(1);
