@@ -1,4 +1,4 @@
-"""Gathering at points, PointRend (Kirillov et al. 2020), section 3.3. Shapes: N images, C channels, H W grid, P points."""
+"""Gathering at points, PointRend (Kirillov et al. 2020), section 3.3. N images, C channels, H W grid, P points."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def point_sample(
     """Sample maps at points, equal to ``F.grid_sample(input, 2 * coords - 1, mode, padding_mode, align_corners)``.
 
     Args:
-        input: a map ``[N, C, H, W]``, or a list of maps of the same N and any C, H, W, which are all sampled at the same
-            points and concatenated over channels with no intermediate. float16, bfloat16, float32 or float64; contiguous
-            and channels_last maps are read in place.
+        input: a map ``[N, C, H, W]``, or a list of maps of the same N and any C, H, W, which are all sampled at the
+            same points and concatenated over channels with no intermediate. float16, bfloat16, float32 or float64;
+            contiguous and channels_last maps are read in place.
         coords: points ``(x, y)`` in ``[0, 1]²``, ``[N, P, 2]`` or ``[N, Hg, Wg, 2]``, float32 (also for half maps) or
             float64; ``(0, 0)`` is the outer corner of the top-left cell.
         mode: ``"bilinear"``, or ``"nearest"`` (halves to even, as PyTorch).
@@ -40,17 +40,18 @@ def point_sample(
         align_corners: whether 0 and 1 are the centres of the outer cells rather than the corners of the map.
 
     Returns:
-        ``[N, C, P]`` or ``[N, C, Hg, Wg]``, contiguous, in the dtype of the maps. Halves are interpolated in float32 and
-        rounded once.
+        ``[N, C, P]`` or ``[N, C, Hg, Wg]``, contiguous, in the dtype of the maps. Halves are interpolated in float32
+        and rounded once.
 
     A NaN or infinite coordinate never reads outside the map: with zeros padding, bilinear gives NaN for NaN and for
-    infinities (``0 * NaN``), nearest gives 0; with border padding NaN is the first cell and an infinity the nearest one.
+    infinities (``0 * NaN``), nearest gives 0; with border padding NaN is the first cell and an infinity the nearest
+    one.
 
-    Differentiable once in ``input`` and, for bilinear, in ``coords`` (zero for nearest). The gradient of a map is dense, in
-    the layout of the map, and on the CPU always the same to the last bit, for any number of threads.
+    Differentiable once in ``input`` and, for bilinear, in ``coords`` (zero for nearest). The gradient of a map is
+    dense, in the layout of the map, and on the CPU always the same to the last bit, for any number of threads.
 
-    Autocast: maps of one dtype keep it; maps of several dtypes are promoted to the widest of them (outside autocast they
-    are an error). ``coords`` keep their dtype.
+    Autocast: maps of one dtype keep it; maps of several dtypes are promoted to the widest of them (outside autocast
+    they are an error). ``coords`` keep their dtype.
 
     Raises:
         ValueError: a wrong rank or size, an empty list or map, or an unknown option.
@@ -76,10 +77,10 @@ def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Ten
         ignore_index: the label of points outside the map.
 
     Returns:
-        ``[N, P]`` int64. Cell ``i`` of ``W`` covers ``[i / W, (i + 1) / W)`` and the last one is closed, so that 1.0 belongs
-        to the map; a point outside ``[0, 1]²`` or with a NaN coordinate gets ``ignore_index``. Away from cell borders this is
-        ``F.grid_sample(labels, 2 * coords - 1, mode="nearest", align_corners=False)``, which rounds on a border to the even
-        cell, and puts 1.0 outside a map of even size.
+        ``[N, P]`` int64. Cell ``i`` of ``W`` covers ``[i / W, (i + 1) / W)`` and the last one is closed, so that 1.0
+        belongs to the map; a point outside ``[0, 1]²`` or with a NaN coordinate gets ``ignore_index``. Away from cell
+        borders this is ``F.grid_sample(labels, 2 * coords - 1, mode="nearest", align_corners=False)``, which rounds on
+        a border to the even cell, and puts 1.0 outside a map of even size.
 
     No gradient. Autocast changes nothing.
 

@@ -1,4 +1,4 @@
-"""Writing refined points back, PointRend (Kirillov et al. 2020), section 3.1. N images, C classes, H W grid, P points."""
+"""Writing refined points back, PointRend (Kirillov et al. 2020), section 3.1. N images, C classes, P points."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """In place: ``logits[n, :, indices[n, p]] = values[n, :, p]`` over flattened cells; returns ``logits``.
 
     Args:
-        logits: ``[N, C, H, W]``, float16, bfloat16, float32 or float64, of any strides without overlap, written in place.
-        indices: ``[N, P]`` int64 in ``[0, H*W)``, distinct within an image (what selection returns); which of several equal
-            ones wins is undefined.
+        logits: ``[N, C, H, W]``, float16, bfloat16, float32 or float64, of any strides without overlap.
+        indices: ``[N, P]`` int64 in ``[0, H*W)``, distinct within an image (what selection returns); which of several
+            equal ones wins is undefined.
         values: ``[N, C, P]`` in the dtype of ``logits``.
 
     Differentiable: zero at the replaced cells for ``logits``, gathered for ``values``. As for any in-place operation of
@@ -32,8 +32,9 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
     Raises:
         ValueError: a wrong rank or size. TypeError: a wrong dtype.
-        IndexError: on the CPU, an index outside ``[0, H*W)``; nothing has been written then. A GPU asserts on the device.
-        RuntimeError: tensors on different devices, ``logits`` that overlap themselves, a leaf that requires a gradient.
+        IndexError: on the CPU, an index outside ``[0, H*W)``; nothing is written. A GPU asserts on the device.
+        RuntimeError: tensors on different devices, ``logits`` that overlap themselves, a leaf that requires a
+            gradient.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
@@ -46,7 +47,9 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 
 def scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """The out-of-place twin of :func:`scatter_points_`: a copy of ``logits [N, C, H, W]``, in its layout, with the points set.
+    """The out-of-place twin of :func:`scatter_points_`: a copy of ``logits [N, C, H, W]`` with the points set.
+
+    The result has the layout of ``logits``.
 
     Arguments, gradient, autocast rule, errors and source are those of :func:`scatter_points_`; a leaf that requires a
     gradient is welcome here.

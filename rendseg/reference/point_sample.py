@@ -40,7 +40,7 @@ def point_sample(
     padding_mode: str = "zeros",
     align_corners: bool = False,
 ) -> Tensor:
-    """``F.grid_sample(input, 2*coords - 1)``: ``[N, C, P]`` or ``[N, C, Hg, Wg]``; a list is concatenated over channels.
+    """``F.grid_sample(input, 2*coords - 1)``: ``[N, C, P]`` or ``[N, C, Hg, Wg]``; lists are concatenated.
 
     Halves are sampled in float32 and rounded once. With border padding a NaN coordinate is the first cell, as in the
     forward of ``F.grid_sample`` on the CPU, and has no gradient.
@@ -85,8 +85,8 @@ def _point_sample_backward(
 ) -> list[Tensor]:
     """Gradients of :func:`point_sample`: one per map, then that of ``coords``; empty ``[0]`` where not asked for.
 
-    Tap ``t`` at cell ``(y_t, x_t)`` has weight ``w_t = a_t(x) b_t(y)``. The map receives ``w_t * grad`` at that cell; the
-    coordinates receive ``grad * value_t`` times the derivative of ``w_t``.
+    Tap ``t`` at cell ``(y_t, x_t)`` has weight ``w_t = a_t(x) b_t(y)``. The map receives ``w_t * grad`` at that cell;
+    the coordinates receive ``grad * value_t`` times the derivative of ``w_t``.
     """
     check_point_sample(input, coords, mode, padding_mode)
     shape = (coords.shape[0], sum(m.shape[1] for m in input), *coords.shape[1:-1])

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
+from cases_point_sample import LABEL_DTYPES, NAN, WILD, bad_inputs, bad_labels, maps, points, samples
 from torch import Tensor
 
 import rendseg
@@ -15,13 +16,11 @@ from rendseg._extension import C
 from rendseg.ops import point_labels, point_sample
 from rendseg.reference.point_sample import _point_sample_backward
 
-from cases_point_sample import LABEL_DTYPES, NAN, WILD, bad_inputs, bad_labels, maps, points, samples
-
 SETS = ("default", "avx2", "avx512")
 ISAS = SETS[: SETS.index(C.widest_isa()) + 1] if C else ("none",)
 CASES = {name: (inputs, coords) for name, inputs, coords in samples()}
 MODES = list(itertools.product(("bilinear", "nearest"), ("zeros", "border"), (False, True)))
-# Halves are rounded once at the end, so they are within half an ulp (2**-11, 2**-8) of float64 samples of magnitude < 8.
+# Halves are rounded once at the end: within half an ulp (2**-11, 2**-8) of float64 samples of magnitude < 8.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -358,7 +357,7 @@ def test_another_device():
         point_sample([maps(2, 3, 4, 5), maps(2, 3, 4, 5).to("meta")], points(2, 6))
 
 
-# -- labels ----------------------------------------------------------------------------------------------------------------
+# -- labels --------------------------------------------------------------------------------
 
 
 def brute_force_labels(labels: Tensor, coords: Tensor, ignore_index: int) -> Tensor:

@@ -1,0 +1,228 @@
+"""Training selection, sampling and scattering at points, forward and backward, against eager PyTorch.
+
+T1  selection: 4 x 19 x 128 x 256 logits, 2048 points of 3 x 2048 candidates (PointRend, section 3.2)
+T2  selection: 300 masks of 256 x 256, 12544 points (Mask2Former's loss), and sampling of the masks
+T3  sampling 4 x 256 x 128 x 256 features at 2048 points, forward and backward, both layouts
+step  the point part of a PointRend training step: select, gather fine and coarse features and labels, backward
+scatter  writing 8192 refined points of 19 classes into 1024 x 2048 logits
+
+eager        F.grid_sample chains as in detectron2 (labels gathered as a float map)
+eager tuned  the same by hand: amax for the two largest logits, unsorted top-k, labels by integer gather, channels_last
+             where that is faster
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from _floors import Floor, point_sample_backward, point_sample_forward, selection
+from _harness import Bench
+from torch import Tensor
+
+from rendseg.ops import point_labels, point_sample, sample_uncertain_points, scatter_points_
+
+
+def eager_point_sample(features: Tensor, coords: Tensor, mode: str = "bilinear") -> Tensor:
+    """[N,C,H,W] at [N,P,2] -> [N,C,P]."""
+    return F.grid_sample(features, 2.0 * coords.unsqueeze(2) - 1.0, mode=mode, align_corners=False).squeeze(3)
+
+
+def eager_uncertainty(values: Tensor) -> Tensor:
+    """[N,C,P] -> [N,P]."""
+    if values.shape[1] == 1:
+        return -values.squeeze(1).abs()
+    top = values.topk(2, dim=1).values
+    return top[:, 1] - top[:, 0]
+
+
+def tuned_uncertainty(values: Tensor) -> Tensor:
+    """The second largest is the largest of what is left when the first is taken out."""
+    if values.shape[1] == 1:
+        return -values.squeeze(1).abs()
+    best, at = values.max(1, keepdim=True)
+    return values.scatter(1, at, float("-inf")).amax(1) - best.squeeze(1)
+
+
+def eager_select(
+    logits: Tensor, num_points: int, uncertainty: Callable[[Tensor], Tensor] = eager_uncertainty, ordered: bool = True
+) -> Tensor:
+    """Section 3.2 with the usual ratios: 3 times as many candidates, three quarters of the points by uncertainty."""
+    n = logits.shape[0]
+    kept = int(0.75 * num_points)
+    candidates = torch.rand(n, 3 * num_points, 2, device=logits.device)
+    scores = uncertainty(eager_point_sample(logits, candidates))
+    at = scores.topk(kept, dim=1, sorted=ordered).indices
+    picked = candidates.gather(1, at.unsqueeze(-1).expand(-1, -1, 2))
+    return torch.cat((picked, torch.rand(n, num_points - kept, 2, device=logits.device)), 1)
+
+
+def tuned_labels(labels: Tensor, coords: Tensor) -> Tensor:
+    height, width = labels.shape[1:]
+    cells = (coords * coords.new_tensor([width, height])).long()
+    col, row = cells[..., 0].clamp_(max=width - 1), cells[..., 1].clamp_(max=height - 1)
+    return labels.flatten(1).gather(1, row * width + col).long()
+
+
+def grads(output: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(output, inputs, weight, retain_graph=True)
+
+
+def main() -> int:
+    bench = Bench("points", __doc__)
+    device, quick = bench.device, bench.quick
+    torch.manual_seed(0)
+
+    # T1, T2: selection
+    workloads = [("T1", (4, 19, 128, 256), 2048), ("T2", (30 if quick else 300, 1, 256, 256), 12544)]
+    for name, shape, num_points in workloads:
+        logits = F.interpolate(torch.randn(*shape[:2], 16, 16, device=device) * 4, shape[2:], mode="bilinear")
+        logits += torch.randn(shape, device=device) * 0.1
+        masks = shape[0]
+        tuned = tuned_uncertainty if shape[1] > 1 else eager_uncertainty
+        row = f"{name} select {'x'.join(map(str, shape))}, {num_points} points"
+        bench.compare(
+            row,
+            {
+                "eager": lambda x=logits, k=num_points: eager_select(x, k),
+                "eager tuned": lambda x=logits, k=num_points, u=tuned: eager_select(x, k, u, False),
+                "rendseg": lambda x=logits, k=num_points: sample_uncertain_points(x, k),
+            },
+            floor=selection(*shape, num_points, 4),
+            points=masks * num_points,
+            shape=list(shape),
+            dtype="float32",
+            seed=0,
+        )
+        bench.bar(f"{name} select against eager", bench.ratio(row, "eager", "rendseg"), at_least=2.0)
+        if name == "T2":
+            coords = torch.rand(masks, num_points, 2, device=device)
+            sampling(bench, "T2 sample", logits, coords, tuned=False)
+
+    # T3: sampling
+    shape = (2 if quick else 4, 256, 128, 256)
+    features, coords = torch.randn(shape, device=device), torch.rand(shape[0], 2048, 2, device=device)
+    sampling(bench, "T3 sample", features, coords, tuned=True)
+    sampling(bench, "T3 sample channels_last", features.to(memory_format=torch.channels_last), coords, tuned=False)
+    if device.type == "cpu" and not quick:
+        sampling(bench, "T3 sample bfloat16", features.bfloat16(), coords, tuned=False)
+
+    step(bench, shape[0])
+    scatter(bench)
+    return bench.finish()
+
+
+def sampling(bench: Bench, name: str, features: Tensor, coords: Tensor, tuned: bool) -> None:
+    """One row forward and one backward; ``tuned`` adds eager on a channels_last copy of the features."""
+    n, channels, height, width = features.shape
+    points, size = coords.shape[1], features.element_size()
+    wide = features.dtype == torch.float32
+    facts = {"shape": list(features.shape), "points_per_image": points, "dtype": str(features.dtype), "seed": 0}
+
+    def eager(x: Tensor) -> Tensor:  # PyTorch samples halves only with half coordinates, so they are widened
+        return eager_point_sample(x, coords) if wide else eager_point_sample(x.float(), coords).to(x.dtype)
+
+    variants: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {"eager": (eager, features)}
+    if tuned:
+        variants["eager tuned"] = (eager, features.contiguous(memory_format=torch.channels_last))
+    variants["rendseg"] = (lambda x: point_sample(x, coords), features)
+    bench.compare(
+        f"{name} forward",
+        {key: (lambda f=f, x=x: f(x)) for key, (f, x) in variants.items()},
+        floor=point_sample_forward(n, channels, points, size),
+        points=n * points,
+        **facts,
+    )
+    backward: dict[str, Callable[[], object]] = {}
+    weight = torch.randn(n, channels, points, device=features.device).to(features.dtype)
+    for key, (f, x) in variants.items():
+        leaf = x.detach().requires_grad_()
+        backward[key] = grads(f(leaf), [leaf], weight)
+    bench.compare(
+        f"{name} backward",
+        backward,
+        floor=point_sample_backward(n, channels, height, width, points, size),
+        points=n * points,
+        **facts,
+    )
+    for part in ("forward", "backward"):
+        bench.bar(f"{name} {part} against eager", bench.ratio(f"{name} {part}", "eager", "rendseg"), at_least=2.0)
+
+
+def step(bench: Bench, n: int) -> None:
+    """Select on the coarse logits, gather fine and coarse features and the labels, and go back to both maps."""
+    classes, num_points, device = 19, 2048, bench.device
+    coarse = torch.randn(n, classes, 128, 256, device=device, requires_grad=True)
+    fine = torch.randn(n, 256, 128, 256, device=device, requires_grad=True)
+    labels = torch.randint(0, classes, (n, 512, 1024), device=device, dtype=torch.uint8)
+    weight = torch.randn(n, 256 + classes, num_points, device=device)
+    integer = labels.long()
+
+    def run(select, gather, label) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            coords = select(coarse)
+        return (*torch.autograd.grad(gather(coords), (fine, coarse), weight), label(coords))
+
+    def eager_gather(coords: Tensor) -> Tensor:
+        return torch.cat((eager_point_sample(fine, coords), eager_point_sample(coarse, coords)), 1)
+
+    row = f"PointRend training point step, {n} images"
+    bench.compare(
+        row,
+        {
+            "eager": lambda: run(
+                lambda x: eager_select(x, num_points),
+                eager_gather,
+                lambda c: eager_point_sample(integer.unsqueeze(1).float(), c, "nearest").squeeze(1).long(),
+            ),
+            "eager tuned": lambda: run(
+                lambda x: eager_select(x, num_points, tuned_uncertainty, False),
+                eager_gather,
+                lambda c: tuned_labels(labels, c),
+            ),
+            "rendseg": lambda: run(
+                lambda x: sample_uncertain_points(x, num_points),
+                lambda c: point_sample([fine, coarse], c),
+                lambda c: point_labels(labels, c),
+            ),
+        },
+        points=n * num_points,
+        images=n,
+        seed=0,
+    )
+    bench.bar("training point step against eager", bench.ratio(row, "eager", "rendseg"), at_least=2.0)
+
+    coords = torch.rand(n, num_points, 2, device=device)
+    row = f"labels {n}x512x1024, {num_points} points"
+    bench.compare(
+        row,
+        {
+            "eager": lambda: eager_point_sample(labels.unsqueeze(1).float(), coords, "nearest").squeeze(1).long(),
+            "eager tuned": lambda: tuned_labels(labels, coords),
+            "rendseg": lambda: point_labels(labels, coords),
+        },
+        points=n * num_points,
+    )
+
+
+def scatter(bench: Bench) -> None:
+    n, classes, height, width, num_points = 1, 19, 1024, 2048, 8192
+    logits = torch.randn(n, classes, height, width, device=bench.device)
+    indices = torch.randperm(height * width, device=bench.device)[:num_points].sort().values.unsqueeze(0)
+    values = torch.randn(n, classes, num_points, device=bench.device)
+
+    def eager() -> None:  # detectron2: an expanded index and scatter_
+        expanded = indices.unsqueeze(1).expand(-1, classes, -1)
+        logits.view(n, classes, -1).scatter_(2, expanded, values)
+
+    bench.compare(
+        f"scatter {num_points} points of {classes} classes into {height}x{width}",
+        {"eager": eager, "rendseg": lambda: scatter_points_(logits, indices, values)},
+        floor=Floor(float(n * num_points * (classes * 4 * 2 + 8)), 0.0),
+        points=n * num_points,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
