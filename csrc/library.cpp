@@ -21,6 +21,7 @@ TORCH_LIBRARY(rendseg, m) {
   m.def(
       "_subdivide_labels(Tensor logits, int num_points, int scale_factor=2, bool align_corners=False) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def("_subdivide_backward(Tensor grad, SymInt height, SymInt width, bool align_corners) -> Tensor");
   // point_sample
   m.def(
       "point_sample(Tensor[] input, Tensor coords, str mode=\"bilinear\", str padding_mode=\"zeros\", "

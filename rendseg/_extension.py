@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.util
 import os
 import re
 import sys
@@ -21,12 +20,14 @@ BUILD = "`python setup.py build_ext --inplace` in a checkout, or `pip install --
 _FOLDER = Path(__file__).resolve().parent
 
 
+def _is_here(name: str) -> bool:
+    """Whether this very folder holds ``rendseg.<name>``; an editable install of another checkout may offer its own."""
+    return importlib.machinery.PathFinder.find_spec(f"rendseg.{name}", [str(_FOLDER)]) is not None
+
+
 def facts() -> ModuleType | None:
     """What the build wrote down about itself (``rendseg/_build_facts.py``), readable even when the library is not."""
-    try:
-        return importlib.import_module("rendseg._build_facts")
-    except ImportError:
-        return None
+    return importlib.import_module("rendseg._build_facts") if _is_here("_build_facts") else None
 
 
 def _release(version: str) -> str:
@@ -79,7 +80,7 @@ def _load() -> tuple[ModuleType | None, str, str]:
     if os.environ.get("RENDSEG_DISABLE_EXTENSION", "") not in ("", "0"):
         value = os.environ["RENDSEG_DISABLE_EXTENSION"]
         return None, f"RENDSEG_DISABLE_EXTENSION={value} is set", "unset RENDSEG_DISABLE_EXTENSION"
-    if importlib.util.find_spec("rendseg._C") is None:
+    if not _is_here("_C"):
         return None, *_absent(_FOLDER)
     built = str(getattr(facts(), "TORCH_VERSION", ""))
     if built and _release(built) != _release(torch.__version__):

@@ -108,6 +108,18 @@ inline Vector<A> load_strided(const A* p, int64_t stride) {
   return v;
 }
 
+// Lanes of a (0, 1, ...) and b (kLanes, kLanes + 1, ...) by index.
+template <typename A>
+inline Vector<A> permute(Vector<A> a, Vector<A> b, Mask<A> index) {
+#if defined(__clang__)
+  Vector<A> v;
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = index[i] < kLanes<A> ? a[index[i]] : b[index[i] - kLanes<A>];
+  return v;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // Rounded to the type the sample would be stored in.
 template <typename T>
 inline Vector<Wide<T>> round_to(Vector<Wide<T>> v) {
@@ -133,33 +145,72 @@ inline Vector<Wide<T>> round_to(Vector<Wide<T>> v) {
   }
 }
 
-// The two largest channels so far and whether a NaN was seen, of kLanes cells.
+// a > b ? a : b and a < b ? a : b, b where either is NaN. (GCC 12 makes a comparison and a blend of the conditional.)
+template <typename A>
+inline Vector<A> larger(Vector<A> a, Vector<A> b) {
+#if RENDSEG_ISA == 2
+  if constexpr (std::is_same_v<A, float>) return (Vector<A>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif RENDSEG_ISA == 1
+  if constexpr (std::is_same_v<A, float>) return (Vector<A>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+  return a > b ? a : b;
+}
+
+template <typename A>
+inline Vector<A> smaller(Vector<A> a, Vector<A> b) {
+#if RENDSEG_ISA == 2
+  if constexpr (std::is_same_v<A, float>) return (Vector<A>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif RENDSEG_ISA == 1
+  if constexpr (std::is_same_v<A, float>) return (Vector<A>)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+  return a < b ? a : b;
+}
+
+template <typename A>
+inline Mask<A> larger_bits(Mask<A> a, Mask<A> b) {
+#if RENDSEG_ISA == 2
+  if constexpr (std::is_same_v<A, float>) return (Mask<A>)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif RENDSEG_ISA == 1
+  if constexpr (std::is_same_v<A, float>) return (Mask<A>)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#endif
+  return a > b ? a : b;
+}
+
+template <typename A>
+inline Mask<A> magnitude_bits(Vector<A> v) {
+  Mask<A> bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  return bits & std::numeric_limits<std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>>::max();
+}
+
+// The two largest channels so far of kLanes cells, and the largest magnitude as bits, which tells whether a NaN was
+// seen.
 template <typename A>
 struct Running {
   Vector<A> first;
   Vector<A> second;
-  Mask<A> unknown;
+  Mask<A> magnitude;
 
   static Running start() {
     Running r;
     r.first = r.second = Vector<A>{} - std::numeric_limits<A>::infinity();
-    r.unknown = Mask<A>{};
+    r.magnitude = Mask<A>{};
     return r;
   }
 
   void add(Vector<A> value) {
-    unknown |= value != value;
-    const Vector<A> lower = value < first ? value : first;
-    second = lower > second ? lower : second;
-    first = value > first ? value : first;
+    magnitude = larger_bits<A>(magnitude_bits<A>(value), magnitude);
+    second = larger<A>(smaller<A>(value, first), second);
+    first = larger<A>(value, first);
   }
 
   // As float32, the type of the result; `out` has room for kLanes.
   void store_margin(bool single, float* out) const {
     Vector<A> margin = first - second;
     if (single) margin = first < A(0) ? -first : first;
+    const Vector<A> infinity = Vector<A>{} + std::numeric_limits<A>::infinity();
     const Vector<A> nan = Vector<A>{} + std::numeric_limits<A>::quiet_NaN();
-    margin = unknown ? nan : margin;
+    margin = magnitude > magnitude_bits<A>(infinity) ? nan : margin;
     if constexpr (std::is_same_v<A, float>) {
       std::memcpy(out, &margin, sizeof(margin));
     } else {
@@ -168,7 +219,7 @@ struct Running {
   }
 };
 
-constexpr int64_t kBlock = 1024;  // cells whose margins are made together
+constexpr int64_t kBlock = 2048;  // cells whose margins are made together
 
 template <typename A>
 constexpr int64_t kBlockVectors = kBlock / kLanes<A>;
@@ -199,16 +250,57 @@ void planar_margins(const T* planes, int64_t channels, int64_t channel_stride, i
   const int64_t vectors = (count + kLanes<A> - 1) / kLanes<A>;
   for (int64_t v = 0; v < vectors; ++v) state[v] = Running<A>::start();
   int64_t c = 0;
-  for (; c + 4 <= channels; c += 4) add_planes<T, 4>(planes + c * channel_stride, channel_stride, count, state);
+  for (; c + 8 <= channels; c += 8) add_planes<T, 8>(planes + c * channel_stride, channel_stride, count, state);
   for (; c < channels; ++c) add_planes<T, 1>(planes + c * channel_stride, channel_stride, count, state);
   for (int64_t v = 0; v < vectors; ++v) state[v].store_margin(channels == 1, margin + v * kLanes<A>);
+}
+
+// In place: rows[i][j] becomes rows[j][i], by log2(kLanes) rounds of interleaving the upper half with the lower.
+template <typename A>
+inline void transpose(Vector<A>* rows) {
+  constexpr int kHalf = kLanes<A> / 2;
+  Mask<A> low, high;
+  for (int i = 0; i < kHalf; ++i) {
+    low[2 * i] = i;
+    low[2 * i + 1] = i + kLanes<A>;
+    high[2 * i] = i + kHalf;
+    high[2 * i + 1] = i + kHalf + kLanes<A>;
+  }
+#pragma GCC unroll 8
+  for (int round = 1; round < kLanes<A>; round *= 2) {
+    Vector<A> next[kLanes<A>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      next[2 * i] = permute<A>(rows[i], rows[i + kHalf], low);
+      next[2 * i + 1] = permute<A>(rows[i], rows[i + kHalf], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) rows[i] = next[i];
+  }
 }
 
 // `row` has the channels of kLanes cells, `stride` apart.
 template <typename A>
 inline void interleaved_vector(const A* row, int64_t channels, int64_t stride, float* margin) {
   Running<A> running = Running<A>::start();
-  for (int64_t c = 0; c < channels; ++c) running.add(load_strided(row + c, stride));
+  if (channels < kLanes<A>) {
+    for (int64_t c = 0; c < channels; ++c) running.add(load_strided(row + c, stride));
+  } else {
+    // The last square reaches back over channels that are already in, and leaves them out.
+    for (int64_t c = 0; c < channels; c += kLanes<A>) {
+      const int64_t at = c + kLanes<A> <= channels ? c : channels - kLanes<A>;
+      Vector<A> square[kLanes<A>];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<A>; ++i) square[i] = load(row + i * stride + at);
+      transpose<A>(square);
+      if (at == c) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<A>; ++i) running.add(square[i]);
+      } else {
+        for (int64_t i = c - at; i < kLanes<A>; ++i) running.add(square[i]);
+      }
+    }
+  }
   running.store_margin(channels == 1, margin);
 }
 

@@ -1,5 +1,5 @@
 // Where a point of [0, 1]^2 falls on an H x W grid: the arithmetic of F.grid_sample(map, 2 * coords - 1), operation by
-// operation, so that weights and nearest cells are those of PyTorch to the last bit.
+// operation. Every operation is rounded (PyTorch may fuse the last product and difference, a difference of one ulp).
 #pragma once
 
 #include <cmath>
@@ -81,8 +81,8 @@ RENDSEG_HD A position_slope(A coord, int32_t size, bool border, bool align_corne
   return (position > A(0) && position < A(size - 1)) ? slope : A(0);
 }
 
-// The cell along one axis that holds a coordinate: [i / size, (i + 1) / size), the last one closed; -1 outside [0, 1] and
-// for NaN. The product is exact in double for float coordinates.
+// The cell along one axis that holds a coordinate: [i / size, (i + 1) / size), the last one closed; -1 outside [0, 1]
+// and for NaN. The product is exact in double for float coordinates.
 template <typename A>
 RENDSEG_HD int64_t holding_cell(A coord, int64_t size) {
   if (!(coord >= A(0) && coord <= A(1))) return -1;

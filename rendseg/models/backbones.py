@@ -125,11 +125,14 @@ def load_backbone_weights(net: nn.Module, path: str) -> None:
 
     state = _read(path)
     target = net.state_dict()
-    while state and not any(k in target for k in state):
+    while state and not any(k in target or k.replace(".", "_", 1) in target for k in state):
         prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in state)), None)
         if prefix is None:
             break
         state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    # features_only flattens some networks by one level: "stages.0" becomes "stages_0".
+    flat = {k: k.replace(".", "_", 1) for k in state}
+    state = {flat[k] if k not in target and flat[k] in target else k: v for k, v in state.items()}
     unknown = [k for k in state if k not in target and not k.startswith(_CLASSIFIER)]
     missing = [k for k in target if k not in state and not k.endswith("num_batches_tracked")]
     if unknown or missing:

@@ -18,6 +18,7 @@ SCHEMAS: tuple[str, ...] = (
     "bool return_logits=True) -> (Tensor, Tensor, Tensor)",
     "_subdivide_labels(Tensor logits, int num_points, int scale_factor=2, bool align_corners=False) -> "
     "(Tensor, Tensor, Tensor)",
+    "_subdivide_backward(Tensor grad, SymInt height, SymInt width, bool align_corners) -> Tensor",
     # point_sample
     'point_sample(Tensor[] input, Tensor coords, str mode="bilinear", str padding_mode="zeros", '
     "bool align_corners=False) -> Tensor",

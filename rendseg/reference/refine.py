@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
 from .point_sample import PADDING_MODES, point_sample
 from .scatter_points import scatter_points
-from .subdivide import subdivide
+from .subdivide import label_dtype, subdivide
 from .uncertain_points import cell_centres
 
 Head = Callable[[Tensor, Tensor], Tensor]
 
 
-def resolve_steps(
-    coarse: Tensor, steps: int | None, output_size: Sequence[int] | None, scale_factor: int
-) -> int:
+def resolve_steps(coarse: Tensor, steps: int | None, output_size: Sequence[int] | None, scale_factor: int) -> int:
     """Number of steps, from ``steps`` or from an ``output_size`` that steps of ``scale_factor`` reach exactly."""
     if (steps is None) == (output_size is None):
-        raise ValueError(f"exactly one of steps and output_size must be given, got steps={steps}, output_size={output_size}")
+        raise ValueError(
+            f"exactly one of steps and output_size must be given, got steps={steps}, output_size={output_size}"
+        )
     if scale_factor < 2:
         raise ValueError(f"scale_factor must be at least 2, got {scale_factor}")
     if steps is not None:
@@ -29,6 +30,8 @@ def resolve_steps(
             raise ValueError(f"steps must not be negative, got {steps}")
         return steps
     assert output_size is not None
+    if len(output_size) != 2:
+        raise ValueError(f"output_size must be (height, width), got {tuple(output_size)}")
     height, width = coarse.shape[2:]
     count = 0
     while height < output_size[0] or width < output_size[1]:
@@ -41,10 +44,43 @@ def resolve_steps(
     return count
 
 
-def label_dtype(classes: int) -> torch.dtype:
-    if classes > 32768:
-        raise ValueError(f'output="labels" holds at most 32768 classes, got {classes}')
-    return torch.uint8 if classes <= 256 else torch.int16
+def check_refine(
+    coarse: Tensor, features: Sequence[Tensor], num_points: int, coarse_source: str, padding_mode: str, labels: bool
+) -> None:
+    check.logits(coarse, "coarse")
+    check.num_points(num_points)
+    check.option(coarse_source, "coarse_source", ("original", "current"))
+    check.option(padding_mode, "padding_mode", PADDING_MODES)
+    if labels:
+        label_dtype(coarse.shape[1])
+    if not features:
+        raise ValueError("features must hold at least one tensor, got an empty list")
+    for i, feature in enumerate(features):
+        name = f"features[{i}]"
+        check.logits(feature, name)
+        if feature.shape[0] != coarse.shape[0]:
+            raise ValueError(
+                f"{name} must have N = {coarse.shape[0]} as in coarse, got shape {check.shape_of(feature)}"
+            )
+        if feature.dtype != features[0].dtype:
+            raise TypeError(f"{name} must have the dtype of features[0] ({features[0].dtype}), got {feature.dtype}")
+        check.same_device(feature, name, coarse, "coarse")
+
+
+def check_head_output(values: Tensor, coarse: Tensor, points: int) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"head must return a tensor, got {type(values).__name__}")
+    wanted = (coarse.shape[0], coarse.shape[1], points)
+    if values.dim() != 3 or tuple(values.shape) != wanted:
+        raise ValueError(f"head must return logits of shape [N, C, P] = {list(wanted)}, got {check.shape_of(values)}")
+    if not values.is_floating_point():
+        raise TypeError(f"head must return floating-point logits, got {values.dtype}")
+
+
+def every_cell(coarse: Tensor, height: int, width: int) -> Tensor:
+    """Centres of all cells of an H x W grid, ``[N, H*W, 2]``."""
+    indices = torch.arange(height * width, device=coarse.device).expand(coarse.shape[0], -1)
+    return cell_centres(indices, height, width)
 
 
 def refine(
@@ -62,30 +98,144 @@ def refine(
     output: str = "logits",
 ) -> Tensor:
     """Subdivide, gather, ``head(fine [N, Cf, P], coarse [N, C, P]) -> [N, C, P]``, scatter, repeat."""
+    maps = [features] if isinstance(features, Tensor) else list(features)
+    check.option(output, "output", ("logits", "labels"))
+    check_refine(coarse, maps, num_points, coarse_source, padding_mode, output == "labels")
+    steps = resolve_steps(coarse, steps, output_size, scale_factor)
+    current = coarse.clone()
+    for _ in range(steps):
+        previous = current
+        height, width = previous.shape[2] * scale_factor, previous.shape[3] * scale_factor
+        every = num_points >= height * width  # every cell is recomputed, so nothing is selected
+        if every:
+            coords = every_cell(coarse, height, width)
+        else:
+            fine, indices, coords = subdivide(previous, num_points, scale_factor, align_corners)
+        source = coarse if coarse_source == "original" else previous
+        values = head(
+            point_sample(maps, coords, padding_mode=padding_mode),
+            point_sample(source, coords, padding_mode=padding_mode),
+        )
+        check_head_output(values, coarse, coords.shape[1])
+        values = values.to(coarse.dtype)
+        if every:
+            current = values.reshape(*values.shape[:2], height, width)
+        else:
+            assert fine is not None
+            current = scatter_points(fine, indices, values)
+    if output == "labels":
+        return current.argmax(1).to(label_dtype(coarse.shape[1]))
+    return current
+
+
+def check_refine_mlp(
+    coarse: Tensor,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    steps: int,
+    num_points: int,
+    coarse_source: str,
+    scale_factor: int,
+    padding_mode: str,
+    coarse_each_layer: bool,
+    labels: bool,
+) -> None:
     check.logits(coarse, "coarse")
     check.num_points(num_points)
     check.option(coarse_source, "coarse_source", ("original", "current"))
     check.option(padding_mode, "padding_mode", PADDING_MODES)
-    check.option(output, "output", ("logits", "labels"))
-    steps = resolve_steps(coarse, steps, output_size, scale_factor)
-    if output == "labels":
-        label_dtype(coarse.shape[1])
-    current = coarse
-    for _ in range(steps):
-        previous = current
-        size = (previous.shape[2] * scale_factor, previous.shape[3] * scale_factor)
-        if num_points >= size[0] * size[1]:  # every cell is recomputed, so nothing is selected
-            indices = torch.arange(size[0] * size[1], device=coarse.device).expand(coarse.shape[0], -1)
-            coords = cell_centres(indices, *size)
-            fine_logits = coarse.new_zeros((coarse.shape[0], coarse.shape[1], *size))
-        else:
-            fine_logits, indices, coords = subdivide(previous, num_points, scale_factor, align_corners)
-        source = coarse if coarse_source == "original" else previous
-        values = head(
-            point_sample(features, coords, padding_mode=padding_mode),
-            point_sample(source, coords, padding_mode=padding_mode),
+    resolve_steps(coarse, steps, None, scale_factor)
+    check_refine(coarse, features, num_points, coarse_source, padding_mode, labels)
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"weights and biases must hold one tensor per layer, got {len(weights)} and {len(biases)}"
         )
-        current = scatter_points(fine_logits, indices, values.to(fine_logits.dtype))
-    if output == "labels":
-        return current.argmax(1).to(label_dtype(coarse.shape[1]))
-    return current
+    classes, dtype = coarse.shape[1], weights[0].dtype
+    inputs = sum(f.shape[1] for f in features) + classes
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check.strided(weight, f"weights[{i}]")
+        check.feature_dtype(weight, f"weights[{i}]")
+        if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] == 0:
+            raise ValueError(
+                f"weights[{i}] must have shape [O, I] with I = {inputs}, got {check.shape_of(weight)}"
+            )
+        if i + 1 == len(weights) and weight.shape[0] != classes:
+            raise ValueError(
+                f"weights[{i}] must have shape [C, I] with C = {classes} as in coarse, got {check.shape_of(weight)}"
+            )
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"biases[{i}] must have shape [O] with O = {weight.shape[0]}, got {check.shape_of(bias)}"
+            )
+        if weight.dtype != dtype or bias.dtype != dtype:
+            raise TypeError(
+                f"weights[{i}] and biases[{i}] must have the dtype of weights[0] ({dtype}), got {weight.dtype} and {bias.dtype}"
+            )
+        check.same_device(weight, f"weights[{i}]", coarse, "coarse")
+        check.same_device(bias, f"biases[{i}]", coarse, "coarse")
+        inputs = weight.shape[0] + (classes if coarse_each_layer else 0)
+    wide = {t.dtype == torch.float64 for t in (coarse, features[0], weights[0])}
+    if len(wide) > 1:
+        raise TypeError(
+            f"coarse, features and weights must all be float64 or none, got {coarse.dtype}, {features[0].dtype} and {dtype}"
+        )
+
+
+def refine_mlp(
+    coarse: Tensor,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    steps: int,
+    num_points: int,
+    coarse_source: str,
+    scale_factor: int,
+    align_corners: bool,
+    padding_mode: str,
+    coarse_each_layer: bool,
+    coarse_first: bool,
+    labels: bool,
+) -> Tensor:
+    """:func:`refine` with a stock head: linear layers ``weights [O, I]``, ``biases [O]``, a ReLU after all but the last.
+
+    The head runs in the dtype of its weights.
+    """
+    check_refine_mlp(
+        coarse,
+        features,
+        weights,
+        biases,
+        steps,
+        num_points,
+        coarse_source,
+        scale_factor,
+        padding_mode,
+        coarse_each_layer,
+        labels,
+    )
+
+    def join(hidden: Tensor, points: Tensor) -> Tensor:
+        return torch.cat((points, hidden) if coarse_first else (hidden, points), dim=-1)
+
+    def head(fine: Tensor, points: Tensor) -> Tensor:
+        fine, points = (t.to(weights[0].dtype).transpose(1, 2) for t in (fine, points))
+        x = join(fine, points)
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            x = F.linear(x, weight, bias).relu()
+            if coarse_each_layer:
+                x = join(x, points)
+        return F.linear(x, weights[-1], biases[-1]).transpose(1, 2)
+
+    return refine(
+        coarse,
+        features,
+        head,
+        steps=steps,
+        num_points=num_points,
+        coarse_source=coarse_source,
+        scale_factor=scale_factor,
+        align_corners=align_corners,
+        padding_mode=padding_mode,
+        output="labels" if labels else "logits",
+    )

@@ -8,13 +8,23 @@ from torch import Tensor
 from . import _checks as check
 
 
-def _check(logits: Tensor, indices: Tensor, values: Tensor) -> None:
-    check.logits(logits)
-    n, c, height, width = logits.shape
+def check_indices(indices: Tensor, of: Tensor, of_name: str) -> None:
+    check.strided(indices, "indices")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices must be int64, got {indices.dtype}")
-    if indices.dim() != 2 or indices.shape[0] != n:
-        raise ValueError(f"indices must have shape [N, P] with N = {n} as in logits, got {check.shape_of(indices)}")
+    if indices.dim() != 2 or indices.shape[0] != of.shape[0]:
+        raise ValueError(
+            f"indices must have shape [N, P] with N = {of.shape[0]} as in {of_name}, got {check.shape_of(indices)}"
+        )
+    check.same_device(indices, "indices", of, of_name)
+
+
+def check_scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> None:
+    """The checks of :func:`scatter_points` but that of the range of the indices; shared with the fake kernels."""
+    check.logits(logits)
+    check_indices(indices, logits, "logits")
+    n, c = logits.shape[:2]
+    check.strided(values, "values")
     if values.dim() != 3 or tuple(values.shape) != (n, c, indices.shape[1]):
         raise ValueError(
             f"values must have shape [N, C, P] = [{n}, {c}, {indices.shape[1]}] as in logits and indices, "
@@ -22,22 +32,40 @@ def _check(logits: Tensor, indices: Tensor, values: Tensor) -> None:
         )
     if values.dtype != logits.dtype:
         raise TypeError(f"values must have the dtype of logits ({logits.dtype}), got {values.dtype}")
-    check.same_device(indices, "indices", logits, "logits")
     check.same_device(values, "values", logits, "logits")
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < height * width):
+
+
+def _check_range(indices: Tensor, cells: int) -> None:
+    if indices.numel() == 0:
+        return
+    if indices.is_cuda:  # no wait for the device: it asserts
+        torch._assert_async(((indices >= 0) & (indices < cells)).all())
+    elif not (0 <= int(indices.min()) and int(indices.max()) < cells):
         raise IndexError(
-            f"indices must lie in [0, H*W) = [0, {height * width}), got values from {int(indices.min())} to "
-            f"{int(indices.max())}"
+            f"indices must lie in [0, H*W) = [0, {cells}), got values from {int(indices.min())} to {int(indices.max())}"
         )
 
 
 def scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """``out[n, :, indices[n, p]] = values[n, :, p]``, everything else as in ``logits``; out of place."""
-    _check(logits, indices, values)
+    check_scatter_points(logits, indices, values)
+    _check_range(indices, logits.shape[2] * logits.shape[3])
     flat = logits.flatten(2)
-    return flat.scatter(2, indices.unsqueeze(1).expand(-1, flat.shape[1], -1), values).view_as(logits)
+    out = flat.scatter(2, indices.unsqueeze(1).expand(-1, flat.shape[1], -1), values).view(logits.shape)
+    return torch.empty_like(logits).copy_(out)  # in the layout of logits
 
 
 def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """The in-place form of :func:`scatter_points`."""
     return logits.copy_(scatter_points(logits, indices, values))
+
+
+def _scatter_points_backward(grad: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``logits`` (zero at the replaced cells) and of ``values`` (gathered)."""
+    check.logits(grad, "grad")
+    check_indices(indices, grad, "grad")
+    _check_range(indices, grad.shape[2] * grad.shape[3])
+    flat = grad.flatten(2)
+    cells = indices.unsqueeze(1).expand(-1, flat.shape[1], -1)
+    rest = torch.empty_like(grad).copy_(flat.scatter(2, cells, 0).view(grad.shape))
+    return rest, flat.gather(2, cells)

@@ -7,7 +7,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
-from .uncertain_points import uncertain_points
+from .uncertain_points import check_class_index, uncertain_points
+
+
+def check_subdivide(logits: Tensor, num_points: int, class_index: Tensor | None, scale_factor: int) -> None:
+    check.logits(logits)
+    check.num_points(num_points)
+    check.class_index(class_index, logits)
+    if scale_factor < 1:
+        raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
+    height, width = logits.shape[2] * scale_factor, logits.shape[3] * scale_factor
+    if scale_factor >= 2**31 or height >= 2**31 or width >= 2**31 or height * width >= 2**32:
+        raise ValueError(
+            f"scale_factor must give fewer than 2^32 cells, got {scale_factor} for shape {check.shape_of(logits)}"
+        )
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    """uint8 where it holds every class, else int16."""
+    if classes > 32768:
+        raise ValueError(f'output="labels" holds at most 32768 classes, got {classes}')
+    return torch.uint8 if classes <= 256 else torch.int16
+
+
+def upsample(logits: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
+    """Bilinear, in float32 for halves and rounded once; the result has the layout of ``logits``."""
+    size = (logits.shape[2] * scale_factor, logits.shape[3] * scale_factor)
+    layout = torch._prims_common.suggest_memory_format(logits)
+    if logits.shape[0] == 0:  # no image to interpolate
+        return logits.new_zeros((0, logits.shape[1], *size)).contiguous(memory_format=layout) + logits.sum()
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    fine = F.interpolate(wide, size=size, mode="bilinear", align_corners=align_corners)
+    return fine.to(logits.dtype).contiguous(memory_format=layout)
 
 
 def subdivide(
@@ -22,16 +53,33 @@ def subdivide(
 
     The margin is that of the stored (rounded) values.
     """
-    check.logits(logits)
-    check.num_points(num_points)
-    check.class_index(class_index, logits)
-    if scale_factor < 1:
-        raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
-    size = (logits.shape[2] * scale_factor, logits.shape[3] * scale_factor)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    if logits.shape[0] == 0:  # interpolate refuses an empty batch of zero images on some versions
-        fine = logits.new_zeros((0, logits.shape[1], *size))
-    else:
-        fine = F.interpolate(wide, size=size, mode="bilinear", align_corners=align_corners).to(logits.dtype)
-    indices, coords = uncertain_points(fine, num_points, class_index)
+    check_subdivide(logits, num_points, class_index, scale_factor)
+    check_class_index(class_index, logits)
+    fine = upsample(logits, scale_factor, align_corners)
+    indices, coords = uncertain_points(fine.detach(), num_points, class_index)
     return (fine if return_logits else None), indices, coords
+
+
+def subdivide_labels(
+    logits: Tensor, num_points: int, scale_factor: int = 2, align_corners: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`subdivide` with the argmax instead of the logits: ``(labels [N, s*h, s*w] uint8 or int16, indices, coords)``.
+
+    The lowest class wins a tie, and the first NaN wins over every number, as in ``torch.argmax``.
+    """
+    check_subdivide(logits, num_points, None, scale_factor)
+    dtype = label_dtype(logits.shape[1])
+    fine = upsample(logits.detach(), scale_factor, align_corners)
+    indices, coords = uncertain_points(fine, num_points)
+    return fine.argmax(1).to(dtype), indices, coords
+
+
+def subdivide_backward(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    """Gradient of :func:`upsample` to ``[N, C, height, width]``: each cell gathers ``weight * grad`` where it was used."""
+    layout = torch._prims_common.suggest_memory_format(grad)
+    size = [*grad.shape[:2], height, width]
+    if grad.shape[0] == 0:
+        return grad.new_zeros(size).contiguous(memory_format=layout)
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    out = torch.ops.aten.upsample_bilinear2d_backward(wide, list(grad.shape[2:]), size, align_corners)
+    return out.to(grad.dtype).contiguous(memory_format=layout)

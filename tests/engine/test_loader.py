@@ -35,7 +35,7 @@ def shapes(**options: Any) -> Any:
     return build_dataset(
         {
             "name": "shapes",
-            "size": [24, 24],
+            "size": [64, 64],
             "num_images": 5,
             "num_val_images": 3,
             "scale_range": [0.7, 1.6],

@@ -60,6 +60,13 @@ def test_checkpoint_is_loaded_from_a_classifier(tmp_path):
     torch.testing.assert_close(grey.net.conv1.weight, source.conv1.weight.sum(1, keepdim=True))
 
 
+def test_checkpoint_of_a_network_that_is_flattened(tmp_path):
+    source = timm.create_model("convnext_atto")
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    backbone = create_backbone(name="convnext_atto", checkpoint=str(tmp_path / "weights.pth"))
+    assert torch.equal(backbone.net.stages_3.blocks[0].mlp.fc1.weight, source.stages[3].blocks[0].mlp.fc1.weight)
+
+
 def test_safetensors_checkpoint(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     source = timm.create_model("resnet18", num_classes=2)

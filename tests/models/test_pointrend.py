@@ -239,7 +239,7 @@ def test_refinement_changes_the_chosen_points_only():
     out = model.predict(images, return_points=True)
     first = F.interpolate(out.coarse, scale_factor=2, mode="bilinear", align_corners=False)
     final = F.interpolate(first, scale_factor=2, mode="bilinear", align_corners=False)
-    changed = (out.refined != final).any(1)[0].float()
+    changed = ((out.refined - final).abs() > 1e-5).any(1)[0].float()  # implementations may round differently
     # A first-step point moves at most the 4x4 pixels that interpolate from its cell.
     assert 0 < changed.sum() <= 60 * 16 + 60
 

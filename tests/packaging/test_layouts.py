@@ -168,7 +168,16 @@ def test_editable(checkout: Path, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(target)]
     run([*pip, "-e", "."], source, RENDSEG_NO_EXTENSION="1")
     assert "RENDSEG_NO_EXTENSION=1" in (source / "rendseg" / "_build_facts.py").read_text()
-    check(source, tmp_path, prelude=f"import site; site.addsitedir({str(target)!r})\n")
+    # Without the editable install that this environment may have of the tree under test.
+    prelude = (
+        "import site, sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
+        "for name in [n for n in sys.modules if n.startswith('__editable__')]:\n"
+        "    del sys.modules[name]\n"
+        f"sys.path.insert(0, {str(target)!r})\n"
+        f"site.addsitedir({str(target)!r})\n"
+    )
+    check(source, tmp_path, prelude=prelude)
 
 
 # --- builds that cannot succeed ---------------------------------------------------------------------------------------

@@ -1,0 +1,658 @@
+// point_sample and point_labels on the CPU, forward and backward.
+//
+// Forward: an NCHW map is read plane by plane at points in ascending order, so that each plane streams through the
+// cache once; a channels_last map is read one vector per tap. Backward: the taps of an image are sorted by cell once,
+// and every touched cell is then the sum of its taps in point order, held in registers and written once; nothing is
+// shared between threads, so the result is the same for any number of them. Memory for the dense gradient comes zeroed
+// from the system.
+#include "point_sample.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../checks.h"
+#include "../math/bilinear.h"
+#include "isa.h"
+#include "point_sample_types.h"
+
+#define RENDSEG_ISA 0
+#include "isa_begin.h"
+#include "point_sample_kernels.h"
+#include "isa_end.h"
+
+namespace rendseg {
+namespace {
+
+constexpr int64_t kManyChannels = 8;                   // from here on the taps of an image are worth sorting
+constexpr int64_t kPointBlock = 512;                   // points located at a time where they are not sorted
+constexpr int64_t kCachedBytes = int64_t{8} << 20;     // an image below this stays in cache: order does not matter
+constexpr int64_t kPrivateBytes = int64_t{512} << 10;  // fits the cache of one core
+constexpr int64_t kTaskWork = 1 << 15;                 // taps worth a thread
+
+template <typename T>
+const SampleKernels<T>& kernels() {
+  static const SampleKernels<T> tables[] = {sample_kernels_baseline<T>(), sample_kernels_avx2<T>(),
+                                            sample_kernels_avx512<T>()};
+  return tables[static_cast<int>(isa())];
+}
+
+template <typename F>
+void dispatch(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kDouble:
+      return f(double{});
+    case at::kHalf:
+      return f(c10::Half{});
+    case at::kBFloat16:
+      return f(c10::BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+// Scratch for the taps of up to `capacity` points.
+template <typename A>
+class TapBuffer {
+ public:
+  explicit TapBuffer(int64_t capacity)
+      : offset_(new int64_t[capacity]),
+        point_(new int64_t[capacity]),
+        weight_(new A[4 * capacity]),
+        inside_(new uint8_t[capacity]),
+        capacity_(capacity) {}
+
+  Taps<A> view(int64_t count) const {
+    A* w = weight_.get();
+    return {count,         offset_.get(), {w, w + capacity_, w + 2 * capacity_, w + 3 * capacity_},
+            inside_.get(), point_.get(),  true};
+  }
+
+ private:
+  std::unique_ptr<int64_t[]> offset_, point_;
+  std::unique_ptr<A[]> weight_;
+  std::unique_ptr<uint8_t[]> inside_;
+  int64_t capacity_;
+};
+
+struct Keyed {
+  int64_t key, index;
+};
+
+// Stable sort by key, least significant digit first: 2048 bins a pass. Keys are not negative.
+void sort_by_key(std::vector<Keyed>& items, std::vector<Keyed>& spare) {
+  int64_t largest = 0;
+  bool sorted = true;
+  for (size_t i = 0; i < items.size(); ++i) {
+    largest = std::max(largest, items[i].key);
+    sorted &= i == 0 || items[i - 1].key <= items[i].key;
+  }
+  if (sorted) return;
+  spare.resize(items.size());
+  for (int shift = 0; shift < 63 && (largest >> shift) > 0; shift += 11) {
+    int64_t start[2048] = {};
+    for (const Keyed& item : items) ++start[(item.key >> shift) & 2047];
+    int64_t total = 0;
+    for (int64_t& bin : start) total += std::exchange(bin, total);
+    for (const Keyed& item : items) spare[start[(item.key >> shift) & 2047]++] = item;
+    items.swap(spare);
+  }
+}
+
+// What every map of a call shares.
+struct Call {
+  bool nearest, border, align_corners;
+  int64_t images, points;
+};
+
+SampleGrid grid_of(const at::Tensor& map, const Call& call) {
+  return {static_cast<int32_t>(map.size(2)),
+          static_cast<int32_t>(map.size(3)),
+          map.stride(2),
+          map.stride(3),
+          call.nearest,
+          call.border,
+          call.align_corners};
+}
+
+// Locates the points of one image, in ascending order of memory; keeps what it needs between images.
+template <typename T>
+class SortedTaps {
+  using A = acc_t<T>;
+
+ public:
+  explicit SortedTaps(int64_t points) : plain_(points), sorted_(points) {}
+
+  Taps<A> locate(const A* coords, int64_t points, const SampleGrid& grid) {
+    const Taps<A> taps = plain_.view(points);
+    kernels<T>().locate(coords, 0, grid, taps);
+    order_.resize(points);
+    int64_t lowest = 0;
+    for (int64_t i = 0; i < points; ++i) lowest = std::min(lowest, taps.offset[i]);
+    bool ascending = true;
+    for (int64_t i = 0; i < points; ++i) {
+      order_[i] = {taps.offset[i] - lowest, i};
+      ascending &= i == 0 || order_[i - 1].key <= order_[i].key;
+    }
+    if (ascending) return taps;
+    sort_by_key(order_, spare_);
+    Taps<A> out = sorted_.view(points);
+    out.in_order = false;
+    for (int64_t i = 0; i < points; ++i) {
+      const int64_t from = order_[i].index;
+      out.offset[i] = taps.offset[from];
+      out.inside[i] = taps.inside[from];
+      out.point[i] = from;
+      for (int t = 0; t < 4; ++t) out.weight[t][i] = taps.weight[t][from];
+    }
+    return out;
+  }
+
+ private:
+  TapBuffer<A> plain_, sorted_;
+  std::vector<Keyed> order_, spare_;
+};
+
+// Brings a block of memory into cache.
+void read_lines(const void* data, int64_t bytes) {
+  const volatile char* p = static_cast<const volatile char*>(data);
+  for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(p[i]);
+}
+
+// map[N,C,H,W] at coords[N,P,2] into out[N,:,P], which points at the first channel of the map.
+template <typename T>
+void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& call, T* out, int64_t out_stride_n) {
+  using A = acc_t<T>;
+  const int64_t channels = map.size(1), points = call.points;
+  const SampleGrid grid = grid_of(map, call);
+  const T* data = map.const_data_ptr<T>();
+  const int64_t stride_n = map.stride(0), stride_c = map.stride(1);
+  const SampleKernels<T>& kernel = kernels<T>();
+  const bool streams = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)} >= kCachedBytes;
+  if (channels >= kManyChannels && stride_c != 1 && streams) {
+    constexpr int64_t kGroup = 16;
+    const int64_t groups = (channels + kGroup - 1) / kGroup;
+    const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * kGroup * 4));
+    at::parallel_for(0, call.images * groups, grain, [&](int64_t begin, int64_t end) {
+      SortedTaps<T> sorted(points);
+      Taps<A> taps{};
+      int64_t located = -1;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / groups, c = task % groups * kGroup;
+        if (n != located) taps = sorted.locate(coords + n * points * 2, points, grid);
+        located = n;
+        kernel.planes(data + n * stride_n + c * stride_c, stride_c, grid, taps, std::min(kGroup, channels - c),
+                      out + n * out_stride_n + c * points, points);
+      }
+    });
+    return;
+  }
+  // Points in no order that will touch most of a small image: read it in order first, which the hardware does faster.
+  const int64_t image_bytes = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)};
+  const bool touch =
+      image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes && map[0].is_non_overlapping_and_dense();
+  const int64_t blocks = (points + kPointBlock - 1) / kPointBlock;
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / (std::min(points, kPointBlock) * channels * 4));
+  at::parallel_for(0, call.images * blocks, grain, [&](int64_t begin, int64_t end) {
+    const TapBuffer<A> buffer(kPointBlock);
+    int64_t touched = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / blocks, first = task % blocks * kPointBlock;
+      const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
+      kernel.locate(coords + (n * points + first) * 2, first, grid, taps);
+      if (touch && n != touched) read_lines(data + n * stride_n, image_bytes);
+      touched = n;
+      if (stride_c == 1 && channels >= kManyChannels) {
+        kernel.vectors(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
+      } else {
+        kernel.planes(data + n * stride_n, stride_c, grid, taps, channels, out + n * out_stride_n, points);
+      }
+    }
+  });
+}
+
+at::MemoryFormat gradient_format(const at::Tensor& map) {
+  return !map.is_contiguous() && map.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                                                   : at::MemoryFormat::Contiguous;
+}
+
+// A zero tensor in the layout of `map`. A large one is memory that the system hands out already zero, in huge pages
+// where it has them: filling it again would cost more than the whole scatter.
+at::Tensor zero_gradient(const at::Tensor& map) {
+  const at::MemoryFormat format = gradient_format(map);
+  const int64_t bytes = map.numel() * map.element_size();
+  constexpr int64_t kHuge = int64_t{2} << 20, kAlign = 64;
+  if (bytes < 2 * kHuge) return at::zeros_like(map, map.options(), format);
+  void* block = std::calloc(1, bytes + kAlign);
+  if (block == nullptr) throw std::bad_alloc();
+  const auto address = (reinterpret_cast<uintptr_t>(block) + kAlign - 1) / kAlign * kAlign;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+  std::vector<int64_t> strides(4, 1);
+  if (format == at::MemoryFormat::ChannelsLast) {
+    strides = {map.size(1) * map.size(2) * map.size(3), 1, map.size(3) * map.size(1), map.size(1)};
+  } else {
+    strides = {map.size(1) * map.size(2) * map.size(3), map.size(2) * map.size(3), map.size(3), 1};
+  }
+  return at::from_blob(
+      reinterpret_cast<void*>(address), map.sizes(), strides, [block](void*) { std::free(block); }, map.options());
+}
+
+// The taps of one image gathered by cell, taps of a cell in the order of points.
+template <typename T>
+class CellRuns {
+  using A = acc_t<T>;
+
+ public:
+  explicit CellRuns(int64_t points) : buffer_(points) {}
+
+  Runs<A> gather(const A* coords, int64_t points, const SampleGrid& grid) {
+    const Taps<A> taps = buffer_.view(points);
+    kernels<T>().locate(coords, 0, grid, taps);
+    items_.clear();
+    const int corners = grid.nearest ? 1 : 4;
+    for (int64_t i = 0; i < points; ++i) {
+      for (int t = 0; t < corners; ++t) {
+        if (!((taps.inside[i] >> t) & 1)) continue;
+        items_.push_back({taps.offset[i] + (t & 1) * grid.stride_x + (t >> 1) * grid.stride_y, i * 4 + t});
+      }
+    }
+    sort_by_key(items_, spare_);
+    offset_.clear();
+    begin_.clear();
+    point_.resize(items_.size());
+    weight_.resize(items_.size());
+    for (size_t e = 0; e < items_.size(); ++e) {
+      if (e == 0 || items_[e].key != items_[e - 1].key) {
+        offset_.push_back(items_[e].key);
+        begin_.push_back(static_cast<int64_t>(e));
+      }
+      point_[e] = items_[e].index >> 2;
+      weight_[e] = taps.weight[items_[e].index & 3][point_[e]];
+    }
+    begin_.push_back(static_cast<int64_t>(items_.size()));
+    return {static_cast<int64_t>(offset_.size()), offset_.data(), begin_.data(), point_.data(), weight_.data()};
+  }
+
+ private:
+  TapBuffer<A> buffer_;
+  std::vector<Keyed> items_, spare_;
+  std::vector<int64_t> offset_, begin_, point_;
+  std::vector<A> weight_;
+};
+
+// grad[N,C,P] of any strides into the zeroed result[N,C,H,W].
+template <typename T>
+void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, const Call& call, at::Tensor& result) {
+  using A = acc_t<T>;
+  const int64_t channels = result.size(1), points = call.points;
+  const SampleGrid grid = grid_of(result, call);
+  const T* g = grad.const_data_ptr<T>();
+  T* data = result.mutable_data_ptr<T>();
+  const int64_t stride_n = result.stride(0), stride_c = result.stride(1);
+  const int64_t grad_n = grad.stride(0), grad_c = grad.stride(1), grad_p = grad.stride(2);
+  const SampleKernels<T>& kernel = kernels<T>();
+  const bool adjacent = stride_c == 1 && channels > 1;
+  if (channels < kManyChannels && !adjacent) {
+    // Few channels: sorting costs more than it saves. Half maps are summed in a float plane.
+    constexpr bool kWide = std::is_same_v<T, A>;
+    const int64_t cells = result.size(2) * result.size(3);
+    const int64_t group = call.images >= at::get_num_threads() ? channels : 1;
+    const int64_t groups = (channels + group - 1) / group;
+    const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * group * 4));
+    at::parallel_for(0, call.images * groups, grain, [&](int64_t begin, int64_t end) {
+      const TapBuffer<A> buffer(kPointBlock);
+      std::vector<A> wide(kWide ? 0 : group * cells);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / groups, c = task % groups * group;
+        const int64_t last = std::min(c + group, channels);
+        std::fill(wide.begin(), wide.end(), A(0));
+        for (int64_t first = 0; first < points; first += kPointBlock) {
+          const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
+          kernel.locate(coords + (n * points + first) * 2, first, grid, taps);
+          for (int64_t k = c; k < last; ++k) {
+            A* plane = nullptr;
+            if constexpr (kWide) {
+              plane = data + n * stride_n + k * stride_c;
+            } else {
+              plane = wide.data() + (k - c) * cells;
+            }
+            kernel.add_plane(grid, taps, g + n * grad_n + k * grad_c, grad_p, plane);
+          }
+        }
+        if constexpr (!kWide) {
+          for (int64_t k = c; k < last; ++k) {
+            kernel.narrow(wide.data() + (k - c) * cells, data + n * stride_n + k * stride_c, cells);
+          }
+        }
+      }
+    });
+    return;
+  }
+  const int64_t width = adjacent ? kVectorChunk : kPlaneChunk;
+  const int64_t groups = (channels + width - 1) / width;
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * width * 4));
+  at::parallel_for(0, call.images * groups, grain, [&](int64_t begin, int64_t end) {
+    CellRuns<T> cells(points);
+    Runs<A> runs{};
+    const std::unique_ptr<A[]> chunk(new A[points * width]);
+    int64_t gathered = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / groups, c = task % groups * width, count = std::min(width, channels - c);
+      if (n != gathered) runs = cells.gather(coords + n * points * 2, points, grid);
+      gathered = n;
+      kernel.transpose(g + n * grad_n + c * grad_c, grad_c, grad_p, points, count, width, chunk.get());
+      T* target = data + n * stride_n + c * stride_c;
+      if (adjacent) {
+        kernel.write_vectors(runs, chunk.get(), count, target);
+      } else {
+        kernel.write_planes(runs, chunk.get(), count, target, stride_c);
+      }
+    }
+  });
+}
+
+// d loss / d coords, added to result[N,P,2]: with d_t = sum over channels of grad * (value of tap t), the slope in x is
+// (d_ne - d_nw) * south weight + (d_se - d_sw) * north weight, and likewise in y.
+template <typename T>
+void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const acc_t<T>* coords, const Call& call,
+                            acc_t<T>* result) {
+  using A = acc_t<T>;
+  const int64_t channels = map.size(1), points = call.points;
+  const SampleGrid grid = grid_of(map, call);
+  const T* g = grad.const_data_ptr<T>();
+  const T* data = map.const_data_ptr<T>();
+  const int64_t stride_n = map.stride(0), stride_c = map.stride(1);
+  const int64_t grad_n = grad.stride(0), grad_c = grad.stride(1), grad_p = grad.stride(2);
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = (points + kBlock - 1) / kBlock;
+  at::parallel_for(
+      0, call.images * blocks, std::max<int64_t>(1, kTaskWork / (kBlock * channels * 4)),
+      [&](int64_t begin, int64_t end) {
+        const TapBuffer<A> buffer(kBlock);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t n = task / blocks, first = task % blocks * kBlock;
+          const Taps<A> taps = buffer.view(std::min(kBlock, points - first));
+          const A* at = coords + (n * points + first) * 2;
+          kernels<T>().locate(at, first, grid, taps);
+          A dot[kBlock][4] = {};
+          const auto add = [&](int64_t i, int64_t c) {
+            const A upstream = static_cast<A>(g[n * grad_n + c * grad_c + (first + i) * grad_p]);
+            const T* cell = data + n * stride_n + c * stride_c;
+            for (int t = 0; t < 4; ++t) {
+              if (!((taps.inside[i] >> t) & 1)) continue;
+              dot[i][t] +=
+                  upstream * static_cast<A>(cell[taps.offset[i] + (t & 1) * grid.stride_x + (t >> 1) * grid.stride_y]);
+            }
+          };
+          if (stride_c == 1) {
+            for (int64_t i = 0; i < taps.count; ++i) {
+              for (int64_t c = 0; c < channels; ++c) add(i, c);
+            }
+          } else {
+            for (int64_t c = 0; c < channels; ++c) {
+              for (int64_t i = 0; i < taps.count; ++i) add(i, c);
+            }
+          }
+          for (int64_t i = 0; i < taps.count; ++i) {
+            const A cx = at[2 * i], cy = at[2 * i + 1];
+            const AxisTaps<A> x = axis_taps(cx, grid.width, call.border, call.align_corners);
+            const AxisTaps<A> y = axis_taps(cy, grid.height, call.border, call.align_corners);
+            const A* d = dot[i];
+            A* out = result + (n * points + first + i) * 2;
+            out[0] += ((d[1] - d[0]) * y.near + (d[3] - d[2]) * y.far) *
+                      position_slope(cx, grid.width, call.border, call.align_corners);
+            out[1] += ((d[2] - d[0]) * x.near + (d[3] - d[1]) * x.far) *
+                      position_slope(cy, grid.height, call.border, call.align_corners);
+          }
+        }
+      });
+}
+
+void check_option(c10::string_view value, const char* name, c10::string_view first, c10::string_view second) {
+  TORCH_CHECK_VALUE(value == first || value == second, name, " must be one of ", first, ", ", second, ", got '", value,
+                    "'");
+}
+
+void check_coords(const at::Tensor& coords, const at::Tensor& of, const char* of_name, bool grid) {
+  check_strided(coords, "coords");
+  TORCH_CHECK_VALUE(
+      (coords.dim() == 3 || (grid && coords.dim() == 4)) && coords.size(-1) == 2 && coords.size(0) == of.size(0),
+      "coords must have shape ", grid ? "[N, P, 2] or [N, Hg, Wg, 2]" : "[N, P, 2]", " with N = ", of.size(0),
+      " as in ", of_name, ", got ", coords.sizes());
+  TORCH_CHECK_TYPE(coords.scalar_type() == at::kFloat || coords.scalar_type() == at::kDouble,
+                   "coords must be float32 or float64 (half precision cannot address a large map), got ",
+                   coords.scalar_type());
+  check_same_device(coords, "coords", of, of_name);
+}
+
+Call check_call(at::TensorList input, const at::Tensor& coords, c10::string_view mode, c10::string_view padding_mode,
+                bool align_corners) {
+  check_option(mode, "mode", "bilinear", "nearest");
+  check_option(padding_mode, "padding_mode", "zeros", "border");
+  TORCH_CHECK_VALUE(!input.empty(), "input must hold at least one tensor, got an empty list");
+  for (size_t i = 0; i < input.size(); ++i) {
+    const at::Tensor& map = input[i];
+    const std::string name = input.size() == 1 ? "input" : "input[" + std::to_string(i) + "]";
+    check_logits(map, name.c_str());
+    TORCH_CHECK_VALUE(
+        map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(), name,
+        " must have H and W below 2^31, got shape ", map.sizes());
+    TORCH_CHECK_VALUE(map.size(0) == input[0].size(0), name, " must have N = ", input[0].size(0),
+                      " as in input[0], got shape ", map.sizes());
+    TORCH_CHECK_TYPE(map.scalar_type() == input[0].scalar_type(), name, " must have the dtype of input[0] (",
+                     input[0].scalar_type(), "), got ", map.scalar_type());
+    check_same_device(map, name.c_str(), input[0], "input[0]");
+  }
+  check_coords(coords, input[0], "input", true);
+  return {mode == "nearest", padding_mode == "border", align_corners, coords.size(0),
+          coords.dim() == 3 ? coords.size(1) : coords.size(1) * coords.size(2)};
+}
+
+at::Tensor coords_for(const at::Tensor& coords, at::ScalarType feature) {
+  return coords.to(feature == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
+int64_t total_channels(at::TensorList input) {
+  int64_t channels = 0;
+  for (const at::Tensor& map : input) channels += map.size(1);
+  return channels;
+}
+
+std::vector<int64_t> output_sizes(at::TensorList input, const at::Tensor& coords) {
+  std::vector<int64_t> sizes{coords.size(0), total_channels(input)};
+  for (int64_t d = 1; d + 1 < coords.dim(); ++d) sizes.push_back(coords.size(d));
+  return sizes;
+}
+
+}  // namespace
+
+void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points, bool border, bool align_corners,
+                     void* rows, at::ScalarType rows_dtype, int64_t row_stride) {
+  TORCH_INTERNAL_ASSERT((map.dtype == at::kDouble) == (rows_dtype == at::kDouble));
+  const SampleGrid grid{static_cast<int32_t>(map.height),
+                        static_cast<int32_t>(map.width),
+                        map.stride_y,
+                        map.stride_x,
+                        false,
+                        border,
+                        align_corners};
+  dispatch(map.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    constexpr int64_t kPoints = 64, kChannels = 64;
+    const SampleKernels<T>& kernel = kernels<T>();
+    int64_t offset[kPoints], point[kPoints];
+    A weight[4][kPoints], xy[2 * kPoints], tile[kPoints][kChannels];
+    uint8_t inside[kPoints];
+    const T* data = static_cast<const T*>(map.data);
+    for (int64_t first = 0; first < num_points; first += kPoints) {
+      const int64_t count = std::min(kPoints, num_points - first);
+      const Taps<A> taps{count, offset, {weight[0], weight[1], weight[2], weight[3]}, inside, point, true};
+      for (int64_t i = 0; i < 2 * count; ++i) xy[i] = static_cast<A>(coords[2 * first + i]);
+      kernel.locate(xy, first, grid, taps);
+      const auto rows_of = [&](int64_t c, int64_t n, A* target, int64_t stride) {
+        if (map.stride_c == 1) {
+          kernel.vector_rows(data + c, grid, taps, n, target, stride);
+        } else {
+          kernel.plane_rows(data + c * map.stride_c, map.stride_c, grid, taps, n, target, stride);
+        }
+      };
+      if (rows_dtype == c10::CppTypeToScalarType<A>::value) {
+        rows_of(0, map.channels, static_cast<A*>(rows) + first * row_stride, row_stride);
+        continue;
+      }
+      if constexpr (std::is_same_v<A, float>) {
+        for (int64_t c = 0; c < map.channels; c += kChannels) {
+          const int64_t n = std::min(kChannels, map.channels - c);
+          rows_of(c, n, tile[0], kChannels);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = (first + i) * row_stride + c;
+            if (rows_dtype == at::kHalf) {
+              kernels<c10::Half>().narrow(tile[i], static_cast<c10::Half*>(rows) + at, n);
+            } else {
+              kernels<c10::BFloat16>().narrow(tile[i], static_cast<c10::BFloat16*>(rows) + at, n);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10::string_view mode,
+                            c10::string_view padding_mode, bool align_corners) {
+  const Call call = check_call(input, coords, mode, padding_mode, align_corners);
+  at::Tensor out =
+      at::empty(output_sizes(input, coords), input[0].options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  const int64_t stride_n = total_channels(input) * call.points;
+  const at::Tensor xy = coords_for(coords, input[0].scalar_type());
+  dispatch(input[0].scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    T* target = out.mutable_data_ptr<T>();
+    for (const at::Tensor& map : input) {
+      sample_kernel<T>(map, xy.const_data_ptr<acc_t<T>>(), call, target, stride_n);
+      target += map.size(1) * call.points;
+    }
+  });
+  return out;
+}
+
+// One gradient per map, then that of coords; an empty [0] tensor where it was not asked for.
+std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as the output
+                                                  at::TensorList input, const at::Tensor& coords, c10::string_view mode,
+                                                  c10::string_view padding_mode, bool align_corners, bool input_grad,
+                                                  bool coords_grad) {
+  const Call call = check_call(input, coords, mode, padding_mode, align_corners);
+  check_strided(grad, "grad");
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(output_sizes(input, coords)), "grad must have shape ",
+                    at::IntArrayRef(output_sizes(input, coords)), " as the output, got ", grad.sizes());
+  TORCH_CHECK_TYPE(grad.scalar_type() == input[0].scalar_type(), "grad must have the dtype of input (",
+                   input[0].scalar_type(), "), got ", grad.scalar_type());
+  check_same_device(grad, "grad", input[0], "input");
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& map : input) {
+    result.push_back(input_grad ? zero_gradient(map) : at::empty({0}, map.options()));
+  }
+  result.push_back(coords_grad ? at::zeros_like(coords, at::MemoryFormat::Contiguous)
+                               : at::empty({0}, coords.options()));
+  if (grad.numel() == 0) return result;
+  const at::Tensor xy = coords_for(coords, input[0].scalar_type());
+  const at::Tensor flat = grad.reshape({call.images, grad.size(1), call.points});
+  const at::Tensor slope =
+      coords_grad && !call.nearest ? at::zeros_like(xy, at::MemoryFormat::Contiguous) : at::Tensor();
+  dispatch(input[0].scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const auto* at = xy.const_data_ptr<acc_t<T>>();
+    int64_t channel = 0;
+    for (size_t i = 0; i < input.size(); ++i) {
+      const at::Tensor part = flat.narrow(1, channel, input[i].size(1));
+      channel += input[i].size(1);
+      if (input_grad && result[i].numel() > 0) sample_backward_kernel<T>(part, at, call, result[i]);
+      if (slope.defined()) {
+        coords_backward_kernel<T>(part, input[i], at, call, slope.template mutable_data_ptr<acc_t<T>>());
+      }
+    }
+  });
+  if (slope.defined()) result.back().copy_(slope);
+  return result;
+}
+
+at::Tensor point_labels_cpu(const at::Tensor& labels, const at::Tensor& coords, int64_t ignore_index) {
+  check_strided(labels, "labels");
+  check_rank(labels, "labels", "[N, H, W]", 3);
+  const at::ScalarType dtype = labels.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kByte || dtype == at::kChar || dtype == at::kShort || dtype == at::kInt || dtype == at::kLong,
+      "labels must be an integer tensor (labels never pass through float), got ", dtype);
+  TORCH_CHECK_VALUE(labels.size(1) > 0 && labels.size(2) > 0,
+                    "labels must have at least one cell (H*W > 0), got shape ", labels.sizes());
+  check_coords(coords, labels, "labels", false);
+  const int64_t images = coords.size(0), points = coords.size(1), height = labels.size(1), width = labels.size(2);
+  at::Tensor out = at::empty({images, points}, labels.options().dtype(at::kLong));
+  if (out.numel() == 0) return out;
+  const at::Tensor xy = coords.contiguous();
+  int64_t* target = out.mutable_data_ptr<int64_t>();
+  const auto pick = [&](auto label_tag, auto coord_tag) {
+    const auto* map = labels.const_data_ptr<decltype(label_tag)>();
+    const auto* at = xy.const_data_ptr<decltype(coord_tag)>();
+    const int64_t stride_n = labels.stride(0), stride_y = labels.stride(1), stride_x = labels.stride(2);
+    at::parallel_for(0, images * points, kTaskWork / 4, [&](int64_t begin, int64_t end) {
+      int64_t n = begin / points, p = begin % points;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t x = holding_cell(at[2 * i], width), y = holding_cell(at[2 * i + 1], height);
+        target[i] =
+            (x < 0) | (y < 0) ? ignore_index : static_cast<int64_t>(map[n * stride_n + y * stride_y + x * stride_x]);
+        if (++p == points) ++n, p = 0;
+      }
+    });
+  };
+  const auto with_labels = [&](auto coord_tag) {
+    switch (dtype) {
+      case at::kByte:
+        return pick(uint8_t{}, coord_tag);
+      case at::kChar:
+        return pick(int8_t{}, coord_tag);
+      case at::kShort:
+        return pick(int16_t{}, coord_tag);
+      case at::kInt:
+        return pick(int32_t{}, coord_tag);
+      default:
+        return pick(int64_t{}, coord_tag);
+    }
+  };
+  xy.scalar_type() == at::kDouble ? with_labels(double{}) : with_labels(float{});
+  return out;
+}
+
+}  // namespace rendseg
+
+TORCH_LIBRARY_IMPL(rendseg, CPU, m) {
+  m.impl("point_sample", &rendseg::point_sample_cpu);
+  m.impl("_point_sample_backward", &rendseg::point_sample_backward_cpu);
+  m.impl("point_labels", &rendseg::point_labels_cpu);
+}

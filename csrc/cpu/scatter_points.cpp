@@ -1,0 +1,176 @@
+// scatter_points on the CPU: in place, out of place, and the gradient. Elements are moved as bits, in any strides.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+#include "../checks.h"
+
+namespace rendseg {
+namespace {
+
+void check_indices(const at::Tensor& indices, const at::Tensor& map, const char* map_name) {
+  check_strided(indices, "indices");
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "indices must be int64, got ", indices.scalar_type());
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == map.size(0),
+                    "indices must have shape [N, P] with N = ", map.size(0), " as in ", map_name, ", got ",
+                    indices.sizes());
+  check_same_device(indices, "indices", map, map_name);
+}
+
+// Raises IndexError; nothing has been written yet.
+void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) {
+  const int64_t* data = indices.const_data_ptr<int64_t>();
+  const int64_t count = indices.numel();
+  if (count == 0) return;
+  int64_t lowest = data[0], highest = data[0];
+  for (int64_t i = 1; i < count; ++i) {
+    lowest = std::min(lowest, data[i]);
+    highest = std::max(highest, data[i]);
+  }
+  TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells, "), got values from ",
+                    lowest, " to ", highest);
+}
+
+void check_scatter(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
+  check_logits(logits);
+  check_indices(indices, logits, "logits");
+  check_strided(values, "values");
+  TORCH_CHECK_VALUE(values.dim() == 3 && values.size(0) == logits.size(0) && values.size(1) == logits.size(1) &&
+                        values.size(2) == indices.size(1),
+                    "values must have shape [N, C, P] = [", logits.size(0), ", ", logits.size(1), ", ", indices.size(1),
+                    "] as in logits and indices, got ", values.sizes());
+  TORCH_CHECK_TYPE(values.scalar_type() == logits.scalar_type(), "values must have the dtype of logits (",
+                   logits.scalar_type(), "), got ", values.scalar_type());
+  check_same_device(values, "values", logits, "logits");
+}
+
+// Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block
+// is some points with every channel, else every point of some planes.
+template <typename F>
+void for_blocks(const at::Tensor& map, int64_t points, F&& f) {
+  const int64_t images = map.size(0), channels = map.size(1);
+  const bool adjacent = map.stride(1) == 1 && channels > 1;
+  const int64_t length = adjacent ? points : channels;
+  const int64_t other = adjacent ? channels : points;
+  const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, other));
+  const int64_t blocks = (length + block - 1) / block;
+  at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / blocks, first = task % blocks * block, last = std::min(first + block, length);
+      adjacent ? f(n, first, last, 0, channels) : f(n, 0, points, first, last);
+    }
+  });
+}
+
+// f(cell of the map, value) for every (point, channel).
+template <typename M, typename V, typename F>
+void visit(M* map, V* values, const at::Tensor& map_tensor, const at::Tensor& values_tensor, const int64_t* indices,
+           F&& f) {
+  const int64_t points = values_tensor.size(2), width = map_tensor.size(3);
+  const int64_t map_n = map_tensor.stride(0), map_c = map_tensor.stride(1), map_y = map_tensor.stride(2),
+                map_x = map_tensor.stride(3);
+  const int64_t value_n = values_tensor.stride(0), value_c = values_tensor.stride(1), value_p = values_tensor.stride(2);
+  const bool flat = map_y == width * map_x;  // an index is then an offset, without a division
+  for_blocks(map_tensor, points, [&](int64_t n, int64_t p_begin, int64_t p_end, int64_t c_begin, int64_t c_end) {
+    const auto offset = [&](int64_t p) {
+      const int64_t index = indices[n * points + p];
+      return flat ? index * map_x : index / width * map_y + index % width * map_x;
+    };
+    M* image = map + n * map_n;
+    V* rows = values + n * value_n;
+    if (p_end - p_begin == points && c_end - c_begin < points) {
+      for (int64_t c = c_begin; c < c_end; ++c) {
+        for (int64_t p = p_begin; p < p_end; ++p) f(image[offset(p) + c * map_c], rows[c * value_c + p * value_p]);
+      }
+    } else {
+      for (int64_t p = p_begin; p < p_end; ++p) {
+        M* cell = image + offset(p);
+        for (int64_t c = c_begin; c < c_end; ++c) f(cell[c * map_c], rows[c * value_c + p * value_p]);
+      }
+    }
+  });
+}
+
+template <typename F>
+void with_bits(int64_t element_size, F&& f) {
+  switch (element_size) {
+    case 2:
+      return f(uint16_t{});
+    case 8:
+      return f(uint64_t{});
+    default:
+      return f(uint32_t{});
+  }
+}
+
+void scatter_kernel(at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
+  with_bits(logits.element_size(), [&](auto tag) {
+    using B = decltype(tag);
+    visit(static_cast<B*>(logits.mutable_data_ptr()), static_cast<const B*>(values.const_data_ptr()), logits, values,
+          indices.const_data_ptr<int64_t>(), [](B& cell, const B& value) { cell = value; });
+  });
+}
+
+}  // namespace
+
+void scatter_points_cpu_(at::Tensor& logits,          // [N,C,H,W], any strides without overlap
+                         const at::Tensor& indices,   // [N,P]
+                         const at::Tensor& values) {  // [N,C,P]
+  check_scatter(logits, indices, values);
+  at::assert_no_internal_overlap(logits);
+  at::assert_no_overlap(logits, values);
+  const at::Tensor cells = indices.contiguous();
+  check_range(cells, logits.size(2) * logits.size(3));
+  if (values.numel() == 0) return;
+  scatter_kernel(logits, cells, values);
+}
+
+at::Tensor scatter_points_cpu(const at::Tensor& logits,    // [N,C,H,W]
+                              const at::Tensor& indices,   // [N,P]
+                              const at::Tensor& values) {  // [N,C,P]
+  check_scatter(logits, indices, values);
+  const at::Tensor cells = indices.contiguous();
+  check_range(cells, logits.size(2) * logits.size(3));
+  at::Tensor out = at::empty_like(logits).copy_(logits);
+  if (values.numel() != 0) scatter_kernel(out, cells, values);
+  return out;
+}
+
+// The gradients of logits (that of the output, zero at replaced cells) and of values (that of the output, gathered).
+std::tuple<at::Tensor, at::Tensor> scatter_points_backward_cpu(const at::Tensor& grad,       // [N,C,H,W]
+                                                               const at::Tensor& indices) {  // [N,P]
+  check_logits(grad, "grad");
+  check_indices(indices, grad, "grad");
+  const at::Tensor cells = indices.contiguous();
+  check_range(cells, grad.size(2) * grad.size(3));
+  at::Tensor rest = at::empty_like(grad).copy_(grad);
+  at::Tensor values = at::empty({grad.size(0), grad.size(1), cells.size(1)},
+                                grad.options().memory_format(at::MemoryFormat::Contiguous));
+  if (values.numel() == 0) return {rest, values};
+  with_bits(grad.element_size(), [&](auto tag) {
+    using B = decltype(tag);
+    const int64_t* at = cells.const_data_ptr<int64_t>();
+    visit(static_cast<const B*>(grad.const_data_ptr()), static_cast<B*>(values.mutable_data_ptr()), grad, values, at,
+          [](const B& cell, B& value) { value = cell; });
+    visit(static_cast<B*>(rest.mutable_data_ptr()), static_cast<B*>(values.mutable_data_ptr()), rest, values, at,
+          [](B& cell, B&) { cell = 0; });
+  });
+  return {rest, values};
+}
+
+}  // namespace rendseg
+
+TORCH_LIBRARY_IMPL(rendseg, CPU, m) {
+  m.impl("scatter_points", &rendseg::scatter_points_cpu);
+  m.impl("scatter_points_", [](at::Tensor logits, const at::Tensor& indices, const at::Tensor& values) {
+    rendseg::scatter_points_cpu_(logits, indices, values);
+  });
+  m.impl("_scatter_points_backward", &rendseg::scatter_points_backward_cpu);
+}

@@ -1,0 +1,227 @@
+// subdivide and _subdivide_labels on the CPU: PointRend (Kirillov et al. 2020), section 3.1.
+#include "subdivide.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../checks.h"
+#include "../math/radix_key.h"
+#include "../math/upsample.h"
+#include "huge_pages.h"
+#include "isa.h"
+#include "select.h"
+#include "subdivide_args.h"
+
+#define RENDSEG_ISA 0
+#include "isa_begin.h"
+// The order of these matters.
+#include "refine_simd.h"
+
+#include "subdivide_kernels.h"
+
+#include "isa_end.h"
+
+namespace rendseg {
+
+#if defined(__x86_64__)
+namespace avx2 {
+void subdivide_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram);
+void subdivide_fence();
+}  // namespace avx2
+namespace avx512 {
+void subdivide_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram);
+void subdivide_fence();
+}  // namespace avx512
+#else
+namespace avx2 = baseline;
+namespace avx512 = baseline;
+#endif
+
+namespace {
+
+constexpr size_t kHugeBytes = size_t{4} << 20;    // from here on page faults cost
+constexpr size_t kStreamBytes = size_t{16} << 20;  // from here on the output does not stay in the cache
+constexpr int64_t kRowBytes = 384 << 10;          // two interpolated source rows, to stay in L2
+constexpr int64_t kBandRows = 32;
+constexpr int64_t kGrain = 32768;  // fewest elements worth a thread
+
+template <typename Acc>
+void fill_columns(const SubdivideArgs& a, int64_t padded, int32_t* lower, int32_t* upper, Acc* lower_weight,
+                  Acc* upper_weight) {
+  for (int64_t x = 0; x < padded; ++x) {
+    const UpsampleTap<Acc> tap = upsample_tap<Acc>(std::min(x, a.width - 1), a.w, a.scale, a.align_corners);
+    lower[x] = static_cast<int32_t>(tap.lower);
+    upper[x] = static_cast<int32_t>(tap.upper);
+    lower_weight[x] = tap.lower_weight;
+    upper_weight[x] = tap.upper_weight;
+  }
+}
+
+// Runs every task and leaves keys and histograms behind.
+void subdivide_kernel(SubdivideArgs& a) {
+  const int64_t size = a.dtype == at::kDouble ? 8 : 4;
+  const int64_t padded = (a.width + kColumnPadding - 1) / kColumnPadding * kColumnPadding;
+  std::vector<int32_t> taps(2 * padded);
+  std::vector<double> weights(2 * padded);  // floats use the first half of it
+  a.lower = taps.data();
+  a.upper = taps.data() + padded;
+  a.lower_weight = weights.data();
+  if (a.dtype == at::kDouble) {
+    double* w = weights.data();
+    a.upper_weight = w + padded;
+    fill_columns(a, padded, taps.data(), taps.data() + padded, w, w + padded);
+  } else {
+    float* w = reinterpret_cast<float*>(weights.data());
+    a.upper_weight = w + padded;
+    fill_columns(a, padded, taps.data(), taps.data() + padded, w, w + padded);
+  }
+  // Fixed chunks; the thread count only deals them out. A band starts where a pair of rows between two source rows does.
+  a.tile_width = std::max(kColumnPadding, kRowBytes / (2 * a.c * size) / kColumnPadding * kColumnPadding);
+  a.tile_width = std::min(a.tile_width, padded);
+  a.tiles = (a.width + a.tile_width - 1) / a.tile_width;
+  a.band_rows = kBandRows;
+  a.band_shift = a.align_corners ? 0 : a.scale / 2;
+  a.bands = std::max<int64_t>(1, (a.height - a.band_shift + a.band_rows - 1) / a.band_rows);
+  const int64_t tasks = a.n * a.bands * a.tiles, per_image = a.bands * a.tiles;
+  const auto task_kernel = pick(&baseline::subdivide_task, &avx2::subdivide_task, &avx512::subdivide_task);
+  const auto fence = pick(&baseline::subdivide_fence, &avx2::subdivide_fence, &avx512::subdivide_fence);
+  const int64_t cells = std::min(a.height, a.band_rows) * std::min(a.width, a.tile_width) * a.c;
+  at::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / cells), [&](int64_t begin, int64_t end) {
+    const int64_t bytes = subdivide_scratch_bytes(a);
+    const std::unique_ptr<char[]> memory(new char[bytes + 64]);
+    char* scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
+    std::vector<uint32_t> tables(2 * kHistogramBins);
+    for (int64_t task = begin; task < end; ++task) {
+      task_kernel(a, task, scratch, tables.data());
+      if (task + 1 == end || (task + 1) % per_image == 0) {  // counts are integers: the order does not matter
+        uint32_t* histogram = a.histograms + task / per_image * kHistogramBins;
+        for (int bin = 0; bin < kHistogramBins; ++bin) {
+          const uint32_t count = tables[bin] + tables[kHistogramBins + bin];
+          if (count != 0) std::atomic_ref<uint32_t>(histogram[bin]).fetch_add(count, std::memory_order_relaxed);
+        }
+        std::fill(tables.begin(), tables.end(), 0u);
+      }
+    }
+    if (a.stream) fence();
+  });
+}
+
+void check_scale_factor(const at::Tensor& logits, int64_t scale_factor) {
+  TORCH_CHECK_VALUE(scale_factor >= 1, "scale_factor must be at least 1, got ", scale_factor);
+  constexpr int64_t kMost = int64_t{1} << 31;
+  TORCH_CHECK_VALUE(scale_factor < kMost && logits.size(2) * scale_factor < kMost &&
+                        logits.size(3) * scale_factor < kMost &&
+                        logits.size(2) * scale_factor * logits.size(3) * scale_factor < 2 * kMost,
+                    "scale_factor must give fewer than 2^32 cells, got ", scale_factor, " for shape ", logits.sizes());
+}
+
+enum class Wanted { kLogits, kNothing, kLabels };
+
+// Upsampled map (logits or labels) and the selection from it.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& logits, int64_t num_points,
+                                                              int64_t scale, bool align_corners,
+                                                              const std::optional<at::Tensor>& class_index,
+                                                              Wanted wanted) {
+  const int64_t n = logits.size(0), c = logits.size(1), h = logits.size(2), w = logits.size(3);
+  const int64_t height = h * scale, width = w * scale, cells = height * width;
+  const int64_t k = std::min(num_points, cells);
+  const at::MemoryFormat format = logits.suggest_memory_format();
+  const at::TensorOptions options = logits.options();
+  at::Tensor indices = at::empty({n, k}, options.dtype(at::kLong));
+  at::Tensor coords = at::empty({n, k, 2}, options.dtype(at::kFloat));
+  at::Tensor result;
+  if (wanted == Wanted::kLogits) {
+    result = at::empty({n, c, height, width}, options.memory_format(format));
+  } else if (wanted == Wanted::kLabels) {
+    const at::TensorOptions label_options = options.dtype(c <= 256 ? at::kByte : at::kShort);
+    // One channel has one label, so the kernel need not write it.
+    result = c == 1 ? at::zeros({n, height, width}, label_options) : at::empty({n, height, width}, label_options);
+  } else {
+    result = at::empty({0}, options);
+  }
+  if (n == 0) return {result, indices, coords};
+
+  const at::Tensor source = logits.contiguous(format);
+  at::Tensor keys = at::empty({n, cells}, options.dtype(at::kInt));
+  at::Tensor histograms = at::zeros({n, kHistogramBins}, options.dtype(at::kInt));
+  at::Tensor channel;
+  if (class_index.has_value()) channel = class_index->contiguous();
+  if (result.nbytes() >= kHugeBytes) prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  if (keys.nbytes() >= kHugeBytes) prefer_huge_pages(keys.mutable_data_ptr(), keys.nbytes());
+
+  SubdivideArgs a{};
+  a.dtype = logits.scalar_type();
+  a.source = source.const_data_ptr();
+  a.channels_last = format == at::MemoryFormat::ChannelsLast && c > 1;
+  a.fine = wanted == Wanted::kLogits ? result.mutable_data_ptr() : nullptr;
+  a.stream = a.fine != nullptr && !a.channels_last && result.nbytes() >= kStreamBytes &&
+             width * result.element_size() % 64 == 0 && reinterpret_cast<uintptr_t>(a.fine) % 64 == 0;
+  a.keys = reinterpret_cast<uint32_t*>(keys.mutable_data_ptr<int32_t>());
+  a.labels = wanted == Wanted::kLabels && c > 1 ? result.mutable_data_ptr() : nullptr;
+  a.wide_labels = c > 256;
+  a.single = c == 1 || channel.defined();
+  a.channel = channel.defined() ? channel.const_data_ptr<int64_t>() : nullptr;
+  a.histograms = reinterpret_cast<uint32_t*>(histograms.mutable_data_ptr<int32_t>());
+  a.n = n, a.c = c, a.h = h, a.w = w, a.height = height, a.width = width;
+  a.scale = scale;
+  a.align_corners = align_corners;
+  subdivide_kernel(a);
+
+  int64_t* index_data = indices.mutable_data_ptr<int64_t>();
+  float* coord_data = coords.mutable_data_ptr<float>();
+  const auto select = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      select_smallest(a.keys + i * cells, cells, k, index_data + i * k, a.histograms + i * kHistogramBins);
+      cell_centres(index_data + i * k, k, height, width, coord_data + 2 * i * k);
+    }
+  };
+  if (n >= at::get_num_threads()) {
+    at::parallel_for(0, n, std::max<int64_t>(1, kGrain / cells), select);
+  } else {
+    select(0, n);
+  }
+  return {result, indices, coords};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_cpu(const at::Tensor& logits, int64_t num_points,
+                                                             int64_t scale_factor, bool align_corners,
+                                                             const std::optional<at::Tensor>& class_index,
+                                                             bool return_logits) {
+  check_logits(logits);
+  check_num_points(num_points);
+  check_class_index(class_index, logits);
+  check_scale_factor(logits, scale_factor);
+  return subdivide_impl(logits, num_points, scale_factor, align_corners, class_index,
+                        return_logits ? Wanted::kLogits : Wanted::kNothing);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_labels_cpu(const at::Tensor& logits, int64_t num_points,
+                                                                    int64_t scale_factor, bool align_corners) {
+  check_logits(logits);
+  check_num_points(num_points);
+  check_scale_factor(logits, scale_factor);
+  TORCH_CHECK_VALUE(logits.size(1) <= 32768, "output=\"labels\" holds at most 32768 classes, got ", logits.size(1));
+  return subdivide_impl(logits, num_points, scale_factor, align_corners, std::nullopt, Wanted::kLabels);
+}
+
+TORCH_LIBRARY_IMPL(rendseg, CPU, m) {
+  m.impl("subdivide", TORCH_FN(subdivide_cpu));
+  m.impl("_subdivide_labels", TORCH_FN(subdivide_labels_cpu));
+}
+
+}  // namespace rendseg

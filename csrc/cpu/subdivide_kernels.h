@@ -1,0 +1,347 @@
+// Fused bilinear upsampling, margin and first histogram, a band of rows and a tile of columns at a time. No include
+// guard: compiled once per instruction set.
+//
+// A source row is interpolated along x once, into blocks of one vector of columns times C channels, so that the vertical
+// pass reads two contiguous streams and keeps the running top-2 (and argmax) in registers. The arithmetic is that of
+// F.interpolate, `lower_weight * a + upper_weight * b` along x and then along y without fused multiply-add; with and
+// without stored logits it is the same code, so both modes agree bit for bit.
+namespace rendseg {
+namespace RENDSEG_ISA_NAMESPACE {
+namespace {
+
+template <typename T>
+struct SubdivideTile {
+  using Acc = typename Stored<T>::Acc;
+  const SubdivideArgs* args;
+  int64_t image;
+  int64_t first_column, columns, blocks;  // of the output
+  int64_t source_begin, source_end;       // columns of the source that the tile needs
+  Acc* rows[2];                           // [blocks][C][lanes] each
+  bool unknown[2];                        // the row holds NaN or infinity
+  int64_t held[2];                        // which source row, -1 for none
+  Acc* planes;
+  Acc* block;
+};
+
+// Source row `y` interpolated along x into rows[y % 2].
+template <typename T>
+void interpolate_row(SubdivideTile<T>& t, int64_t y) {
+  using Acc = typename Stored<T>::Acc;
+  using V = typename Simd<Acc>::V;
+  using I = typename Simd<Acc>::I;
+  constexpr int L = Simd<Acc>::kLanes;
+  const SubdivideArgs& a = *t.args;
+  const int64_t channels = a.c;
+  const int64_t begin = t.source_begin, count = t.source_end - t.source_begin;
+  const T* source = static_cast<const T*>(a.source) + t.image * channels * a.h * a.w;
+  const Acc* plane;
+  int64_t stride;
+  if constexpr (sizeof(T) == sizeof(Acc)) {
+    plane = source + y * a.w + begin;
+    stride = a.h * a.w;
+  }
+  if (sizeof(T) != sizeof(Acc) || a.channels_last) {
+    stride = (count + L - 1) / L * L;
+    plane = t.planes;
+    if (a.channels_last) {
+      const T* row = source + (y * a.w + begin) * channels;
+      for (int64_t c0 = 0; c0 < channels; c0 += 8) {
+        const int64_t c1 = c0 + 8 < channels ? c0 + 8 : channels;
+        for (int64_t x = 0; x < count; ++x) {
+          for (int64_t c = c0; c < c1; ++c) t.planes[c * stride + x] = widen<T>(row[x * channels + c]);
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* row = source + (c * a.h + y) * a.w + begin;
+        Acc* out = t.planes + c * stride;
+        int64_t x = 0;
+        for (; x + L <= count; x += L) store_as(out + x, Stored<T>::load(row + x));
+        for (; x < count; ++x) out[x] = widen<T>(row[x]);
+      }
+    }
+  }
+  const int slot = static_cast<int>(y & 1);
+  Acc* out = t.rows[slot];
+  const Acc* lower_weight = static_cast<const Acc*>(a.lower_weight) + t.first_column;
+  const Acc* upper_weight = static_cast<const Acc*>(a.upper_weight) + t.first_column;
+  const int32_t* lower = a.lower + t.first_column;
+  const int32_t* upper = a.upper + t.first_column;
+  V sticky = V{};  // becomes NaN as soon as one value is NaN or infinite
+  // From a factor of two on, the sources of one vector of outputs fit one vector.
+  const bool permuting = RENDSEG_ISA > 0 && L >= 4 && a.scale >= 2 && count >= L;
+  for (int64_t c0 = 0; c0 < channels; c0 += 4) {
+    const int64_t c1 = c0 + 4 < channels ? c0 + 4 : channels;
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      const V wl = load_as<V>(lower_weight + b * L), wu = load_as<V>(upper_weight + b * L);
+      if (permuting) {
+        int64_t base = lower[b * L] - begin;
+        if (base > count - L) base = count - L;
+        I il, iu;
+        for (int j = 0; j < L; ++j) il[j] = lower[b * L + j], iu[j] = upper[b * L + j];
+        const typename Simd<Acc>::Index offset = static_cast<typename Simd<Acc>::Index>(base + begin);
+        il -= offset, iu -= offset;
+        for (int64_t c = c0; c < c1; ++c) {
+          const V s = load_as<V>(plane + c * stride + base);
+          sticky += s * Acc(0);
+          store_as(out + (b * channels + c) * L, permute(s, il) * wl + permute(s, iu) * wu);
+        }
+      } else {
+        for (int64_t c = c0; c < c1; ++c) {
+          const Acc* s = plane + c * stride - begin;
+          V vl, vu;
+          for (int j = 0; j < L; ++j) vl[j] = s[lower[b * L + j]], vu[j] = s[upper[b * L + j]];
+          sticky += vl * Acc(0) + vu * Acc(0);
+          store_as(out + (b * channels + c) * L, vl * wl + vu * wu);
+        }
+      }
+    }
+  }
+  bool unknown = false;
+  for (int j = 0; j < L; ++j) unknown |= sticky[j] != sticky[j];
+  t.unknown[slot] = unknown;
+  t.held[slot] = y;
+}
+
+RENDSEG_INLINE VecU margin_keys(VecF margin) {
+  const VecU key = ((VecU)margin & 0x7fffffffu) + 1u;
+  return margin == margin ? key : VecU{};
+}
+
+enum SubdivideMode : int { kStore = 1, kLabel = 2, kSingle = 4, kCareful = 8 };
+
+// `U` blocks of columns from block `b`, in `R` output rows from row `y` that lie between the same two source rows.
+template <typename T, int kMode, int R, int U, bool kPartial>
+RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, const typename Stored<T>::Acc* row0,
+                                    const typename Stored<T>::Acc* row1, const UpsampleTap<typename Stored<T>::Acc>* taps) {
+  using Acc = typename Stored<T>::Acc;
+  using V = typename Simd<Acc>::V;
+  using I = typename Simd<Acc>::I;
+  constexpr int L = Simd<Acc>::kLanes;
+  const SubdivideArgs& a = *t.args;
+  const int64_t channels = a.c, plane = a.height * a.width;
+  const int64_t column = t.first_column + b * L;
+  const int64_t valid = kPartial ? t.columns - b * L : L;
+  const int64_t chosen = (kMode & kSingle) != 0 && a.channel != nullptr ? a.channel[t.image] : 0;
+  T* fine = (kMode & kStore) != 0 ? static_cast<T*>(a.fine) + t.image * channels * plane : nullptr;
+  V first[R][U], second[R][U];
+  I label[R][U], unknown[R][U];
+  for (int r = 0; r < R; ++r) {
+    for (int u = 0; u < U; ++u) {
+      first[r][u] = second[r][u] = splat<Acc>(-__builtin_inf());
+      label[r][u] = unknown[r][u] = I{};
+    }
+  }
+  // Without stored logits only one channel matters to the margin of one channel.
+  const int64_t c_begin = (kMode & kSingle) != 0 && (kMode & kStore) == 0 ? chosen : 0;
+  const int64_t c_end = (kMode & kSingle) != 0 && (kMode & kStore) == 0 ? chosen + 1 : channels;
+  for (int64_t c = c_begin; c < c_end; ++c) {
+    const I channel = I{} + static_cast<typename Simd<Acc>::Index>(c);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const V s0 = load_as<V>(row0 + ((b + u) * channels + c) * L);
+      const V s1 = load_as<V>(row1 + ((b + u) * channels + c) * L);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const V v = Stored<T>::round(s0 * taps[r].lower_weight + s1 * taps[r].upper_weight);
+        if constexpr ((kMode & kStore) != 0) {
+          if (a.channels_last) {
+            store_as(t.block + ((r * U + u) * channels + c) * L, v);
+          } else {
+            T* out = fine + c * plane + (y + r) * a.width + column + u * L;
+            if constexpr (kPartial) {
+              T kept[L];
+              Stored<T>::store(kept, v);
+              __builtin_memcpy(out, kept, valid * sizeof(T));
+            } else if (a.stream) {
+              stream<T>(out, v);
+            } else {
+              Stored<T>::store(out, v);
+            }
+          }
+        }
+        if constexpr ((kMode & kSingle) != 0) {
+          if (c == chosen) first[r][u] = v;
+        } else {
+          if constexpr ((kMode & kCareful) != 0) {
+            // The first NaN wins the argmax, as in torch.argmax.
+            const I nan = v != v;
+            if constexpr ((kMode & kLabel) != 0) {
+              const I take = (nan & ~unknown[r][u]) | ((v > first[r][u]) & ~unknown[r][u]);
+              label[r][u] = take ? channel : label[r][u];
+            }
+            unknown[r][u] |= nan;
+          } else if constexpr ((kMode & kLabel) != 0) {
+            label[r][u] = label_where_greater(v, first[r][u], label[r][u], channel);
+          }
+          second[r][u] = vmax(second[r][u], vmin(first[r][u], v));
+          first[r][u] = vmax(v, first[r][u]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      V margin = first[r][u];
+      if constexpr ((kMode & kSingle) == 0) margin -= second[r][u];
+      if constexpr ((kMode & kCareful) != 0) margin = unknown[r][u] ? splat<Acc>(__builtin_nan("")) : margin;
+      const int64_t at = (t.image * a.height + y + r) * a.width + column + u * L;
+      if constexpr (sizeof(Acc) == 8) {
+        for (int64_t j = 0; j < valid; ++j) {
+          a.keys[at + j] = margin_key(static_cast<float>(margin[j]));
+          if constexpr ((kMode & kLabel) != 0) {
+            if (a.wide_labels) {
+              static_cast<int16_t*>(a.labels)[at + j] = static_cast<int16_t>(label[r][u][j]);
+            } else {
+              static_cast<uint8_t*>(a.labels)[at + j] = static_cast<uint8_t>(label[r][u][j]);
+            }
+          }
+        }
+      } else {
+        const VecU key = margin_keys(margin);
+        __builtin_memcpy(a.keys + at, &key, kPartial ? valid * 4 : sizeof(key));
+        if constexpr ((kMode & kLabel) != 0) {
+          if (a.wide_labels) {
+            const VecHalfBits packed = __builtin_convertvector((VecU)label[r][u], VecHalfBits);
+            __builtin_memcpy(static_cast<int16_t*>(a.labels) + at, &packed, kPartial ? valid * 2 : sizeof(packed));
+          } else {
+            const VecBytes packed = __builtin_convertvector((VecU)label[r][u], VecBytes);
+            __builtin_memcpy(static_cast<uint8_t*>(a.labels) + at, &packed, kPartial ? valid : sizeof(packed));
+          }
+        }
+      }
+      if constexpr ((kMode & kStore) != 0) {
+        if (a.channels_last) {
+          const Acc* from = t.block + (r * U + u) * channels * L;
+          T* out = fine + ((y + r) * a.width + column + u * L) * channels;
+          for (int64_t j = 0; j < valid; ++j) {
+            for (int64_t c = 0; c < channels; ++c) out[j * channels + c] = static_cast<T>(from[c * L + j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kMode, int R>
+void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<typename Stored<T>::Acc>* taps) {
+  using Acc = typename Stored<T>::Acc;
+  constexpr int L = Simd<Acc>::kLanes;
+  const Acc* row0 = t.rows[taps[0].lower & 1];
+  const Acc* row1 = t.rows[taps[0].upper & 1];
+  // Stores come in runs of four vectors per channel, which the memory likes; without them two suffice to hide latency.
+  constexpr int U = (kMode & kCareful) != 0 ? 1 : (kMode & kStore) != 0 && RENDSEG_ISA == 2 ? 4 : RENDSEG_ISA > 0 ? 2 : 1;
+  const int64_t whole = t.columns / L;
+  int64_t b = 0;
+  for (; b + U <= whole; b += U) upsample_blocks<T, kMode, R, U, false>(t, b, y, row0, row1, taps);
+  if constexpr (U > 1) {
+    for (; b < whole; ++b) upsample_blocks<T, kMode, R, 1, false>(t, b, y, row0, row1, taps);
+  }
+  if (b < t.blocks) upsample_blocks<T, kMode, R, 1, true>(t, b, y, row0, row1, taps);
+}
+
+template <typename T, int kMode>
+void upsample_band(SubdivideTile<T>& t, int64_t y_begin, int64_t y_end, uint32_t* histogram) {
+  using Acc = typename Stored<T>::Acc;
+  const SubdivideArgs& a = *t.args;
+  for (int64_t y = y_begin; y < y_end;) {
+    UpsampleTap<Acc> taps[2];
+    taps[0] = upsample_tap<Acc>(y, a.h, a.scale, a.align_corners);
+    int64_t rows = 1;
+    if (y + 1 < y_end) {
+      taps[1] = upsample_tap<Acc>(y + 1, a.h, a.scale, a.align_corners);
+      if (taps[1].lower == taps[0].lower && taps[1].upper == taps[0].upper) rows = 2;
+    }
+    for (int64_t source : {taps[0].lower, taps[0].upper}) {
+      if (t.held[source & 1] != source) interpolate_row(t, source);
+    }
+    const bool careful = (kMode & kSingle) == 0 && (t.unknown[taps[0].lower & 1] || t.unknown[taps[0].upper & 1]);
+    if (careful) {
+      for (int64_t r = 0; r < rows; ++r) upsample_rows<T, kMode | kCareful, 1>(t, y + r, taps + r);
+    } else if (rows == 2) {
+      upsample_rows<T, kMode, 2>(t, y, taps);
+    } else {
+      upsample_rows<T, kMode, 1>(t, y, taps);
+    }
+    for (int64_t r = 0; r < rows; ++r) {  // two tables: equal neighbours do not wait for each other
+      const uint32_t* keys = a.keys + (t.image * a.height + y + r) * a.width + t.first_column;
+      int64_t x = 0;
+      for (; x + 1 < t.columns; x += 2) {
+        ++histogram[histogram_bin(keys[x])];
+        ++histogram[kHistogramBins + histogram_bin(keys[x + 1])];
+      }
+      if (x < t.columns) ++histogram[histogram_bin(keys[x])];
+    }
+    y += rows;
+  }
+}
+
+template <typename T>
+void run_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram) {
+  using Acc = typename Stored<T>::Acc;
+  constexpr int L = Simd<Acc>::kLanes;
+  const int64_t tile = task % a.tiles, band = task / a.tiles % a.bands;
+  SubdivideTile<T> t;
+  t.args = &a;
+  t.image = task / (a.tiles * a.bands);
+  t.first_column = tile * a.tile_width;
+  t.columns = a.width - t.first_column < a.tile_width ? a.width - t.first_column : a.tile_width;
+  t.blocks = (t.columns + L - 1) / L;
+  t.source_begin = a.lower[t.first_column];
+  t.source_end = a.upper[t.first_column + t.columns - 1] + 1;
+  if (t.source_end - t.source_begin < L) {  // widen to a vector where the map allows it
+    t.source_begin = a.w < L ? 0 : (t.source_begin < a.w - L ? t.source_begin : a.w - L);
+    t.source_end = a.w < L ? a.w : (t.source_end > t.source_begin + L ? t.source_end : t.source_begin + L);
+  }
+  const int64_t row_size = a.c * a.tile_width;
+  t.rows[0] = reinterpret_cast<Acc*>(scratch);
+  t.rows[1] = t.rows[0] + row_size;
+  t.block = t.rows[1] + row_size;
+  t.planes = t.block + a.c * 8 * L;
+  t.held[0] = t.held[1] = -1;
+  t.unknown[0] = t.unknown[1] = false;
+  const int64_t y_begin = band == 0 ? 0 : band * a.band_rows + a.band_shift;
+  const int64_t y_next = (band + 1) * a.band_rows + a.band_shift;
+  const int64_t y_end = y_next < a.height && band + 1 < a.bands ? y_next : a.height;
+  if (a.fine != nullptr) {
+    if (a.single) {
+      upsample_band<T, kStore | kSingle>(t, y_begin, y_end, histogram);
+    } else {
+      upsample_band<T, kStore>(t, y_begin, y_end, histogram);
+    }
+  } else if (a.single) {
+    upsample_band<T, kSingle>(t, y_begin, y_end, histogram);
+  } else if (a.labels != nullptr) {
+    upsample_band<T, kLabel>(t, y_begin, y_end, histogram);
+  } else {
+    upsample_band<T, 0>(t, y_begin, y_end, histogram);
+  }
+}
+
+}  // namespace
+
+// One task: an image, a band of rows and a tile of columns. `histogram` has two tables, which the caller adds.
+void subdivide_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram) {
+  switch (a.dtype) {
+    case c10::ScalarType::Float:
+      return run_task<float>(a, task, scratch, histogram);
+    case c10::ScalarType::Double:
+      return run_task<double>(a, task, scratch, histogram);
+    case c10::ScalarType::Half:
+      return run_task<c10::Half>(a, task, scratch, histogram);
+    default:
+      return run_task<c10::BFloat16>(a, task, scratch, histogram);
+  }
+}
+
+// Makes streamed stores visible before the next ordinary one of this thread.
+void subdivide_fence() {
+#if RENDSEG_ISA > 0
+  _mm_sfence();
+#endif
+}
+
+}  // namespace RENDSEG_ISA_NAMESPACE
+}  // namespace rendseg

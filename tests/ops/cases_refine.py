@@ -1,0 +1,182 @@
+"""Sample inputs and bad inputs of ``refine``, shared by the tests of every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Head(nn.Module):
+    """A point head with the layers of the paper, written independently of ``rendseg.nn``."""
+
+    def __init__(
+        self,
+        fine: int,
+        classes: int,
+        hidden: tuple[int, ...] = (12, 9),
+        each: bool = True,
+        coarse_first: bool = False,
+        stock: bool = True,
+    ) -> None:
+        super().__init__()
+        self.each, self.coarse_first, self.stock = each, coarse_first, stock
+        widths = [fine, *hidden]
+        generator = torch.Generator().manual_seed(7)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, out in enumerate((*hidden, classes)):
+            inputs = widths[i] + (classes if each or i == 0 else 0)
+            weight = torch.randn(out, inputs, generator=generator) * (2 / inputs) ** 0.5
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.randn(out, generator=generator) * 0.1))
+
+    def _join(self, x: Tensor, coarse: Tensor) -> Tensor:
+        return torch.cat((coarse, x) if self.coarse_first else (x, coarse), dim=1)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        coarse = coarse.to(fine.dtype)
+        x = self._join(fine, coarse)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if i and self.each:
+                x = self._join(x, coarse.to(x.dtype))
+            x = F.conv1d(x, weight.unsqueeze(2), bias)
+            if i + 1 < len(self.weights):
+                x = x.relu()
+        return x
+
+    def refine_parameters(self) -> dict[str, Any] | None:
+        if not self.stock:
+            return None
+        return {
+            "weights": list(self.weights),
+            "biases": list(self.biases),
+            "coarse_each_layer": self.each,
+            "coarse_first": self.coarse_first,
+        }
+
+
+def inputs(
+    n: int = 2, classes: int = 5, h: int = 6, w: int = 9, channels: tuple[int, ...] = (8,), seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """``(coarse, features)`` in float64; feature maps halve in size one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(n, classes, h, w, generator=generator, dtype=torch.float64) * 3
+    features = [
+        torch.randn(n, c, max(1, 2 * h >> i), max(1, 2 * w >> i), generator=generator, dtype=torch.float64)
+        for i, c in enumerate(channels)
+    ]
+    return coarse, features
+
+
+def refine_cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """``(name, inputs(...), Head(...), refine(...))`` keyword arguments."""
+    plain = {"steps": 2, "num_points": 30}
+    yield "plain", {}, {}, plain
+    yield "current coarse", {}, {}, plain | {"coarse_source": "current"}
+    yield "border padding", {}, {}, plain | {"padding_mode": "border"}
+    yield "aligned corners", {}, {}, plain | {"align_corners": True}
+    yield "coarse only at first", {}, {"each": False}, plain
+    yield "coarse first", {}, {"coarse_first": True}, plain
+    yield "coarse first, once", {}, {"coarse_first": True, "each": False}, plain
+    yield "one layer", {}, {"hidden": ()}, plain
+    yield "wide layers", {"classes": 19}, {"hidden": (64, 33, 70)}, plain
+    yield "two maps", {"channels": (8, 3)}, {}, plain
+    yield "factor 3", {}, {}, plain | {"scale_factor": 3}
+    yield "output size", {}, {}, {"output_size": (24, 36), "num_points": 100}
+    yield "every cell at first", {}, {}, {"steps": 3, "num_points": 300}
+    yield "every cell always", {"n": 1}, {}, {"steps": 1, "num_points": 100_000}
+    yield "one class", {"classes": 1, "n": 5}, {}, plain
+    yield "one cell", {"h": 1, "w": 1}, {}, {"steps": 3, "num_points": 5}
+    yield "several blocks", {"h": 12, "w": 20}, {}, {"steps": 2, "num_points": 500}
+    yield "no step", {}, {}, {"steps": 0, "num_points": 5}
+
+
+def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
+    coarse, features = inputs()
+    coarse, features = coarse.float(), [f.float() for f in features]
+    head = Head(8, 5)
+
+    def case(**changes: Any) -> dict[str, Any]:
+        return {"coarse": coarse, "features": features, "head": head, "steps": 1, "num_points": 4} | changes
+
+    def wrong(fine: Tensor, points: Tensor) -> Tensor:
+        return points[:, :3]
+
+    return [
+        ("coarse rank", case(coarse=coarse[0]), ValueError, r"coarse must have shape \[N, C, H, W\], got \[5, 6, 9\]"),
+        ("coarse dtype", case(coarse=coarse.long()), TypeError, "coarse must be float32, float64, float16 or bfloat16"),
+        ("no features", case(features=[]), ValueError, "features must hold at least one tensor"),
+        ("feature rank", case(features=features[0][0]), ValueError, r"features\[0\] must have shape \[N, C, H, W\]"),
+        ("feature batch", case(features=[features[0][:1]]), ValueError, r"features\[0\] must have N = 2 as in coarse"),
+        (
+            "feature dtypes",
+            case(features=[features[0], features[0].half()]),
+            TypeError,
+            r"features\[1\] must have the dtype of features\[0\]",
+        ),
+        ("feature device", case(features=features[0].to("meta")), RuntimeError, r"features\[0\] must be on the device"),
+        ("points", case(num_points=0), ValueError, "num_points must be positive, got 0"),
+        ("source", case(coarse_source="fine"), ValueError, "coarse_source must be one of original, current, got 'fine'"),
+        ("padding", case(padding_mode="reflect"), ValueError, "padding_mode must be one of zeros, border, got 'reflect'"),
+        ("output", case(output="mask"), ValueError, "output must be one of logits, labels, got 'mask'"),
+        ("factor", case(scale_factor=1), ValueError, "scale_factor must be at least 2, got 1"),
+        ("negative steps", case(steps=-1), ValueError, "steps must not be negative, got -1"),
+        ("no steps", case(steps=None), ValueError, "exactly one of steps and output_size must be given"),
+        ("both", case(output_size=(12, 18)), ValueError, "exactly one of steps and output_size must be given"),
+        ("unreachable", case(steps=None, output_size=(12, 20)), ValueError, r"cannot be reached .* next size .* \(24, 36\)"),
+        ("smaller", case(steps=None, output_size=(3, 4)), ValueError, "cannot be reached"),
+        ("size rank", case(steps=None, output_size=(12, 18, 1)), ValueError, r"output_size must be \(height, width\)"),
+        ("head shape", case(head=wrong), ValueError, r"head must return logits of shape \[N, C, P\] = \[2, 5, 4\], got"),
+        ("head type", case(head=lambda f, c: None), TypeError, "head must return a tensor, got NoneType"),
+        ("head dtype", case(head=lambda f, c: c.long()), TypeError, "head must return floating-point logits"),
+        (
+            "too many classes",
+            case(coarse=torch.zeros(2, 32769, 1, 1), output="labels"),
+            ValueError,
+            "at most 32768 classes, got 32769",
+        ),
+    ]
+
+
+def bad_layers() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
+    """Bad arguments of the private one-call op, by name."""
+    coarse, features = inputs()
+    coarse, features = coarse.float(), [f.float() for f in features]
+    head = Head(8, 5)
+    weights, biases = [w.detach() for w in head.weights], [b.detach() for b in head.biases]
+
+    def case(**changes: Any) -> dict[str, Any]:
+        return {
+            "coarse": coarse,
+            "features": features,
+            "weights": weights,
+            "biases": biases,
+            "steps": 1,
+            "num_points": 4,
+            "coarse_source": "original",
+            "scale_factor": 2,
+            "align_corners": False,
+            "padding_mode": "zeros",
+            "coarse_each_layer": True,
+            "coarse_first": False,
+            "labels": False,
+        } | changes
+
+    return [
+        ("no layer", case(weights=[], biases=[]), ValueError, "weights and biases must hold one tensor per layer"),
+        ("count", case(biases=biases[:1]), ValueError, "weights and biases must hold one tensor per layer, got 3 and 1"),
+        ("inputs", case(coarse_each_layer=False), ValueError, r"weights\[1\] must have shape \[O, I\] with I = 12"),
+        ("outputs", case(weights=weights[:2], biases=biases[:2]), ValueError, r"weights\[1\] must have shape \[C, I\]"),
+        ("bias", case(biases=[biases[0][:3], *biases[1:]]), ValueError, r"biases\[0\] must have shape \[O\] with O = 12"),
+        ("dtype", case(biases=[biases[0].half(), *biases[1:]]), TypeError, "must have the dtype of"),
+        ("integer", case(weights=[w.long() for w in weights]), TypeError, r"weights\[0\] must be float32"),
+        ("mixed", case(features=[f.double() for f in features]), TypeError, "must all be float64 or none"),
+        ("source", case(coarse_source="x"), ValueError, "coarse_source must be one of original, current, got 'x'"),
+        ("padding", case(padding_mode="x"), ValueError, "padding_mode must be one of zeros, border, got 'x'"),
+        ("factor", case(scale_factor=1), ValueError, "scale_factor must be at least 2, got 1"),
+        ("steps", case(steps=-1), ValueError, "steps must not be negative, got -1"),
+        ("points", case(num_points=-1), ValueError, "num_points must be positive, got -1"),
+    ]

@@ -1,0 +1,270 @@
+"""refine: the loop over operators and the one-call form, against the plain-PyTorch definition in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases_refine as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from _common import assert_opcheck, isa, use_threads  # noqa: F401
+from torch import Tensor
+
+import rendseg
+from rendseg import _extension, reference
+from rendseg.ops import refine
+
+CASES = list(cases.refine_cases())
+IDS = [case[0] for case in CASES]
+LOOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def build(made: dict[str, Any], layers: dict[str, Any], stock: bool) -> tuple[Tensor, list[Tensor], cases.Head]:
+    coarse, features = cases.inputs(**made)
+    head = cases.Head(sum(f.shape[1] for f in features), coarse.shape[1], stock=stock, **layers).double()
+    return coarse, features, head
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+@pytest.mark.parametrize("name, made, layers, kwargs", CASES, ids=IDS)
+def test_against_reference(name: str, made: dict, layers: dict, kwargs: dict, stock: bool, isa: str) -> None:  # noqa: F811
+    coarse, features, head = build(made, layers, stock)
+    before = coarse.clone()
+    with torch.no_grad():
+        want = reference.refine(coarse, features, head, **kwargs)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = coarse.contiguous(memory_format=memory_format)
+            maps = [f.contiguous(memory_format=memory_format) for f in features]
+            got = refine(x, maps, head, **kwargs)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+            labels = refine(x, maps, head, output="labels", **kwargs)
+            assert labels.dtype == torch.uint8 and torch.equal(labels.long(), got.argmax(1))
+            assert got.data_ptr() != x.data_ptr() and torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", ["original", "current"])
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_dtypes(dtype: torch.dtype, source: str, stock: bool, isa: str) -> None:  # noqa: F811
+    coarse, features = cases.inputs(classes=7)
+    head = cases.Head(8, 7, stock=stock).to(dtype)
+    coarse, features = coarse.to(dtype), [f.to(dtype) for f in features]
+    with torch.no_grad():
+        got = refine(coarse, features, head, steps=1, num_points=40, coarse_source=source)
+        labels = refine(coarse, features, head, steps=1, num_points=40, coarse_source=source, output="labels")
+        # The cells are those that subdivide selects; their values are those of the head in float64.
+        fine, indices, coords = rendseg.ops.subdivide(coarse, 40)
+        points = reference.point_sample([f.double() for f in features], coords)
+        exact = head.double()(points, reference.point_sample(coarse.double(), coords))
+        assert fine is not None
+    assert got.dtype == dtype and torch.equal(labels.long(), got.argmax(1))
+    at = indices.unsqueeze(1).expand(-1, 7, -1)
+    torch.testing.assert_close(got.flatten(2).gather(2, at).double(), exact, rtol=LOOSE[dtype], atol=LOOSE[dtype])
+    kept = torch.ones(2, fine[0, 0].numel(), dtype=torch.bool).scatter(1, indices, False).unsqueeze(1).expand(-1, 7, -1)
+    assert torch.equal(got.flatten(2)[kept], fine.flatten(2)[kept])
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_labels_of_many_classes_and_ties(stock: bool) -> None:
+    coarse, features = cases.inputs(n=1, classes=300, h=3, w=4)
+    head = cases.Head(8, 300, hidden=(), stock=stock).float()
+    with torch.no_grad():
+        for p in (*head.weights, *head.biases):
+            p.zero_()  # every class ties at every point: class 0 wins
+        args = (coarse.float(), [f.float() for f in features], head)
+        labels = refine(*args, steps=2, num_points=20, output="labels")
+        logits = refine(*args, steps=2, num_points=20)
+    assert labels.dtype == torch.int16 and torch.equal(labels.long(), logits.argmax(1))
+    assert int((labels == 0).sum()) >= 20
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_labels_allocate_no_full_logits(stock: bool) -> None:
+    if not _extension.LOADED:
+        pytest.skip("the reference upsamples in full")
+    coarse, features = cases.inputs(n=1, classes=16, h=32, w=32)
+    head = cases.Head(8, 16, stock=stock)
+    args = (coarse.float(), [f.float() for f in features], head)
+    full = 16 * 128 * 128 * 4
+    largest = {}
+    for output in ("logits", "labels"):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            refine(*args, steps=2, num_points=200, output=output)
+        # Allocations are charged to the op that made them, frees are events of their own.
+        largest[output] = max(abs(event.self_cpu_memory_usage) for event in profile.events())
+    assert largest["logits"] >= full
+    assert largest["labels"] < full / 2
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_not_a_number(stock: bool, isa: str) -> None:  # noqa: F811
+    coarse, features = cases.inputs()
+    coarse[0, 2, 3, 4] = float("nan")
+    features[0][1, :, 2, 2] = float("nan")
+    head = cases.Head(8, 5, stock=stock).double()
+    with torch.no_grad():
+        for padding in ("zeros", "border"):
+            want = reference.refine(coarse, features, head, steps=2, num_points=60, padding_mode=padding)
+            got = refine(coarse, features, head, steps=2, num_points=60, padding_mode=padding)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+            labels = refine(coarse, features, head, steps=2, num_points=60, padding_mode=padding, output="labels")
+            assert torch.equal(labels.long(), got.argmax(1)) and got.isnan().any()
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_empty_batch(stock: bool) -> None:
+    coarse, features = cases.inputs(n=0)
+    head = cases.Head(8, 5, stock=stock).double()
+    with torch.no_grad():
+        assert refine(coarse, features, head, steps=2, num_points=7).shape == (0, 5, 24, 36)
+        assert refine(coarse, features, head, steps=2, num_points=7, output="labels").shape == (0, 24, 36)
+
+
+def test_both_forms_agree_in_float32(isa: str) -> None:  # noqa: F811
+    coarse, features = cases.inputs(h=20, w=31, classes=19, channels=(24,))
+    coarse, features = coarse.float(), [f.float() for f in features]
+    results = []
+    with torch.no_grad():
+        for stock in (False, True):
+            head = cases.Head(24, 19, hidden=(48, 40), stock=stock)
+            results.append(refine(coarse, features, head, steps=1, num_points=700))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+
+
+def test_threads_do_not_matter(isa: str) -> None:  # noqa: F811
+    coarse, features = cases.inputs(n=2, h=20, w=40)
+    head = cases.Head(8, 5)
+    args = (coarse.float(), [f.float() for f in features], head)
+    results = []
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            with use_threads(count):
+                results.append(refine(*args, steps=2, num_points=500))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+@pytest.mark.parametrize("source", ["original", "current"])
+def test_gradients(stock: bool, source: str) -> None:
+    gradients = []
+    for function in (reference.refine, refine):
+        coarse, features, head = build({}, {}, stock)
+        leaves = [coarse.requires_grad_(), *(f.requires_grad_() for f in features), *head.parameters()]
+        out = function(coarse, features, head, steps=2, num_points=40, coarse_source=source)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        gradients.append(torch.autograd.grad((out * weight).sum(), leaves))
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    labels = refine(coarse, features, head, steps=2, num_points=40, output="labels")
+    assert not labels.requires_grad
+
+
+@pytest.mark.gradcheck
+def test_gradcheck() -> None:
+    coarse, features = cases.inputs(n=1, classes=3, h=3, w=3, channels=(2,))
+    head = cases.Head(2, 3, hidden=(4,)).double()
+    leaves = (coarse.requires_grad_(), features[0].requires_grad_())
+    assert torch.autograd.gradcheck(lambda c, f: refine(c, f, head, steps=2, num_points=5), leaves)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_autocast(stock: bool, isa: str) -> None:  # noqa: F811
+    coarse, features = cases.inputs(h=8, w=12, classes=7, channels=(16,))
+    coarse, features = coarse.float(), [f.float() for f in features]
+    head = cases.Head(16, 7, stock=stock)
+    with torch.no_grad():
+        plain = refine(coarse, features, head, steps=1, num_points=60)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = refine(coarse, features, head, steps=1, num_points=60)
+            labels = refine(coarse, features, head, steps=1, num_points=60, output="labels")
+    assert got.dtype == torch.float32 and torch.equal(labels.long(), got.argmax(1))
+    changed = (got != plain).any(1).sum(dim=(1, 2))
+    assert (changed > 50).all() and (changed <= 60).all()  # the head ran in bfloat16, and only at the points
+    torch.testing.assert_close(got, plain, rtol=0.1, atol=0.1)
+    # The values are bfloat16 numbers: what the head returned was rounded to it.
+    values = got[(got != plain).any(1, keepdim=True).expand_as(got)]
+    assert torch.equal(values, values.bfloat16().float())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("output", ["logits", "labels"])
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_compile(stock: bool, output: str, grad: bool) -> None:
+    coarse, features, head = build({}, {}, stock)
+
+    def function(c: Tensor, f: list[Tensor]) -> Tensor:
+        return refine(c, f, head, steps=2, num_points=30, output=output)
+
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(coarse, features), function(coarse, features))
+
+
+def test_export() -> None:
+    coarse, features, head = build({}, {}, True)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, c: Tensor, f: Tensor) -> Tensor:
+            return refine(c, f, self.head, steps=2, num_points=30, output="labels")
+
+    with torch.no_grad():
+        program = torch.export.export(Model(), (coarse, features[0]))
+        assert torch.equal(program.module()(coarse, features[0]), Model()(coarse, features[0]))
+
+
+@pytest.mark.opcheck
+def test_opcheck() -> None:
+    coarse, features = cases.inputs()
+    head = cases.Head(8, 5).double()
+    layers = ([w.detach() for w in head.weights], [b.detach() for b in head.biases])
+    op = torch.ops.rendseg._refine_mlp.default
+    rest = ("original", 2, False, "zeros", True, False)
+    assert_opcheck(op, (coarse, features, *layers, 2, 20, *rest, False))
+    assert_opcheck(op, (coarse, features, *layers, 2, 20, *rest, True))
+    last = [f.contiguous(memory_format=torch.channels_last) for f in features]
+    assert_opcheck(op, (coarse.contiguous(memory_format=torch.channels_last), last, *layers, 1, 10_000, *rest, False))
+    assert_opcheck(op, (coarse, features, *layers, 0, 20, *rest, False))
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_backends(name: str) -> None:
+    coarse, features, head = build({}, {}, True)
+    with torch.no_grad(), rendseg.backend(name):
+        got = refine(coarse, features, head, steps=1, num_points=30)
+    fine = F.interpolate(coarse, scale_factor=2, mode="bilinear")
+    assert int((got - fine).abs().amax(1).gt(1e-9).sum()) <= 2 * 30
+
+
+def test_head_that_is_not_stock_is_called() -> None:
+    coarse, features, head = build({}, {}, True)
+    calls = []
+    head.refine_parameters = lambda: None  # type: ignore[method-assign]
+    handle = head.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        refine(coarse, features, head, steps=2, num_points=30)
+    handle.remove()
+    assert len(calls) == 2
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("function", [reference.refine, refine], ids=["reference", "public"])
+@pytest.mark.parametrize("name, kwargs, exception, pattern", cases.bad_inputs(), ids=[c[0] for c in cases.bad_inputs()])
+def test_bad_input(name: str, kwargs: dict, exception: type[Exception], pattern: str, function: Any) -> None:
+    with pytest.raises(exception, match=pattern):
+        function(**kwargs)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("caller", ["reference", "torch.ops"])
+@pytest.mark.parametrize("name, kwargs, exception, pattern", cases.bad_layers(), ids=[c[0] for c in cases.bad_layers()])
+def test_bad_layers(name: str, kwargs: dict, exception: type[Exception], pattern: str, caller: str) -> None:
+    from rendseg.reference.refine import refine_mlp
+
+    with pytest.raises(exception, match=pattern):
+        (refine_mlp if caller == "reference" else torch.ops.rendseg._refine_mlp)(**kwargs)
