@@ -20,7 +20,6 @@ from torch import Tensor  # noqa: E402
 
 from rendseg import ops, reference  # noqa: E402
 
-
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -92,9 +92,10 @@ def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
 
     Memory: the assignment is never stored; backward reads ``x`` once more and computes it anew. Gradients reach all
     three arguments, once, also where ``scale`` is 0. A position with a NaN or an infinity makes the whole ``[K, D]`` of
-    its image NaN, as the plain formula does. On the CPU results do not depend on the number of threads. Autocast: no
-    rule, inputs are taken as they come. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018,
-    section 3.1, equations 1 and 2; the sum over positions is not averaged.
+    its image NaN, as the plain formula does. On the CPU results do not depend on the number of threads; between
+    instruction sets they differ by rounding. Autocast: no rule, inputs are taken as they come. Source: Zhang et al.,
+    "Context Encoding for Semantic Segmentation", 2018, section 3.1, equations 1 and 2; the sum over positions is not
+    averaged.
     """
     if use_reference("encode", x):
         return reference.encode(x, codewords, scale)
