@@ -7,16 +7,21 @@ The case is that of ENCNet: 512 channels, a 64x128 map, 32 codewords, two images
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
-from _floors import encode_backward, encode_forward  # noqa: E402
+from _floors import Floor, encode_backward, encode_forward  # noqa: E402
 from _harness import Bench  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from rendseg import ops, reference  # noqa: E402
+
+
+Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def broadcast(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
@@ -49,34 +54,34 @@ def main() -> int:
     codewords = torch.empty(codes, channels, device=bench.device).uniform_(-bound, bound)
     scale = -torch.rand(codes, device=bench.device)
     grad = torch.randn(batch, codes, channels, device=bench.device)
-    facts = {"shape": [batch, channels, height, width], "codes": codes, "dtype": "float32", "seed": 0}
+    facts: dict[str, Any] = {"shape": [batch, channels, height, width], "codes": codes, "dtype": "float32", "seed": 0}
 
     # Right before fast: every candidate against float64 on a part of the map.
     part = x[:1, :, :8].contiguous()
     truth = reference.encode(part.double(), codewords.double(), scale.double())
-    for function in (ops.encode, gemm, broadcast):
-        error = (function(part, codewords, scale) - truth).abs().max() / truth.abs().max()
-        bench.note(f"largest relative error of {function.__name__}: {error.item():.2g}")
+    for name, form in (("rendseg", ops.encode), ("gemm", gemm), ("broadcast", broadcast)):
+        error = (form(part, codewords, scale) - truth).abs().max() / truth.abs().max()
+        bench.note(f"largest relative error of {name}: {error.item():.2g}")
         assert error < 1e-3
 
-    forms = {"broadcast": broadcast, "gemm": gemm}
+    forms: dict[str, Form] = {"broadcast": broadcast, "gemm": gemm}
     if bench.with_compile:
         forms["gemm, torch.compile"] = torch.compile(gemm)
     forms["rendseg"] = ops.encode
 
-    def forward(function, features):  # type: ignore[no-untyped-def]
+    def forward(function: Form, features: Tensor) -> Callable[[], Any]:
         def call() -> Tensor:
             with torch.no_grad():
                 return function(features, codewords, scale)
 
         return call
 
-    def both(function, features):  # type: ignore[no-untyped-def]
+    def both(function: Form, features: Tensor) -> Callable[[], Any]:
         inputs = [t.detach().requires_grad_() for t in (features, codewords, scale)]
         return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
     # The broadcast form is two hundred times slower than the rest, so its rounds are few, and it has rows of its own.
-    slow_rounds = {"samples": 1 if bench.quick else 3, "budget_s": 30.0}
+    slow_rounds = 1 if bench.quick else 3
     floors = {
         "forward": encode_forward(batch, channels, positions, codes, 4),
         "forward + backward": _add(
@@ -91,7 +96,7 @@ def main() -> int:
             fast["rendseg, bf16 features"] = wrap(ops.encode, x.bfloat16())
         bench.compare(title, fast, baseline="gemm", floor=floors[title], images=batch, **facts)
         slow = {name: wrap(forms[name], x) for name in ("broadcast", "rendseg")}
-        bench.compare(f"{title}, broadcast form", slow, baseline="broadcast", **slow_rounds, **facts)
+        bench.compare(f"{title}, broadcast form", slow, baseline="broadcast", samples=slow_rounds, **facts)
 
     bench.bar("forward against the GEMM form", bench.ratio("forward", "gemm", "rendseg"), at_least=3.0)
     row = "forward + backward"
@@ -115,8 +120,8 @@ def main() -> int:
     return bench.finish()
 
 
-def _add(a, b):  # type: ignore[no-untyped-def]
-    return type(a)(a.bytes + b.bytes, a.flops + b.flops)
+def _add(a: Floor, b: Floor) -> Floor:
+    return Floor(a.bytes + b.bytes, a.flops + b.flops)
 
 
 if __name__ == "__main__":

@@ -397,7 +397,7 @@ class Ahead {
         rows_(rows),
         lines_((row_bytes + 63) / 64),
         stride_(stride_bytes),
-        each_((rows_ * lines_ + calls - 1) / calls) {}
+        each_((rows_ * lines_ + calls - 1) / std::max<int64_t>(1, calls)) {}
   RENDSEG_INLINE void step() {
     for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
       __builtin_prefetch(at_ + line_ * 64, 0, 2);
@@ -843,7 +843,7 @@ void EncodeKernels<T>::aggregate(const EncodeTask<T>& task, int64_t begin, int64
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
     T *tile = scratch.tile(), *rows = scratch.rows(0);
     const int64_t count = at.count();
-    Ahead ahead = at.ahead(std::max<int64_t>(1, channels / kPairRows));
+    Ahead ahead = at.ahead(channels / kPairRows);
     read_tile(task, at.image, at.first, count, tile);
     read_map(task, at.image, at.first, count, rows);
     contract_positions(tile, task.codewords, rows, padded, channels, count,

@@ -1,9 +1,10 @@
 // point_sample and point_labels on the CPU, forward and backward.
 //
-// Forward: an NCHW map is read plane by plane at points in ascending order, so that each plane streams through the cache
-// once; a channels_last map is read one vector per tap. Backward: the taps of an image are sorted by cell once, and every
-// touched cell is then the sum of its taps in point order, held in registers and written once; nothing is shared between
-// threads, so the result is the same for any number of them. Memory for the dense gradient comes zeroed from the system.
+// Forward: an NCHW map is read plane by plane at points in ascending order, so that each plane streams through the
+// cache once; a channels_last map is read one vector per tap. Backward: the taps of an image are sorted by cell once,
+// and every touched cell is then the sum of its taps in point order, held in registers and written once; nothing is
+// shared between threads, so the result is the same for any number of them. Memory for the dense gradient comes zeroed
+// from the system.
 #include "point_sample.h"
 
 #include <ATen/Parallel.h>
@@ -11,7 +12,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -45,11 +45,11 @@
 namespace rendseg {
 namespace {
 
-constexpr int64_t kManyChannels = 8;   // from here on the taps of an image are worth sorting
-constexpr int64_t kPointBlock = 512;   // points located at a time where they are not sorted
-constexpr int64_t kCachedBytes = int64_t{8} << 20;  // an image below this stays in cache: order does not matter
+constexpr int64_t kManyChannels = 8;                   // from here on the taps of an image are worth sorting
+constexpr int64_t kPointBlock = 512;                   // points located at a time where they are not sorted
+constexpr int64_t kCachedBytes = int64_t{8} << 20;     // an image below this stays in cache: order does not matter
 constexpr int64_t kPrivateBytes = int64_t{512} << 10;  // fits the cache of one core
-constexpr int64_t kTaskWork = 1 << 15;  // taps worth a thread
+constexpr int64_t kTaskWork = 1 << 15;                 // taps worth a thread
 
 template <typename T>
 const SampleKernels<T>& kernels() {
@@ -77,8 +77,11 @@ template <typename A>
 class TapBuffer {
  public:
   explicit TapBuffer(int64_t capacity)
-      : offset_(new int64_t[capacity]), point_(new int64_t[capacity]), weight_(new A[4 * capacity]),
-        inside_(new uint8_t[capacity]), capacity_(capacity) {}
+      : offset_(new int64_t[capacity]),
+        point_(new int64_t[capacity]),
+        weight_(new A[4 * capacity]),
+        inside_(new uint8_t[capacity]),
+        capacity_(capacity) {}
 
   Taps<A> view(int64_t count) const {
     A* w = weight_.get();
@@ -207,8 +210,8 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& ca
   }
   // Points in no order that will touch most of a small image: read it in order first, which the hardware does faster.
   const int64_t image_bytes = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)};
-  const bool touch = image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes &&
-                     map[0].is_non_overlapping_and_dense();
+  const bool touch =
+      image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes && map[0].is_non_overlapping_and_dense();
   const int64_t blocks = (points + kPointBlock - 1) / kPointBlock;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (std::min(points, kPointBlock) * channels * 4));
   at::parallel_for(0, call.images * blocks, grain, [&](int64_t begin, int64_t end) {
@@ -231,16 +234,16 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& ca
 
 at::MemoryFormat gradient_format(const at::Tensor& map) {
   return !map.is_contiguous() && map.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
-                                                                                    : at::MemoryFormat::Contiguous;
+                                                                                   : at::MemoryFormat::Contiguous;
 }
 
-// A zero tensor in the layout of `map`. A large one is memory that the system hands out already zero, in huge pages where
-// it has them: filling it again would cost more than the whole scatter.
+// A zero tensor in the layout of `map`. A large one is memory that the system hands out already zero, in huge pages
+// where it has them: filling it again would cost more than the whole scatter.
 at::Tensor zero_gradient(const at::Tensor& map) {
   const at::MemoryFormat format = gradient_format(map);
   const int64_t bytes = map.numel() * map.element_size();
   constexpr int64_t kHuge = int64_t{2} << 20, kAlign = 64;
-  if (bytes < 2 * kHuge) return at::zeros(map.sizes(), map.options().memory_format(format));
+  if (bytes < 2 * kHuge) return at::zeros_like(map, map.options(), format);
   void* block = std::calloc(1, bytes + kAlign);
   if (block == nullptr) throw std::bad_alloc();
   const auto address = (reinterpret_cast<uintptr_t>(block) + kAlign - 1) / kAlign * kAlign;
@@ -386,45 +389,47 @@ void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const
   const int64_t grad_n = grad.stride(0), grad_c = grad.stride(1), grad_p = grad.stride(2);
   constexpr int64_t kBlock = 64;
   const int64_t blocks = (points + kBlock - 1) / kBlock;
-  at::parallel_for(0, call.images * blocks, std::max<int64_t>(1, kTaskWork / (kBlock * channels * 4)),
-                   [&](int64_t begin, int64_t end) {
-    const TapBuffer<A> buffer(kBlock);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / blocks, first = task % blocks * kBlock;
-      const Taps<A> taps = buffer.view(std::min(kBlock, points - first));
-      const A* at = coords + (n * points + first) * 2;
-      kernels<T>().locate(at, first, grid, taps);
-      A dot[kBlock][4] = {};
-      const auto add = [&](int64_t i, int64_t c) {
-        const A upstream = static_cast<A>(g[n * grad_n + c * grad_c + (first + i) * grad_p]);
-        const T* cell = data + n * stride_n + c * stride_c;
-        for (int t = 0; t < 4; ++t) {
-          if (!((taps.inside[i] >> t) & 1)) continue;
-          dot[i][t] += upstream * static_cast<A>(cell[taps.offset[i] + (t & 1) * grid.stride_x + (t >> 1) * grid.stride_y]);
+  at::parallel_for(
+      0, call.images * blocks, std::max<int64_t>(1, kTaskWork / (kBlock * channels * 4)),
+      [&](int64_t begin, int64_t end) {
+        const TapBuffer<A> buffer(kBlock);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t n = task / blocks, first = task % blocks * kBlock;
+          const Taps<A> taps = buffer.view(std::min(kBlock, points - first));
+          const A* at = coords + (n * points + first) * 2;
+          kernels<T>().locate(at, first, grid, taps);
+          A dot[kBlock][4] = {};
+          const auto add = [&](int64_t i, int64_t c) {
+            const A upstream = static_cast<A>(g[n * grad_n + c * grad_c + (first + i) * grad_p]);
+            const T* cell = data + n * stride_n + c * stride_c;
+            for (int t = 0; t < 4; ++t) {
+              if (!((taps.inside[i] >> t) & 1)) continue;
+              dot[i][t] +=
+                  upstream * static_cast<A>(cell[taps.offset[i] + (t & 1) * grid.stride_x + (t >> 1) * grid.stride_y]);
+            }
+          };
+          if (stride_c == 1) {
+            for (int64_t i = 0; i < taps.count; ++i) {
+              for (int64_t c = 0; c < channels; ++c) add(i, c);
+            }
+          } else {
+            for (int64_t c = 0; c < channels; ++c) {
+              for (int64_t i = 0; i < taps.count; ++i) add(i, c);
+            }
+          }
+          for (int64_t i = 0; i < taps.count; ++i) {
+            const A cx = at[2 * i], cy = at[2 * i + 1];
+            const AxisTaps<A> x = axis_taps(cx, grid.width, call.border, call.align_corners);
+            const AxisTaps<A> y = axis_taps(cy, grid.height, call.border, call.align_corners);
+            const A* d = dot[i];
+            A* out = result + (n * points + first + i) * 2;
+            out[0] += ((d[1] - d[0]) * y.near + (d[3] - d[2]) * y.far) *
+                      position_slope(cx, grid.width, call.border, call.align_corners);
+            out[1] += ((d[2] - d[0]) * x.near + (d[3] - d[1]) * x.far) *
+                      position_slope(cy, grid.height, call.border, call.align_corners);
+          }
         }
-      };
-      if (stride_c == 1) {
-        for (int64_t i = 0; i < taps.count; ++i) {
-          for (int64_t c = 0; c < channels; ++c) add(i, c);
-        }
-      } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t i = 0; i < taps.count; ++i) add(i, c);
-        }
-      }
-      for (int64_t i = 0; i < taps.count; ++i) {
-        const A cx = at[2 * i], cy = at[2 * i + 1];
-        const AxisTaps<A> x = axis_taps(cx, grid.width, call.border, call.align_corners);
-        const AxisTaps<A> y = axis_taps(cy, grid.height, call.border, call.align_corners);
-        const A* d = dot[i];
-        A* out = result + (n * points + first + i) * 2;
-        out[0] += ((d[1] - d[0]) * y.near + (d[3] - d[2]) * y.far) *
-                  position_slope(cx, grid.width, call.border, call.align_corners);
-        out[1] += ((d[2] - d[0]) * x.near + (d[3] - d[1]) * x.far) *
-                  position_slope(cy, grid.height, call.border, call.align_corners);
-      }
-    }
-  });
+      });
 }
 
 void check_option(c10::string_view value, const char* name, c10::string_view first, c10::string_view second) {
@@ -434,10 +439,10 @@ void check_option(c10::string_view value, const char* name, c10::string_view fir
 
 void check_coords(const at::Tensor& coords, const at::Tensor& of, const char* of_name, bool grid) {
   check_strided(coords, "coords");
-  TORCH_CHECK_VALUE((coords.dim() == 3 || (grid && coords.dim() == 4)) && coords.size(-1) == 2 &&
-                        coords.size(0) == of.size(0),
-                    "coords must have shape ", grid ? "[N, P, 2] or [N, Hg, Wg, 2]" : "[N, P, 2]", " with N = ",
-                    of.size(0), " as in ", of_name, ", got ", coords.sizes());
+  TORCH_CHECK_VALUE(
+      (coords.dim() == 3 || (grid && coords.dim() == 4)) && coords.size(-1) == 2 && coords.size(0) == of.size(0),
+      "coords must have shape ", grid ? "[N, P, 2] or [N, Hg, Wg, 2]" : "[N, P, 2]", " with N = ", of.size(0),
+      " as in ", of_name, ", got ", coords.sizes());
   TORCH_CHECK_TYPE(coords.scalar_type() == at::kFloat || coords.scalar_type() == at::kDouble,
                    "coords must be float32 or float64 (half precision cannot address a large map), got ",
                    coords.scalar_type());
@@ -453,8 +458,9 @@ Call check_call(at::TensorList input, const at::Tensor& coords, c10::string_view
     const at::Tensor& map = input[i];
     const std::string name = input.size() == 1 ? "input" : "input[" + std::to_string(i) + "]";
     check_logits(map, name.c_str());
-    TORCH_CHECK_VALUE(map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(),
-                      name, " must have H and W below 2^31, got shape ", map.sizes());
+    TORCH_CHECK_VALUE(
+        map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(), name,
+        " must have H and W below 2^31, got shape ", map.sizes());
     TORCH_CHECK_VALUE(map.size(0) == input[0].size(0), name, " must have N = ", input[0].size(0),
                       " as in input[0], got shape ", map.sizes());
     TORCH_CHECK_TYPE(map.scalar_type() == input[0].scalar_type(), name, " must have the dtype of input[0] (",
@@ -487,8 +493,13 @@ std::vector<int64_t> output_sizes(at::TensorList input, const at::Tensor& coords
 void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points, bool border, bool align_corners,
                      void* rows, at::ScalarType rows_dtype, int64_t row_stride) {
   TORCH_INTERNAL_ASSERT((map.dtype == at::kDouble) == (rows_dtype == at::kDouble));
-  const SampleGrid grid{static_cast<int32_t>(map.height), static_cast<int32_t>(map.width), map.stride_y, map.stride_x,
-                        false, border, align_corners};
+  const SampleGrid grid{static_cast<int32_t>(map.height),
+                        static_cast<int32_t>(map.width),
+                        map.stride_y,
+                        map.stride_x,
+                        false,
+                        border,
+                        align_corners};
   dispatch(map.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -535,7 +546,8 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
 at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10::string_view mode,
                             c10::string_view padding_mode, bool align_corners) {
   const Call call = check_call(input, coords, mode, padding_mode, align_corners);
-  at::Tensor out = at::empty(output_sizes(input, coords), input[0].options().memory_format(at::MemoryFormat::Contiguous));
+  at::Tensor out =
+      at::empty(output_sizes(input, coords), input[0].options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   const int64_t stride_n = total_channels(input) * call.points;
   const at::Tensor xy = coords_for(coords, input[0].scalar_type());
@@ -552,9 +564,9 @@ at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10:
 
 // One gradient per map, then that of coords; an empty [0] tensor where it was not asked for.
 std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as the output
-                                                  at::TensorList input, const at::Tensor& coords,
-                                                  c10::string_view mode, c10::string_view padding_mode,
-                                                  bool align_corners, bool input_grad, bool coords_grad) {
+                                                  at::TensorList input, const at::Tensor& coords, c10::string_view mode,
+                                                  c10::string_view padding_mode, bool align_corners, bool input_grad,
+                                                  bool coords_grad) {
   const Call call = check_call(input, coords, mode, padding_mode, align_corners);
   check_strided(grad, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(output_sizes(input, coords)), "grad must have shape ",
@@ -566,7 +578,8 @@ std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as
   for (const at::Tensor& map : input) {
     result.push_back(input_grad ? zero_gradient(map) : at::empty({0}, map.options()));
   }
-  result.push_back(coords_grad ? at::zeros_like(coords, at::MemoryFormat::Contiguous) : at::empty({0}, coords.options()));
+  result.push_back(coords_grad ? at::zeros_like(coords, at::MemoryFormat::Contiguous)
+                               : at::empty({0}, coords.options()));
   if (grad.numel() == 0) return result;
   const at::Tensor xy = coords_for(coords, input[0].scalar_type());
   const at::Tensor flat = grad.reshape({call.images, grad.size(1), call.points});
@@ -593,10 +606,11 @@ at::Tensor point_labels_cpu(const at::Tensor& labels, const at::Tensor& coords, 
   check_strided(labels, "labels");
   check_rank(labels, "labels", "[N, H, W]", 3);
   const at::ScalarType dtype = labels.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kByte || dtype == at::kChar || dtype == at::kShort || dtype == at::kInt || dtype == at::kLong,
-                   "labels must be an integer tensor (labels never pass through float), got ", dtype);
-  TORCH_CHECK_VALUE(labels.size(1) > 0 && labels.size(2) > 0, "labels must have at least one cell (H*W > 0), got shape ",
-                    labels.sizes());
+  TORCH_CHECK_TYPE(
+      dtype == at::kByte || dtype == at::kChar || dtype == at::kShort || dtype == at::kInt || dtype == at::kLong,
+      "labels must be an integer tensor (labels never pass through float), got ", dtype);
+  TORCH_CHECK_VALUE(labels.size(1) > 0 && labels.size(2) > 0,
+                    "labels must have at least one cell (H*W > 0), got shape ", labels.sizes());
   check_coords(coords, labels, "labels", false);
   const int64_t images = coords.size(0), points = coords.size(1), height = labels.size(1), width = labels.size(2);
   at::Tensor out = at::empty({images, points}, labels.options().dtype(at::kLong));
@@ -611,8 +625,8 @@ at::Tensor point_labels_cpu(const at::Tensor& labels, const at::Tensor& coords, 
       int64_t n = begin / points, p = begin % points;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t x = holding_cell(at[2 * i], width), y = holding_cell(at[2 * i + 1], height);
-        target[i] = (x < 0) | (y < 0) ? ignore_index
-                                      : static_cast<int64_t>(map[n * stride_n + y * stride_y + x * stride_x]);
+        target[i] =
+            (x < 0) | (y < 0) ? ignore_index : static_cast<int64_t>(map[n * stride_n + y * stride_y + x * stride_x]);
         if (++p == points) ++n, p = 0;
       }
     });

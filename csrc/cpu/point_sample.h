@@ -17,15 +17,14 @@ struct MapView {
 
 inline MapView map_view(const at::Tensor& map /*[N,C,H,W]*/, int64_t image) {
   const auto* data = static_cast<const char*>(map.const_data_ptr()) + image * map.stride(0) * map.element_size();
-  return {data,          map.scalar_type(), map.size(1),   map.size(2),
-          map.size(3),   map.stride(1),     map.stride(2), map.stride(3)};
+  return {data, map.scalar_type(), map.size(1), map.size(2), map.size(3), map.stride(1), map.stride(2), map.stride(3)};
 }
 
 // rows[p * row_stride + c] = bilinear sample of channel c at coords[p], for p < num_points and c < map.channels.
 //
 // `coords` holds (x, y) pairs in [0, 1]^2, float32 whatever the map; `rows` is of `rows_dtype` (any floating type where
-// the map is not double, else double) and already points at the first channel to write, so maps are laid side by side by
-// offsetting it. Both layouts are read in place; ascending points read an NCHW map in streams. Nothing is checked,
+// the map is not double, else double) and already points at the first channel to write, so maps are laid side by side
+// by offsetting it. Both layouts are read in place; ascending points read an NCHW map in streams. Nothing is checked,
 // nothing is threaded (call it from inside a parallel region, on blocks of a few hundred points), and no memory is
 // allocated.
 void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points, bool border, bool align_corners,

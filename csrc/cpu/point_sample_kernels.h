@@ -151,8 +151,8 @@ acc_t<T> edge_value(const T* map, const SampleGrid& grid, const Taps<acc_t<T>>& 
   return sum;
 }
 
-// kBlock planes at a time: the taps are read once for all of them, and their loads overlap. `ahead` points further on, the
-// cache lines of the lower row are asked for: the upper row was mostly read as a lower one before.
+// kBlock planes at a time: the taps are read once for all of them, and their loads overlap. `ahead` points further on,
+// the cache lines of the lower row are asked for: the upper row was mostly read as a lower one before.
 template <typename T, int kBlock>
 void planes_block(const T* map, int64_t stride_c, const SampleGrid& grid, const Taps<acc_t<T>>& taps, T* out,
                   int64_t out_stride) {
@@ -230,12 +230,13 @@ void planes(const T* map, int64_t stride_c, const SampleGrid& grid, const Taps<a
     if (taps.in_order && grid.stride_x == 1 && !grid.nearest && taps.count > 0) {
       for (; c < channels; ++c) {
         const int64_t done = plane_pairs(map + c * stride_c, grid, taps, out + c * out_stride + taps.point[0]);
-        const Taps<float> rest{taps.count - done,
-                               taps.offset + done,
-                               {taps.weight[0] + done, taps.weight[1] + done, taps.weight[2] + done, taps.weight[3] + done},
-                               taps.inside + done,
-                               taps.point + done,
-                               true};
+        const Taps<float> rest{
+            taps.count - done,
+            taps.offset + done,
+            {taps.weight[0] + done, taps.weight[1] + done, taps.weight[2] + done, taps.weight[3] + done},
+            taps.inside + done,
+            taps.point + done,
+            true};
         planes_block<T, 1>(map + c * stride_c, stride_c, grid, rest, out + c * out_stride, out_stride);
       }
       return;
@@ -245,7 +246,8 @@ void planes(const T* map, int64_t stride_c, const SampleGrid& grid, const Taps<a
   for (; c + 4 <= channels; c += 4) {
     planes_block<T, 4>(map + c * stride_c, stride_c, grid, taps, out + c * out_stride, out_stride);
   }
-  for (; c < channels; ++c) planes_block<T, 1>(map + c * stride_c, stride_c, grid, taps, out + c * out_stride, out_stride);
+  for (; c < channels; ++c)
+    planes_block<T, 1>(map + c * stride_c, stride_c, grid, taps, out + c * out_stride, out_stride);
 }
 
 template <typename T>
@@ -261,7 +263,8 @@ void plane_rows(const T* map, int64_t stride_c, const SampleGrid& grid, const Ta
         const A nw = taps.weight[0][i], ne = taps.weight[1][i], sw = taps.weight[2][i], se = taps.weight[3][i];
         const T* p = map + first * stride_c + taps.offset[i];
         for (int64_t k = 0; k < n; ++k, p += stride_c) {
-          row[k] = load(p) * nw + load(p + stride_x) * ne + load(p + stride_y) * sw + load(p + stride_y + stride_x) * se;
+          row[k] =
+              load(p) * nw + load(p + stride_x) * ne + load(p + stride_y) * sw + load(p + stride_y + stride_x) * se;
         }
       } else {
         for (int64_t k = 0; k < n; ++k) row[k] = edge_value(map + (first + k) * stride_c, grid, taps, i);

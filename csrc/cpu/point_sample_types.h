@@ -26,8 +26,8 @@ struct SampleGrid {
   bool nearest, border, align_corners;
 };
 
-// The taps of `count` points, one array per field. Taps are north-west, north-east, south-west, south-east; a tap that is
-// off the map reads as zero but keeps its weight (0 * NaN is NaN). Nearest is one tap of weight 1.
+// The taps of `count` points, one array per field. Taps are north-west, north-east, south-west, south-east; a tap that
+// is off the map reads as zero but keeps its weight (0 * NaN is NaN). Nearest is one tap of weight 1.
 template <typename A>
 struct Taps {
   int64_t count;

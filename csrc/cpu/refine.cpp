@@ -201,28 +201,69 @@ void write_values(const Target& target, int64_t image, const int64_t* cells, int
   }
 }
 
-// One step: gather, head and scatter of `count` points per image, in blocks.
+// rows[p * row_stride + c] = planes[c * plane_stride + p]
+template <typename T, typename A>
+void transpose_into(const T* planes, int64_t plane_stride, int64_t channels, int64_t points, A* rows,
+                    int64_t row_stride) {
+  constexpr int64_t kGroup = 16;  // one cache line of a row
+  for (int64_t c0 = 0; c0 < channels; c0 += kGroup) {
+    const int64_t c1 = std::min(c0 + kGroup, channels);
+    for (int64_t p = 0; p < points; ++p) {
+      for (int64_t c = c0; c < c1; ++c) rows[p * row_stride + c] = static_cast<A>(planes[c * plane_stride + p]);
+    }
+  }
+}
+
+// A map to gather from. Where channels are apart, a plane is best read once for all points, so the points are sampled
+// ahead, `values[N,C,P]`; where they are adjacent, each block of points reads the map itself.
+struct Gatherable {
+  at::Tensor map, values;
+  int64_t channels() const { return map.size(1); }
+};
+
 template <typename A>
-void refine_points_kernel(const PackedHead<A>& head, at::TensorList features, const at::Tensor& source,
+void gather_block(const Gatherable& from, int64_t image, int64_t first, const float* xy, int64_t points, bool border,
+                  A* rows, int64_t row_stride) {
+  if (!from.values.defined()) {
+    gather_rows_cpu(map_view(from.map, image), xy, points, border, false, rows,
+                    sizeof(A) == 8 ? at::kDouble : at::kFloat, row_stride);
+    return;
+  }
+  const int64_t channels = from.channels(), stride = from.values.size(2), at = image * channels * stride + first;
+  switch (from.values.scalar_type()) {
+    case at::kFloat:
+      return transpose_into(from.values.const_data_ptr<float>() + at, stride, channels, points, rows, row_stride);
+    case at::kDouble:
+      return transpose_into(from.values.const_data_ptr<double>() + at, stride, channels, points, rows, row_stride);
+    case at::kHalf:
+      return transpose_into(from.values.const_data_ptr<at::Half>() + at, stride, channels, points, rows, row_stride);
+    default:
+      return transpose_into(from.values.const_data_ptr<at::BFloat16>() + at, stride, channels, points, rows,
+                            row_stride);
+  }
+}
+
+// One step of some images: gather, head and scatter of `count` points each, in blocks.
+template <typename A>
+void refine_points_kernel(const PackedHead<A>& head, const std::vector<Gatherable>& features, const Gatherable& source,
                           const int64_t* indices /*[N,count], null: every cell*/, int64_t count, int64_t height,
                           int64_t width, const RefineOptions& o, const Target& target) {
-  const int64_t images = source.size(0), classes = source.size(1);
+  const int64_t images = source.map.size(0), classes = source.map.size(1);
   const int64_t blocks = (count + kMlpPoints - 1) / kMlpPoints;
-  const at::ScalarType working = sizeof(A) == 8 ? at::kDouble : at::kFloat, dtype = head.layers[0].rounding;
+  const at::ScalarType dtype = head.layers[0].rounding;
   int64_t widest = 0;
   for (const MlpLayer& layer : head.layers) widest = std::max({widest, layer.in, layer.out});
   int64_t stride = (widest + 15) / 16 * 16;
   if (stride * sizeof(A) % 1024 == 0) stride += 16;  // rows of equal cache sets would evict each other
   const auto layer_kernel = pick(&baseline::mlp_layer, &avx2::mlp_layer, &avx512::mlp_layer);
   const auto round = pick(&baseline::round_values, &avx2::round_values, &avx512::round_values);
-  const auto gather = [&](const at::Tensor& map, int64_t image, const float* xy, int64_t points, A* rows,
-                          int64_t row_stride) {
-    const MapView view = map_view(map, image);
-    gather_rows_cpu(view, xy, points, o.border, false, rows, working, row_stride);
+  const auto gather = [&](const Gatherable& from, int64_t image, int64_t first, const float* xy, int64_t points,
+                          A* rows, int64_t row_stride) {
+    gather_block<A>(from, image, first, xy, points, o.border, rows, row_stride);
     if constexpr (sizeof(A) == 4) {  // as stored by point_sample, then as the head takes it
-      for (const at::ScalarType half : {view.dtype, dtype}) {
+      for (const at::ScalarType half : {from.map.scalar_type(), dtype}) {
         if (half != at::kHalf && half != at::kBFloat16) continue;
-        for (int64_t p = 0; p < points; ++p) round(rows + p * row_stride, view.channels, half);
+        for (int64_t p = 0; p < points; ++p) round(rows + p * row_stride, from.channels(), half);
       }
     }
   };
@@ -243,16 +284,16 @@ void refine_points_kernel(const PackedHead<A>& head, at::TensorList features, co
         std::iota(cells.begin(), cells.begin() + points, first);
       }
       cell_centres(cells.data(), points, height, width, xy.data());
-      gather(source, image, xy.data(), points, coarse, classes);
+      gather(source, image, first, xy.data(), points, coarse, classes);
       // Rows are [hidden | coarse] or [coarse | hidden].
       const auto add_coarse = [&](A* rows, int64_t hidden) {
         A* to = rows + (o.coarse_first ? 0 : hidden);
         for (int64_t p = 0; p < points; ++p) std::copy_n(coarse + p * classes, classes, to + p * stride);
       };
       int64_t offset = o.coarse_first ? classes : 0;
-      for (const at::Tensor& feature : features) {
-        gather(feature, image, xy.data(), points, buffers[0] + offset, stride);
-        offset += feature.size(1);
+      for (const Gatherable& feature : features) {
+        gather(feature, image, first, xy.data(), points, buffers[0] + offset, stride);
+        offset += feature.channels();
       }
       add_coarse(buffers[0], head.layers[0].in - classes);
       const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
@@ -270,6 +311,36 @@ void refine_points_kernel(const PackedHead<A>& head, at::TensorList features, co
   });
 }
 
+// Every image of one step. Images go in groups, so that what is sampled ahead stays small.
+template <typename A>
+void refine_points(const PackedHead<A>& head, at::TensorList features, const at::Tensor& source,
+                   const at::Tensor& indices, const at::Tensor& coords, int64_t count, int64_t height, int64_t width,
+                   const RefineOptions& o, const Target& target) {
+  constexpr int64_t kAheadBytes = int64_t{32} << 20;
+  const int64_t images = source.size(0), bytes = count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
+  const int64_t group = std::clamp<int64_t>(kAheadBytes / bytes, 1, images);
+  const int64_t cell_bytes = target.labels == at::ScalarType::Undefined ? c10::elementSize(target.dtype)
+                                                                        : c10::elementSize(target.labels);
+  for (int64_t first = 0; first < images; first += group) {
+    const int64_t size = std::min(group, images - first);
+    const auto prepare = [&](const at::Tensor& map) {
+      Gatherable from{map.narrow(0, first, size), {}};
+      if (coords.defined() && map.stride(1) != 1) {
+        from.values = point_sample_cpu({from.map}, coords.narrow(0, first, size), "bilinear",
+                                       o.border ? "border" : "zeros", false);
+      }
+      return from;
+    };
+    std::vector<Gatherable> maps;
+    for (const at::Tensor& feature : features) maps.push_back(prepare(feature));
+    Target part = target;
+    part.data = static_cast<char*>(target.data) + first * target.stride_n * cell_bytes;
+    refine_points_kernel<A>(head, maps, prepare(source),
+                            indices.defined() ? indices.const_data_ptr<int64_t>() + first * count : nullptr, count,
+                            height, width, o, part);
+  }
+}
+
 template <typename A>
 at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
                        const RefineOptions& o) {
@@ -281,9 +352,9 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
     const int64_t height = current.size(2) * o.scale_factor, width = current.size(3) * o.scale_factor;
     const int64_t cells = height * width, count = std::min(o.num_points, cells);
     const bool every = o.num_points >= cells;  // all is recomputed: nothing is upsampled or selected
-    at::Tensor next, indices;
+    at::Tensor next, indices, coords;
     if (!every) {
-      std::tie(next, indices, std::ignore) =
+      std::tie(next, indices, coords) =
           labels ? subdivide_labels_cpu(current, o.num_points, o.scale_factor, o.align_corners)
                  : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, std::nullopt, true);
     } else if (labels) {
@@ -299,8 +370,8 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
       target.stride_cell = width > 1 ? next.stride(3) : height > 1 ? next.stride(2) : 1;
     }
     if (n > 0) {
-      refine_points_kernel<A>(head, features, o.current_source ? current : coarse,
-                              every ? nullptr : indices.const_data_ptr<int64_t>(), count, height, width, o, target);
+      refine_points<A>(head, features, o.current_source ? current : coarse, indices, coords, count, height, width, o,
+                       target);
     }
     current = std::move(next);
   }

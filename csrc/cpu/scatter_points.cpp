@@ -25,12 +25,12 @@ void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) 
     lowest = std::min(lowest, data[i]);
     highest = std::max(highest, data[i]);
   }
-  TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells,
-                    "), got values from ", lowest, " to ", highest);
+  TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells, "), got values from ",
+                    lowest, " to ", highest);
 }
 
-// Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block is
-// some points with every channel, else every point of some planes.
+// Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block
+// is some points with every channel, else every point of some planes.
 template <typename F>
 void for_blocks(const at::Tensor& map, int64_t points, F&& f) {
   const int64_t images = map.size(0), channels = map.size(1);

@@ -81,8 +81,8 @@ RENDSEG_HD A position_slope(A coord, int32_t size, bool border, bool align_corne
   return (position > A(0) && position < A(size - 1)) ? slope : A(0);
 }
 
-// The cell along one axis that holds a coordinate: [i / size, (i + 1) / size), the last one closed; -1 outside [0, 1] and
-// for NaN. The product is exact in double for float coordinates.
+// The cell along one axis that holds a coordinate: [i / size, (i + 1) / size), the last one closed; -1 outside [0, 1]
+// and for NaN. The product is exact in double for float coordinates.
 template <typename A>
 RENDSEG_HD int64_t holding_cell(A coord, int64_t size) {
   if (!(coord >= A(0) && coord <= A(1))) return -1;

@@ -9,13 +9,15 @@ from .. import ops
 
 
 class Encoding(nn.Module):
-    """Residual encoding of a feature map against a learned codebook: ``[B, D, H, W]`` (or ``[B, D, M]``) -> ``[B, K, D]``.
+    """Residual encoding of a feature map against a learned codebook.
+
+    ``[B, D, H, W]`` or ``[B, D, M]`` -> ``[B, K, D]``.
 
     Every position is softly assigned to the codewords by ``softmax_k(scale_k * ||x - c_k||^2)``, and its residuals are
     summed under those weights. ``scale`` carries its own sign; it starts negative, so that near codewords win.
 
-    Parameters are ``codewords [K, D]``, at first uniform in ``+-1 / sqrt(K * D)``, and ``scale [K]``, at first uniform in
-    ``(-1, 0)``. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, section 3.1.
+    Parameters are ``codewords [K, D]``, at first uniform in ``+-1 / sqrt(K * D)``, and ``scale [K]``, at first uniform
+    in ``(-1, 0)``. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, section 3.1.
 
     Args:
         channels: ``D``, the channels of the feature map.

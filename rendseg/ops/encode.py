@@ -42,8 +42,8 @@ def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
         ValueError: a wrong rank or size. TypeError: a dtype that is not floating, or a sparse tensor. RuntimeError:
             tensors on different devices, or a second derivative.
 
-    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule, inputs
-    are taken as they come. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, equation 1.
+    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule,
+    inputs are taken as they come. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, equation 1.
     """
     if use_reference("scaled_l2", x):
         return reference.scaled_l2(x, codewords, scale)
@@ -65,8 +65,8 @@ def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
         ValueError: a wrong rank or size. TypeError: a dtype that is not floating, or a sparse tensor. RuntimeError:
             tensors on different devices, or a second derivative.
 
-    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule, inputs
-    are taken as they come. Source: as :func:`scaled_l2`, section 3.1.
+    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule,
+    inputs are taken as they come. Source: as :func:`scaled_l2`, section 3.1.
     """
     if use_reference("aggregate", x):
         return reference.aggregate(assignment, x, codewords)
@@ -93,8 +93,8 @@ def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     Memory: the assignment is never stored; backward reads ``x`` once more and computes it anew. Gradients reach all
     three arguments, once, also where ``scale`` is 0. A position with a NaN or an infinity makes the whole ``[K, D]`` of
     its image NaN, as the plain formula does. On the CPU results do not depend on the number of threads. Autocast: no
-    rule, inputs are taken as they come. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, section
-    3.1, equations 1 and 2; the sum over positions is not averaged.
+    rule, inputs are taken as they come. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018,
+    section 3.1, equations 1 and 2; the sum over positions is not averaged.
     """
     if use_reference("encode", x):
         return reference.encode(x, codewords, scale)
@@ -188,8 +188,6 @@ _register_op(
     _aggregate_backward_fake,
     _aggregate_grads,
 )
-_register_op(
-    "encode", reference.encode, _encode_backward, _encode_fake, _encode_backward_fake, _encode_grads
-)
+_register_op("encode", reference.encode, _encode_backward, _encode_fake, _encode_backward_fake, _encode_grads)
 
 __all__ = ["aggregate", "encode", "scaled_l2"]

@@ -126,9 +126,7 @@ def _fake_backward(
     input_grad: bool,
     coords_grad: bool,
 ) -> list[Tensor]:
-    results = [
-        torch.empty_like(m, memory_format=gradient_format(m)) if input_grad else m.new_empty(0) for m in input
-    ]
+    results = [torch.empty_like(m, memory_format=gradient_format(m)) if input_grad else m.new_empty(0) for m in input]
     results.append(
         torch.empty_like(coords, memory_format=torch.contiguous_format) if coords_grad else coords.new_empty(0)
     )
@@ -156,6 +154,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return results, coords_grad if needs_coords else None, None, None, None
 
 
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("point_sample can be differentiated once only: its gradient has no gradient")
+
+
 def _fake_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
     check_point_labels(labels, coords)
     return labels.new_empty(coords.shape[:2], dtype=torch.int64)
@@ -168,7 +170,7 @@ register(
     backward=_backward,
     setup_context=_setup_context,
 )
-register("_point_sample_backward", reference=reference_backward, fake=_fake_backward)
+register("_point_sample_backward", reference=reference_backward, fake=_fake_backward, backward=_refuse)
 register("point_labels", reference=reference_labels, fake=_fake_labels)
 
 

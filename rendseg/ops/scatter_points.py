@@ -89,13 +89,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
     return rest if ctx.needs_input_grad[0] else None, None, gathered if ctx.needs_input_grad[2] else None
 
 
+def _setup_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _double_backward(ctx: Any, rest: Tensor, gathered: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.rendseg.scatter_points(rest, *ctx.saved_tensors, gathered), None
+
+
 def _reference_scatter_(logits: Tensor, indices: Tensor, values: Tensor) -> None:
     reference_scatter_(logits, indices, values)
 
 
 register("scatter_points", reference=reference_scatter, fake=_fake, backward=_backward, setup_context=_setup_context)
 register("scatter_points_", reference=_reference_scatter_, fake=_fake_)
-register("_scatter_points_backward", reference=reference_backward, fake=_fake_backward)
+register(
+    "_scatter_points_backward",
+    reference=reference_backward,
+    fake=_fake_backward,
+    backward=_double_backward,
+    setup_context=_setup_backward,
+)
 
 
 class _ScatterInPlace(torch.autograd.Function):
@@ -109,7 +123,6 @@ class _ScatterInPlace(torch.autograd.Function):
         return logits
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         return _backward(ctx, grad)
 

@@ -24,7 +24,7 @@ def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     ``-|logits[n, class_index[n]]|``.
 
     Args:
-        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` are read in place.
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` without a copy.
         class_index: ``[N]`` int64 in ``[0, C)``, or none.
 
     Returns:
@@ -46,18 +46,18 @@ def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None
     """The most uncertain cells of each image.
 
     Args:
-        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` are read in place.
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` without a copy.
         num_points: how many; at most ``H*W`` are returned.
         class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
 
     Returns:
-        ``(indices [N, k] int64, coords [N, k, 2] float32)`` with ``k = min(num_points, H*W)``. Indices ascend, ties at the
-        threshold go to the smallest indices, NaN is most uncertain; the result is the same bits from run to run and for
-        any number of threads. ``coords`` are the cell centres ``((col + 0.5) / W, (row + 0.5) / H)``.
+        ``(indices [N, k] int64, coords [N, k, 2] float32)`` with ``k = min(num_points, H*W)``. Indices ascend, ties at
+        the threshold go to the smallest indices, NaN is most uncertain; the result is the same bits from run to run and
+        for any number of threads. ``coords`` are the cell centres ``((col + 0.5) / W, (row + 0.5) / H)``.
 
     Raises:
-        ValueError: ``num_points <= 0``, wrong rank or shape, no channel or no cell. TypeError: wrong dtype. IndexError: a
-            class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors on different devices.
+        ValueError: ``num_points <= 0``, wrong rank or shape, no channel or no cell. TypeError: wrong dtype. IndexError:
+            a class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors on different devices.
 
     No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
@@ -80,20 +80,20 @@ def sample_uncertain_points(
 ) -> Tensor:
     """Training-time selection: the most uncertain of many random points, and some more at random.
 
-    Draws ``int(oversample_ratio * num_points)`` uniform points, samples the logits there (bilinear, rounded to the dtype
-    of ``logits``), takes the uncertainty of the sampled values, keeps the ``int(importance_ratio * num_points)`` most
-    uncertain in the order of drawing, and appends uniform points up to ``num_points``.
+    Draws ``int(oversample_ratio * num_points)`` uniform points, samples the logits there (bilinear, rounded to the
+    dtype of ``logits``), takes the uncertainty of the sampled values, keeps the ``int(importance_ratio * num_points)``
+    most uncertain in the order of drawing, and appends uniform points up to ``num_points``.
 
     Args:
-        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` are read in place.
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` without a copy.
         num_points: points returned for each image.
         oversample_ratio: at least 1 and finite.
         importance_ratio: in ``[0, 1]``.
         class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
         padding_mode: ``"zeros"`` or ``"border"``, as in ``F.grid_sample``.
         align_corners: as in ``F.grid_sample``.
-        generator: source of the draws, on the device of ``logits``; none for the default one. The draws are those of one
-            ``torch.rand(N, Q, 2)``, so ``torch.manual_seed`` reproduces them, whatever the number of threads.
+        generator: source of the draws, on the device of ``logits``; none for the default one. The draws are those of
+            one ``torch.rand(N, Q, 2)``, so ``torch.manual_seed`` reproduces them, whatever the number of threads.
         random_coords: ``[N, Q, 2]`` float32 in place of the draws, ``Q`` being the candidates and then the uniform
             points. A coordinate that is not finite lies outside the map: zero with ``"zeros"``; with ``"border"`` the
             nearest edge, NaN the low one.
@@ -103,8 +103,8 @@ def sample_uncertain_points(
 
     Raises:
         ValueError: ``num_points <= 0``, a ratio or an option out of range, wrong rank or shape, no channel or no cell.
-            TypeError: wrong dtype. IndexError: a class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors or
-            generator on different devices.
+            TypeError: wrong dtype. IndexError: a class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors
+            or generator on different devices.
 
     No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.2.
     """
@@ -133,9 +133,7 @@ def _uncertainty_fake(logits: Tensor, class_index: Tensor | None = None) -> Tens
     return logits.new_empty((n, height, width), dtype=torch.float32)
 
 
-def _uncertain_points_fake(
-    logits: Tensor, num_points: int, class_index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _uncertain_points_fake(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     check.logits(logits)
     check.num_points(num_points)
     check.class_index(class_index, logits)

@@ -28,7 +28,9 @@ def _check_codebook(x: Tensor, channels: int, codewords: Tensor, scale: Tensor |
     if codewords.shape[0] == 0:
         raise ValueError(f"codewords must hold at least one codeword, got shape {check.shape_of(codewords)}")
     if codewords.shape[1] != channels:
-        raise ValueError(f"codewords must have shape [K, D] with D = {channels} as in x, got {check.shape_of(codewords)}")
+        raise ValueError(
+            f"codewords must have shape [K, D] with D = {channels} as in x, got {check.shape_of(codewords)}"
+        )
     check.same_device(codewords, "codewords", x, "x")
     if scale is None:
         return
@@ -107,7 +109,9 @@ def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
     _check_aggregate(assignment, x, codewords)
     wide = _wide(assignment, x, codewords)
     residual = _residual(x, codewords, wide)
-    return (assignment.to(wide).unsqueeze(-1) * residual).sum(1).to(_result_dtype(assignment, x, codewords)).contiguous()
+    return (
+        (assignment.to(wide).unsqueeze(-1) * residual).sum(1).to(_result_dtype(assignment, x, codewords)).contiguous()
+    )
 
 
 def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     return aggregate(assignment, positions, codewords).to(dtype)
 
 
-# The gradients as formulas. r = x - c, d = ||r||^2, l = s d, a = softmax_k(l), E = sum_m a r; `grad` is that of the result.
+# The gradients as formulas. r = x - c, d = ||r||^2, l = s d, a = softmax_k(l), E = sum_m a r; `grad` is the result's.
 
 
 def _scaled_l2_backward(grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor) -> Grads:

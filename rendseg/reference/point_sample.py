@@ -95,8 +95,8 @@ def _point_sample_backward(
     if grad.dtype != input[0].dtype:
         raise TypeError(f"grad must have the dtype of input ({input[0].dtype}), got {grad.dtype}")
     dtype = torch.float64 if input[0].dtype == torch.float64 else torch.float32
-    points = coords.to(dtype).reshape(coords.shape[0], -1, 2)
-    wide = grad.to(dtype).reshape(*grad.shape[:2], -1)
+    points = coords.to(dtype).flatten(1, -2)
+    wide = grad.to(dtype).flatten(2)
     results, first = [], 0
     slope = torch.zeros_like(points)
     for feature in input:
@@ -104,7 +104,9 @@ def _point_sample_backward(
         part, first = wide[:, first : first + c], first + c
         target = torch.zeros(n, c, height * width, dtype=dtype, device=feature.device)
         flat = feature.to(dtype).flatten(2)
-        taps = [_axis_taps(points[..., i], size, mode, padding_mode, align_corners) for i, size in ((0, width), (1, height))]
+        taps = [
+            _axis_taps(points[..., i], size, mode, padding_mode, align_corners) for i, size in ((0, width), (1, height))
+        ]
         for col, in_x, weight_x, slope_x in taps[0]:
             for row, in_y, weight_y, slope_y in taps[1]:
                 inside = in_x & in_y
@@ -118,7 +120,9 @@ def _point_sample_backward(
                     slope[..., 0] += dot * slope_x * weight_y
                     slope[..., 1] += dot * weight_x * slope_y
         if input_grad:
-            out = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device, memory_format=gradient_format(feature))
+            out = torch.empty(
+                feature.shape, dtype=feature.dtype, device=feature.device, memory_format=gradient_format(feature)
+            )
             results.append(out.copy_(target.view(n, c, height, width)))
         else:
             results.append(feature.new_empty(0))

@@ -59,7 +59,7 @@ def most_uncertain(scores: Tensor, k: int) -> Tensor:
 
 
 def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The ``min(num_points, H*W)`` most uncertain cells: ascending ``indices [N, k]`` and their centres ``[N, k, 2]``."""
+    """The ``k = min(num_points, H*W)`` most uncertain cells: ascending ``indices [N, k]``, their centres."""
     check.logits(logits)
     check.num_points(num_points)
     check_class_index(class_index, logits)
@@ -88,7 +88,9 @@ def check_draws(random_coords: Tensor | None, logits: Tensor, total: int) -> Non
     check.strided(random_coords, "random_coords")
     n = logits.shape[0]
     if random_coords.dim() != 3 or tuple(random_coords.shape) != (n, total, 2):
-        raise ValueError(f"random_coords must have shape [N, Q, 2] = [{n}, {total}, 2], got {check.shape_of(random_coords)}")
+        raise ValueError(
+            f"random_coords must have shape [N, Q, 2] = [{n}, {total}, 2], got {check.shape_of(random_coords)}"
+        )
     if random_coords.dtype != torch.float32:
         raise TypeError(f"random_coords must be float32, got {random_coords.dtype}")
     check.same_device(random_coords, "random_coords", logits, "logits")
@@ -106,10 +108,10 @@ def sample_uncertain_points(
     generator: torch.Generator | None = None,
     random_coords: Tensor | None = None,
 ) -> Tensor:
-    """Training-time selection, ``-> coords [N, num_points, 2]`` float32: the most uncertain candidates, then uniform points.
+    """Training-time selection, ``-> coords [N, num_points, 2]`` float32: the uncertain candidates, then uniform points.
 
-    ``random_coords [N, Q, 2]`` replaces the draws: first the ``int(oversample_ratio * num_points)`` candidates, then the
-    ``num_points - int(importance_ratio * num_points)`` uniform points.
+    ``random_coords [N, Q, 2]`` replaces the draws: first the ``int(oversample_ratio * num_points)`` candidates, then
+    the ``num_points - int(importance_ratio * num_points)`` uniform points.
     """
     check.logits(logits)
     check_class_index(class_index, logits)

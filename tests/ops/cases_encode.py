@@ -86,17 +86,23 @@ def bad_inputs(device: str = "cpu") -> Iterator[tuple[str, str, Callable[[], dic
     shape = r"x must have shape \[B, D, H, W\] or \[B, D, M\], got \[4, 3\]"
     yield case("rank of x", "encode", encode, ValueError, shape, x=t(4, 3))
     yield case("rank 5", "encode", encode, ValueError, r"x must have shape", x=t(2, 4, 3, 5, 1))
-    yield case("integer x", "encode", encode, TypeError, r"x must be float32, float64", x=t(2, 4, 3, 5, dtype=torch.int64))
+    yield case(
+        "integer x", "encode", encode, TypeError, r"x must be float32, float64", x=t(2, 4, 3, 5, dtype=torch.int64)
+    )
     yield case("complex x", "encode", encode, TypeError, r"x must be float32", x=t(2, 4, 3, 5, dtype=torch.complex64))
     yield case("sparse x", "encode", encode, TypeError, r"x must be a dense \(strided\) tensor", x=x.to_sparse())
     wrong = r"codewords must have shape \[K, D\] with D = 4 as in x, got \[6, 5\]"
     yield case("channels of codewords", "encode", encode, ValueError, wrong, codewords=t(6, 5))
     yield case("rank of codewords", "encode", encode, ValueError, r"codewords must have shape \[K, D\]", codewords=t(6))
     yield case("no codewords", "encode", encode, ValueError, r"at least one codeword", codewords=t(0, 4), scale=t(0))
-    yield case("integer codewords", "encode", encode, TypeError, r"codewords must be", codewords=t(6, 4, dtype=torch.int32))
+    yield case(
+        "integer codewords", "encode", encode, TypeError, r"codewords must be", codewords=t(6, 4, dtype=torch.int32)
+    )
     yield case("sparse codewords", "encode", encode, TypeError, r"codewords must be a dense", codewords=c.to_sparse())
     yield case("length of scale", "encode", encode, ValueError, r"scale must have shape \[K\] with K = 6", scale=t(5))
-    yield case("rank of scale", "encode", encode, ValueError, r"scale must have shape \[K\].*got \[6, 1\]", scale=t(6, 1))
+    yield case(
+        "rank of scale", "encode", encode, ValueError, r"scale must have shape \[K\].*got \[6, 1\]", scale=t(6, 1)
+    )
     yield case("integer scale", "encode", encode, TypeError, r"scale must be", scale=t(6, dtype=torch.uint8))
     yield case("rank of x", "scaled_l2", l2, ValueError, r"x must have shape \[B, M, D\], got \[2, 4, 3, 5\]", x=x)
     yield case("channels", "scaled_l2", l2, ValueError, r"codewords must have shape", codewords=t(6, 3))
@@ -106,7 +112,12 @@ def bad_inputs(device: str = "cpu") -> Iterator[tuple[str, str, Callable[[], dic
     yield case("transposed assignment", "aggregate", agg, ValueError, wrong, assignment=t(2, 6, 15))
     yield case("rank of assignment", "aggregate", agg, ValueError, r"assignment must have shape", assignment=t(15, 6))
     yield case(
-        "integer assignment", "aggregate", agg, TypeError, r"assignment must be", assignment=t(2, 15, 6, dtype=torch.int64)
+        "integer assignment",
+        "aggregate",
+        agg,
+        TypeError,
+        r"assignment must be",
+        assignment=t(2, 15, 6, dtype=torch.int64),
     )
     yield case("rank of x", "aggregate", agg, ValueError, r"x must have shape \[B, M, D\]", x=x)
     yield case("rank of codewords", "aggregate", agg, ValueError, r"codewords must have shape", codewords=t(1, 6, 4))

@@ -23,7 +23,9 @@ def points(n: int, p: int, spread: float = 0.2, seed: int = 0) -> Tensor:
     return torch.rand(n, p, 2, generator=generator) * (1 + 2 * spread) - spread
 
 
-def maps(n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32, layout: str = "nchw", seed: int = 1) -> Tensor:
+def maps(
+    n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32, layout: str = "nchw", seed: int = 1
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(n, c, h, w, generator=generator).to(dtype)
     if layout == "channels_last":
@@ -65,8 +67,18 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     """Named keyword arguments of point_sample with the exception and its words."""
     good = dict(input=[maps(2, 3, 4, 5)], coords=points(2, 6))
     yield "empty list", good | {"input": []}, ValueError, "input must hold at least one tensor"
-    yield "rank of the map", good | {"input": [torch.zeros(2, 3, 4)]}, ValueError, r"input must have shape \[N, C, H, W\]"
-    yield "integer map", good | {"input": [torch.zeros(2, 3, 4, 5, dtype=torch.long)]}, TypeError, "input must be float32"
+    yield (
+        "rank of the map",
+        good | {"input": [torch.zeros(2, 3, 4)]},
+        ValueError,
+        r"input must have shape \[N, C, H, W\]",
+    )
+    yield (
+        "integer map",
+        good | {"input": [torch.zeros(2, 3, 4, 5, dtype=torch.long)]},
+        TypeError,
+        "input must be float32",
+    )
     yield "no cells", good | {"input": [torch.zeros(2, 3, 0, 5)]}, ValueError, "input must have at least one cell"
     yield "no channels", good | {"input": [torch.zeros(2, 0, 4, 5)]}, ValueError, "input must have at least one channel"
     yield "sparse map", good | {"input": [torch.zeros(2, 3, 4, 5).to_sparse()]}, TypeError, "input must be a dense"
@@ -81,7 +93,12 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "N of coords", good | {"coords": torch.rand(3, 6, 2)}, ValueError, r"with N = 2 as in input, got \[3, 6, 2\]"
     yield "last size of coords", good | {"coords": torch.rand(2, 6, 3)}, ValueError, r"got \[2, 6, 3\]"
     yield "half coords", good | {"coords": torch.rand(2, 6, 2).half()}, TypeError, "coords must be float32 or float64"
-    yield "integer coords", good | {"coords": torch.zeros(2, 6, 2, dtype=torch.long)}, TypeError, "coords must be float32"
+    yield (
+        "integer coords",
+        good | {"coords": torch.zeros(2, 6, 2, dtype=torch.long)},
+        TypeError,
+        "coords must be float32",
+    )
     yield "mode", good | {"mode": "bicubic"}, ValueError, "mode must be one of bilinear, nearest, got 'bicubic'"
     yield "padding", good | {"padding_mode": "reflection"}, ValueError, "padding_mode must be one of zeros, border"
 
@@ -93,8 +110,18 @@ def bad_labels() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     good = dict(labels=torch.zeros(2, 4, 5, dtype=torch.uint8), coords=points(2, 6))
     yield "rank", good | {"labels": torch.zeros(2, 1, 4, 5, dtype=torch.uint8)}, ValueError, r"labels must have shape"
     yield "float labels", good | {"labels": torch.zeros(2, 4, 5)}, TypeError, "labels must be an integer tensor"
-    yield "bool labels", good | {"labels": torch.zeros(2, 4, 5, dtype=torch.bool)}, TypeError, "labels must be an integer"
-    yield "no cells", good | {"labels": torch.zeros(2, 4, 0, dtype=torch.uint8)}, ValueError, "labels must have at least"
+    yield (
+        "bool labels",
+        good | {"labels": torch.zeros(2, 4, 5, dtype=torch.bool)},
+        TypeError,
+        "labels must be an integer",
+    )
+    yield (
+        "no cells",
+        good | {"labels": torch.zeros(2, 4, 0, dtype=torch.uint8)},
+        ValueError,
+        "labels must have at least",
+    )
     yield "grid coords", good | {"coords": torch.rand(2, 3, 2, 2)}, ValueError, r"coords must have shape \[N, P, 2\]"
     yield "N", good | {"coords": torch.rand(3, 6, 2)}, ValueError, "with N = 2 as in labels"
     yield "half coords", good | {"coords": torch.rand(2, 6, 2).half()}, TypeError, "coords must be float32 or float64"

@@ -193,9 +193,7 @@ def errors(function: Any, x: Tensor, c: Tensor, s: Tensor, grad: Tensor) -> list
     held = leaves(x, c, s)
     out = function(*held)
     got = [out.detach(), *torch.autograd.grad(out, held, grad)]
-    return [
-        (a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, truths, strict=True)
-    ]
+    return [(a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, truths, strict=True)]
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -3000.0])
@@ -347,7 +345,9 @@ def test_inputs_are_left_as_they_were(isa: str) -> None:
 # ---- The op as PyTorch sees it
 
 
-def _op_inputs(dtype: torch.dtype, batch: int = 2, channels: int = 4, size: tuple[int, ...] = (3, 5), codes: int = 3) -> Any:
+def _op_inputs(
+    dtype: torch.dtype, batch: int = 2, channels: int = 4, size: tuple[int, ...] = (3, 5), codes: int = 3
+) -> Any:
     x, c, s = make(batch, channels, size, codes, dtype)
     a = torch.rand(batch, math.prod(size), codes, dtype=dtype)
     return {

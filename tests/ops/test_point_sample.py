@@ -13,8 +13,9 @@ import rendseg
 from rendseg import reference
 from rendseg._extension import C
 from rendseg.ops import point_labels, point_sample
+from rendseg.reference.point_sample import _point_sample_backward
 
-from .cases_point_sample import LABEL_DTYPES, NAN, WILD, bad_inputs, bad_labels, maps, points, samples
+from cases_point_sample import LABEL_DTYPES, NAN, WILD, bad_inputs, bad_labels, maps, points, samples
 
 SETS = ("default", "avx2", "avx512")
 ISAS = SETS[: SETS.index(C.widest_isa()) + 1] if C else ("none",)
@@ -38,7 +39,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def grid_sample(input: Tensor, coords: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor:
     grid = 2 * coords - 1
     out = F.grid_sample(
-        input, grid if grid.dim() == 4 else grid.unsqueeze(2), mode=mode, padding_mode=padding_mode, align_corners=align_corners
+        input,
+        grid if grid.dim() == 4 else grid.unsqueeze(2),
+        mode=mode,
+        padding_mode=padding_mode,
+        align_corners=align_corners,
     )
     return out if grid.dim() == 4 else out.squeeze(3)
 
@@ -142,10 +147,6 @@ def test_memory_poisoned(isa):
     # Outputs and gradients must not depend on what their memory held.
     inputs, coords = CASES["list"]
     wanted = gradients(reference.point_sample, inputs, coords)
-    with torch.utils.deterministic.fill_uninitialized_memory_set(True) if hasattr(
-        torch.utils.deterministic, "fill_uninitialized_memory_set"
-    ) else torch.no_grad():
-        pass
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills at::empty with NaN
     try:
@@ -168,7 +169,9 @@ def test_large_gradient_is_zero_where_untouched():
 
 
 @pytest.mark.skipif(C is None, reason="the compiled kernels are not loaded")
-@pytest.mark.parametrize("name", ["many channels", "channels_last", "list", "more than one block", "same point many times"])
+@pytest.mark.parametrize(
+    "name", ["many channels", "channels_last", "list", "more than one block", "same point many times"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_for_any_number_of_threads(name, dtype):
     inputs, coords = CASES[name]
@@ -205,7 +208,10 @@ def test_the_same_for_any_instruction_set(name):
 @pytest.mark.parametrize("channels", [2, 9])
 @pytest.mark.parametrize("padding_mode,align_corners", itertools.product(("zeros", "border"), (False, True)))
 def test_gradcheck(layout, channels, padding_mode, align_corners):
-    inputs = [maps(2, channels, 4, 5, torch.float64, layout).requires_grad_(), maps(2, 1, 3, 2, torch.float64).requires_grad_()]
+    inputs = [
+        maps(2, channels, 4, 5, torch.float64, layout).requires_grad_(),
+        maps(2, 1, 3, 2, torch.float64).requires_grad_(),
+    ]
     coords = points(2, 6).double().requires_grad_()
 
     def function(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -228,9 +234,13 @@ def test_only_needed_gradients_are_made():
     reference.point_sample([a, wanted], coords).square().sum().backward()
     assert a.grad is None
     torch.testing.assert_close(b.grad, wanted.grad)
-    grads = torch.ops.rendseg._point_sample_backward(out.detach(), [a, b.detach()], coords, "bilinear", "zeros", False, False, True)
+    grads = torch.ops.rendseg._point_sample_backward(
+        out.detach(), [a, b.detach()], coords, "bilinear", "zeros", False, False, True
+    )
     assert [g.numel() for g in grads] == [0, 0, coords.numel()]
-    grads = torch.ops.rendseg._point_sample_backward(out.detach(), [a, b.detach()], coords, "bilinear", "zeros", False, True, False)
+    grads = torch.ops.rendseg._point_sample_backward(
+        out.detach(), [a, b.detach()], coords, "bilinear", "zeros", False, True, False
+    )
     assert [g.shape for g in grads] == [a.shape, b.shape, (0,)]
 
 
@@ -243,8 +253,6 @@ def test_backward_formulas_of_the_reference(name, mode):
     for padding_mode, align_corners in itertools.product(("zeros", "border"), (False, True)):
         out, wanted = gradients(reference.point_sample, inputs, coords.double(), mode, padding_mode, align_corners)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
-        from rendseg.reference.point_sample import _point_sample_backward
-
         grads = _point_sample_backward(weight, inputs, coords.double(), mode, padding_mode, align_corners, True, True)
         for grad, wanted_grad in zip(grads, wanted, strict=True):
             torch.testing.assert_close(grad, wanted_grad)
@@ -255,7 +263,9 @@ def test_backward_formulas_of_the_reference(name, mode):
 def test_opcheck(name):
     inputs, coords = CASES[name]
     inputs = [m.detach().clone().requires_grad_() for m in inputs]
-    torch.library.opcheck(torch.ops.rendseg.point_sample, (inputs, coords.clone().requires_grad_(), "bilinear", "border", True))
+    torch.library.opcheck(
+        torch.ops.rendseg.point_sample, (inputs, coords.clone().requires_grad_(), "bilinear", "border", True)
+    )
     plain = [m.detach() for m in inputs]
     out = point_sample(plain, coords)
     for flags in ((True, True), (True, False), (False, True)):
@@ -268,7 +278,9 @@ def test_opcheck(name):
 def test_compile(layout):
     inputs, coords = [maps(2, 9, 6, 5, layout=layout), maps(2, 2, 3, 4)], points(2, 11)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda m, c: point_sample(m, c, padding_mode="border") * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda m, c: point_sample(m, c, padding_mode="border") * 2, fullgraph=True, backend="aot_eager"
+    )
     out, grads = gradients(compiled, inputs, coords)
     wanted, wanted_grads = gradients(lambda m, c: point_sample(m, c, padding_mode="border") * 2, inputs, coords)
     assert torch.equal(out, wanted)
@@ -315,7 +327,7 @@ def test_checkpoint():
 def test_double_backward_is_refused():
     value = maps(1, 2, 3, 4).requires_grad_()
     (grad,) = torch.autograd.grad(point_sample(value, points(1, 5)).square().sum(), value, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError), match="once|not implemented|does not require grad"):
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()
 
 
@@ -366,7 +378,9 @@ def brute_force_labels(labels: Tensor, coords: Tensor, ignore_index: int) -> Ten
 def label_points(height: int, width: int) -> Tensor:
     """Random and wild points, cell borders and their neighbours one ulp away."""
     borders = torch.arange(width + 1).float() / width
-    near = torch.cat([borders, torch.nextafter(borders, torch.tensor(2.0)), torch.nextafter(borders, torch.tensor(-1.0))])
+    near = torch.cat(
+        [borders, torch.nextafter(borders, torch.tensor(2.0)), torch.nextafter(borders, torch.tensor(-1.0))]
+    )
     rows = torch.arange(near.numel()).remainder(height + 1).float() / height
     return torch.cat([points(1, 60)[0], torch.tensor(WILD), torch.stack((near, rows), -1)]).unsqueeze(0)
 
@@ -390,13 +404,17 @@ def test_labels_equal_brute_force(dtype, height, width):
 def test_labels_agree_with_nearest_grid_sample_inside_cells():
     labels = torch.randint(0, 150, (2, 33, 47), generator=torch.Generator().manual_seed(0))
     coords = torch.rand(2, 3000, 2, generator=torch.Generator().manual_seed(1))
-    wanted = F.grid_sample(labels[:, None].double(), (2 * coords.double() - 1)[:, :, None], mode="nearest", align_corners=False)
+    wanted = F.grid_sample(
+        labels[:, None].double(), (2 * coords.double() - 1)[:, :, None], mode="nearest", align_corners=False
+    )
     assert torch.equal(point_labels(labels, coords), wanted[:, 0, :, 0].long())
 
 
 def test_labels_at_the_ends():
     labels = torch.tensor([[[1, 2], [3, 4]]])
-    coords = torch.tensor([[(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5), (1.0000001, 0.5), (-1e-9, 0.5)]])
+    coords = torch.tensor(
+        [[(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5), (1.0000001, 0.5), (-1e-9, 0.5)]]
+    )
     assert point_labels(labels, coords).tolist() == [[1, 2, 3, 4, 4, 255, 255]]
 
 
@@ -415,7 +433,9 @@ def test_labels_opcheck():
 def test_labels_compile():
     labels, coords = torch.arange(60, dtype=torch.uint8).view(2, 5, 6), points(2, 9)
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(point_labels, fullgraph=True, backend="aot_eager")(labels, coords), point_labels(labels, coords))
+    assert torch.equal(
+        torch.compile(point_labels, fullgraph=True, backend="aot_eager")(labels, coords), point_labels(labels, coords)
+    )
 
 
 @pytest.mark.bad_input
