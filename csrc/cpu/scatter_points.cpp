@@ -10,19 +10,10 @@
 #include <cstdint>
 #include <tuple>
 
-#include "../checks.h"
+#include "../scatter_points_common.h"
 
 namespace rendseg {
 namespace {
-
-void check_indices(const at::Tensor& indices, const at::Tensor& map, const char* map_name) {
-  check_strided(indices, "indices");
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "indices must be int64, got ", indices.scalar_type());
-  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == map.size(0),
-                    "indices must have shape [N, P] with N = ", map.size(0), " as in ", map_name, ", got ",
-                    indices.sizes());
-  check_same_device(indices, "indices", map, map_name);
-}
 
 // Raises IndexError; nothing has been written yet.
 void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) {
@@ -36,19 +27,6 @@ void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) 
   }
   TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells, "), got values from ",
                     lowest, " to ", highest);
-}
-
-void check_scatter(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
-  check_logits(logits);
-  check_indices(indices, logits, "logits");
-  check_strided(values, "values");
-  TORCH_CHECK_VALUE(values.dim() == 3 && values.size(0) == logits.size(0) && values.size(1) == logits.size(1) &&
-                        values.size(2) == indices.size(1),
-                    "values must have shape [N, C, P] = [", logits.size(0), ", ", logits.size(1), ", ", indices.size(1),
-                    "] as in logits and indices, got ", values.sizes());
-  TORCH_CHECK_TYPE(values.scalar_type() == logits.scalar_type(), "values must have the dtype of logits (",
-                   logits.scalar_type(), "), got ", values.scalar_type());
-  check_same_device(values, "values", logits, "logits");
 }
 
 // Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block
@@ -96,18 +74,6 @@ void visit(M* map, V* values, const at::Tensor& map_tensor, const at::Tensor& va
       }
     }
   });
-}
-
-template <typename F>
-void with_bits(int64_t element_size, F&& f) {
-  switch (element_size) {
-    case 2:
-      return f(uint16_t{});
-    case 8:
-      return f(uint64_t{});
-    default:
-      return f(uint32_t{});
-  }
 }
 
 void scatter_kernel(at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {

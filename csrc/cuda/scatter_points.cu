@@ -4,13 +4,11 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <tuple>
-#include <type_traits>
 
-#include "../checks.h"
+#include "../scatter_points_common.h"
 #include "scatter_points.cuh"
 
 namespace rendseg {
@@ -22,48 +20,13 @@ MapLayout layout_of(const at::Tensor& map) {
 
 bool is_channels_last(const at::Tensor& map) { return map.size(1) > 1 && map.stride(1) == 1; }
 
-// logits[N,C,H,W], indices[N,P]. Whether an index lies in [0, H*W) is asserted on the device: to ask here would wait
-// for it.
-void check_indices(const at::Tensor& logits, const char* name, const at::Tensor& indices) {
-  check_logits(logits, name);
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "indices must be int64, got ", indices.scalar_type());
-  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == logits.size(0),
-                    "indices must have shape [N, P] with N = ", logits.size(0), " as in ", name, ", got ",
-                    indices.sizes());
-  check_same_device(indices, "indices", logits, name);
-}
-
-void check_scatter(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
-  check_indices(logits, "logits", indices);
-  TORCH_CHECK_VALUE(values.dim() == 3 && values.size(0) == logits.size(0) && values.size(1) == logits.size(1) &&
-                        values.size(2) == indices.size(1),
-                    "values must have shape [N, C, P] = [", logits.size(0), ", ", logits.size(1), ", ", indices.size(1),
-                    "] as in logits and indices, got ", values.sizes());
-  TORCH_CHECK_TYPE(values.scalar_type() == logits.scalar_type(), "values must have the dtype of logits (",
-                   logits.scalar_type(), "), got ", values.scalar_type());
-  check_same_device(values, "values", logits, "logits");
-}
-
-// Calls `f` with a null pointer of the unsigned type as wide as an element of `map`.
-template <typename F>
-void with_bits(const at::Tensor& map, F f) {
-  switch (map.element_size()) {
-    case 2:
-      return f(static_cast<uint16_t*>(nullptr));
-    case 4:
-      return f(static_cast<uint32_t*>(nullptr));
-    default:
-      return f(static_cast<uint64_t*>(nullptr));
-  }
-}
-
 void launch_scatter(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
   if (values.numel() == 0) return;
   const at::Tensor points = indices.contiguous();
   const at::Tensor source = values.contiguous();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  with_bits(logits, [&](auto* null) {
-    using Bits = std::remove_pointer_t<decltype(null)>;
+  with_bits(logits.element_size(), [&](auto zero) {
+    using Bits = decltype(zero);
     scatter_points_kernel<Bits><<<blocks_for(source.numel()), kThreads, 0, stream>>>(
         static_cast<Bits*>(logits.mutable_data_ptr()), layout_of(logits), points.const_data_ptr<int64_t>(),
         static_cast<const Bits*>(source.const_data_ptr()), points.size(1), source.numel(), is_channels_last(logits));
@@ -77,10 +40,9 @@ void launch_scatter(const at::Tensor& logits, const at::Tensor& indices, const a
 void scatter_points_inplace_cuda(at::Tensor logits, const at::Tensor& indices, const at::Tensor& values) {
   check_scatter(logits, indices, values);
   at::assert_no_internal_overlap(logits);
+  at::assert_no_overlap(logits, values);
   const c10::cuda::CUDAGuard guard(logits.device());
-  // Values may be a view of the logits that they overwrite.
-  launch_scatter(logits, indices,
-                 at::get_overlap_status(logits, values) == at::MemOverlapStatus::No ? values : values.clone());
+  launch_scatter(logits, indices, values);
 }
 
 at::Tensor scatter_points_cuda(const at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
@@ -93,15 +55,16 @@ at::Tensor scatter_points_cuda(const at::Tensor& logits, const at::Tensor& indic
 
 // grad[N,C,H,W], indices[N,P] -> grad_logits[N,C,H,W], grad_values[N,C,P]
 std::tuple<at::Tensor, at::Tensor> scatter_points_backward_cuda(const at::Tensor& grad, const at::Tensor& indices) {
-  check_indices(grad, "grad", indices);
+  check_logits(grad, "grad");
+  check_indices(indices, grad, "grad");
   const c10::cuda::CUDAGuard guard(grad.device());
   at::Tensor grad_logits = grad.clone();
   at::Tensor grad_values = at::empty({grad.size(0), grad.size(1), indices.size(1)}, grad.options());
   if (grad_values.numel() == 0) return {grad_logits, grad_values};
   const at::Tensor points = indices.contiguous();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  with_bits(grad, [&](auto* null) {
-    using Bits = std::remove_pointer_t<decltype(null)>;
+  with_bits(grad.element_size(), [&](auto zero) {
+    using Bits = decltype(zero);
     scatter_points_backward_kernel<Bits><<<blocks_for(grad_values.numel()), kThreads, 0, stream>>>(
         static_cast<const Bits*>(grad.const_data_ptr()), layout_of(grad),
         static_cast<Bits*>(grad_logits.mutable_data_ptr()), layout_of(grad_logits), points.const_data_ptr<int64_t>(),
