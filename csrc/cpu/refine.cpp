@@ -125,7 +125,8 @@ struct PackedHead {
                           static_cast<int64_t>(sizeof(A));
     const at::ScalarType dtype = sizeof(A) == 8 ? at::kDouble : at::kFloat;
     for (size_t l = 0; l < weights.size(); ++l) {
-      const at::Tensor weight = weights[l].detach().to(dtype).contiguous(), bias = biases[l].detach().to(dtype).contiguous();
+      const at::Tensor weight = weights[l].detach().to(dtype).contiguous(),
+                       bias = biases[l].detach().to(dtype).contiguous();
       const int64_t out = weight.size(0), in = weight.size(1), panels = (out + panel - 1) / panel;
       at::Tensor packed = at::empty({panels, in, panel}, weight.options());
       at::Tensor padded = at::zeros({panels * panel}, weight.options());
@@ -319,8 +320,8 @@ void refine_points(const PackedHead<A>& head, at::TensorList features, const at:
   constexpr int64_t kAheadBytes = int64_t{32} << 20;
   const int64_t images = source.size(0), bytes = count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
   const int64_t group = std::clamp<int64_t>(kAheadBytes / bytes, 1, images);
-  const int64_t cell_bytes = target.labels == at::ScalarType::Undefined ? c10::elementSize(target.dtype)
-                                                                        : c10::elementSize(target.labels);
+  const int64_t cell_bytes =
+      target.labels == at::ScalarType::Undefined ? c10::elementSize(target.dtype) : c10::elementSize(target.labels);
   for (int64_t first = 0; first < images; first += group) {
     const int64_t size = std::min(group, images - first);
     const auto prepare = [&](const at::Tensor& map) {
@@ -384,8 +385,14 @@ at::Tensor refine_mlp_cpu(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorList
                           at::TensorList weights /*each [O,I]*/, at::TensorList biases /*each [O]*/, int64_t steps,
                           int64_t num_points, c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
                           c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels) {
-  const RefineOptions options{steps,         num_points,  coarse_source == "current", scale_factor,
-                              align_corners, padding_mode == "border", coarse_each_layer, coarse_first,
+  const RefineOptions options{steps,
+                              num_points,
+                              coarse_source == "current",
+                              scale_factor,
+                              align_corners,
+                              padding_mode == "border",
+                              coarse_each_layer,
+                              coarse_first,
                               labels};
   check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
   if (steps == 0) {

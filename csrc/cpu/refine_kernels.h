@@ -1,8 +1,8 @@
 // One layer of the point head on a block of points. No include guard: compiled once per instruction set.
 //
-// Activations are rows [points][stride]; weights come packed into panels of two vectors of outputs, [panel][in][2 lanes], so
-// that the inner loop reads them in order and keeps kMlpRows x 2 vectors of sums in registers. A sum runs over the inputs
-// in ascending order whatever the block, so the result of a point depends on nothing else.
+// Activations are rows [points][stride]; weights come packed into panels of two vectors of outputs, [panel][in][2
+// lanes], so that the inner loop reads them in order and keeps kMlpRows x 2 vectors of sums in registers. A sum runs
+// over the inputs in ascending order whatever the block, so the result of a point depends on nothing else.
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
 namespace {

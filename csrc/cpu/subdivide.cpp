@@ -52,9 +52,9 @@ namespace avx512 = baseline;
 
 namespace {
 
-constexpr size_t kHugeBytes = size_t{4} << 20;    // from here on page faults cost
+constexpr size_t kHugeBytes = size_t{4} << 20;     // from here on page faults cost
 constexpr size_t kStreamBytes = size_t{16} << 20;  // from here on the output does not stay in the cache
-constexpr int64_t kRowBytes = 384 << 10;          // two interpolated source rows, to stay in L2
+constexpr int64_t kRowBytes = 384 << 10;           // two interpolated source rows, to stay in L2
 constexpr int64_t kBandRows = 32;
 constexpr int64_t kGrain = 32768;  // fewest elements worth a thread
 
@@ -88,7 +88,8 @@ void subdivide_kernel(SubdivideArgs& a) {
     a.upper_weight = w + padded;
     fill_columns(a, padded, taps.data(), taps.data() + padded, w, w + padded);
   }
-  // Fixed chunks; the thread count only deals them out. A band starts where a pair of rows between two source rows does.
+  // Fixed chunks; the thread count only deals them out. A band starts where a pair of rows between two source rows
+  // does.
   a.tile_width = std::max(kColumnPadding, kRowBytes / (2 * a.c * size) / kColumnPadding * kColumnPadding);
   a.tile_width = std::min(a.tile_width, padded);
   a.tiles = (a.width + a.tile_width - 1) / a.tile_width;

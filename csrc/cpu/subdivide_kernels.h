@@ -1,10 +1,10 @@
 // Fused bilinear upsampling, margin and first histogram, a band of rows and a tile of columns at a time. No include
 // guard: compiled once per instruction set.
 //
-// A source row is interpolated along x once, into blocks of one vector of columns times C channels, so that the vertical
-// pass reads two contiguous streams and keeps the running top-2 (and argmax) in registers. The arithmetic is that of
-// F.interpolate, `lower_weight * a + upper_weight * b` along x and then along y without fused multiply-add; with and
-// without stored logits it is the same code, so both modes agree bit for bit.
+// A source row is interpolated along x once, into blocks of one vector of columns times C channels, so that the
+// vertical pass reads two contiguous streams and keeps the running top-2 (and argmax) in registers. The arithmetic is
+// that of F.interpolate, `lower_weight * a + upper_weight * b` along x and then along y without fused multiply-add;
+// with and without stored logits it is the same code, so both modes agree bit for bit.
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
 namespace {
@@ -113,7 +113,8 @@ enum SubdivideMode : int { kStore = 1, kLabel = 2, kSingle = 4, kCareful = 8 };
 // `U` blocks of columns from block `b`, in `R` output rows from row `y` that lie between the same two source rows.
 template <typename T, int kMode, int R, int U, bool kPartial>
 RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, const typename Stored<T>::Acc* row0,
-                                    const typename Stored<T>::Acc* row1, const UpsampleTap<typename Stored<T>::Acc>* taps) {
+                                    const typename Stored<T>::Acc* row1,
+                                    const UpsampleTap<typename Stored<T>::Acc>* taps) {
   using Acc = typename Stored<T>::Acc;
   using V = typename Simd<Acc>::V;
   using I = typename Simd<Acc>::I;
@@ -232,7 +233,10 @@ void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<typename St
   const Acc* row0 = t.rows[taps[0].lower & 1];
   const Acc* row1 = t.rows[taps[0].upper & 1];
   // Stores come in runs of four vectors per channel, which the memory likes; without them two suffice to hide latency.
-  constexpr int U = (kMode & kCareful) != 0 ? 1 : (kMode & kStore) != 0 && RENDSEG_ISA == 2 ? 4 : RENDSEG_ISA > 0 ? 2 : 1;
+  constexpr int U = (kMode & kCareful) != 0                     ? 1
+                    : (kMode & kStore) != 0 && RENDSEG_ISA == 2 ? 4
+                    : RENDSEG_ISA > 0                           ? 2
+                                                                : 1;
   const int64_t whole = t.columns / L;
   int64_t b = 0;
   for (; b + U <= whole; b += U) upsample_blocks<T, kMode, R, U, false>(t, b, y, row0, row1, taps);

@@ -17,7 +17,6 @@ from ..reference.subdivide import label_dtype
 from ._register import register, use_reference
 from .point_sample import point_sample
 from .scatter_points import scatter_points, scatter_points_
-from .subdivide import subdivide
 
 __all__ = ["refine"]
 
@@ -42,21 +41,22 @@ def refine(
         coarse: coarse logits ``[N, C, h, w]``; contiguous and channels_last are read in place.
         features: fine feature map ``[N, Cf, Hf, Wf]``, or a list of maps, which are concatenated over channels.
         head: ``head(fine [N, Cf, P], coarse [N, C, P]) -> logits [N, C, P]``, any callable. A
-            :class:`rendseg.nn.PointHead` (any object whose ``refine_parameters()`` gives its layers) runs the whole loop
-            in one call into the compiled library where that has a kernel for the device and no gradient is wanted.
-        steps, output_size: exactly one of them: the number of steps, or the size ``(H, W)`` that whole steps must reach.
+            :class:`rendseg.nn.PointHead` (any object whose ``refine_parameters()`` gives its layers) runs the whole
+            loop in one call into the compiled library where that has a kernel for the device and no gradient is wanted.
+        steps, output_size: exactly one of them: the number of steps, or the size ``(H, W)`` whole steps must reach.
         num_points: cells to re-predict per step and image. A step of at most ``num_points`` cells is recomputed whole:
             nothing is upsampled or selected.
-        coarse_source: which logits the head sees: ``"original"`` (``coarse``) or ``"current"`` (the map before the step).
+        coarse_source: which logits the head sees: ``"original"`` (``coarse``) or ``"current"`` (those before the step).
         scale_factor: factor of each step, at least 2.
-        align_corners: governs the upsampling only. Points are cell centres in the half-pixel convention and features are
-            always sampled with ``align_corners=False``.
+        align_corners: governs the upsampling only. Points are cell centres in the half-pixel convention and features
+            are always sampled with ``align_corners=False``.
         padding_mode: of the sampling, ``"zeros"`` or ``"border"``.
         output: ``"logits"``, or ``"labels"`` for the argmax map, for which the full-resolution logits are never
-            allocated; it equals ``refine(..., output="logits").argmax(1)`` exactly.
+            allocated (unless the last step is recomputed whole by a head that is called); it equals
+            ``refine(..., output="logits").argmax(1)`` exactly.
 
     Returns:
-        Logits ``[N, C, H, W]`` in the dtype of ``coarse``, or labels ``[N, H, W]``: uint8 up to 256 classes, else int16.
+        Logits ``[N, C, H, W]`` in the dtype of ``coarse``, or labels ``[N, H, W]``: uint8 to 256 classes, else int16.
         Never an alias of ``coarse``.
 
     A NaN logit makes its cell the most uncertain. Logits are differentiable in ``coarse``, ``features`` and whatever
@@ -145,7 +145,7 @@ def _loop(
                 previous, num_points, scale_factor, align_corners
             )
         else:
-            fine, indices, coords = subdivide(previous, num_points, scale_factor, align_corners)
+            fine, indices, coords = torch.ops.rendseg.subdivide(previous, num_points, scale_factor, align_corners)
         values = head(
             point_sample(maps, coords, padding_mode=padding_mode),
             point_sample(coarse if coarse_source == "original" else previous, coords, padding_mode=padding_mode),

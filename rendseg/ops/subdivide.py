@@ -41,14 +41,15 @@ def subdivide(
         ``(fine, indices, coords)``: ``fine [N, C, s*h, s*w]`` in the dtype and layout of ``logits`` or ``None``;
         ``indices [N, k]`` int64 ascending, ties to the smallest; ``coords [N, k, 2]`` float32 ``(x, y)`` in ``[0, 1]``.
 
-    Halves are interpolated in float32 and rounded once. A cell with a NaN logit is the most uncertain. The result is the
-    same for any number of threads. ``fine`` is differentiable in ``logits``; ``indices`` and ``coords`` are not.
+    Halves are interpolated in float32 and rounded once. A cell with a NaN logit is the most uncertain. The result is
+    the same for any number of threads. ``fine`` is differentiable in ``logits``; ``indices`` and ``coords`` are not.
 
     Autocast: no cast, every dtype is computed as given.
 
     Raises:
         ValueError: wrong rank or size, ``num_points <= 0``, ``scale_factor < 1``, 2^32 cells or more.
-        TypeError: an unsupported dtype. IndexError: a class outside ``[0, C)``. RuntimeError: tensors on different devices.
+        TypeError: an unsupported dtype. IndexError: a class outside ``[0, C)``.
+        RuntimeError: tensors on different devices.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
     """

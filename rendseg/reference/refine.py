@@ -38,8 +38,8 @@ def resolve_steps(coarse: Tensor, steps: int | None, output_size: Sequence[int] 
         height, width, count = height * scale_factor, width * scale_factor, count + 1
     if (height, width) != tuple(output_size):
         raise ValueError(
-            f"output_size {tuple(output_size)} cannot be reached from {tuple(coarse.shape[2:])} by steps of {scale_factor}; "
-            f"the next size that can is {(height, width)}: pad the image, refine, then crop"
+            f"output_size {tuple(output_size)} cannot be reached from {tuple(coarse.shape[2:])} by steps of "
+            f"{scale_factor}; the next size that can is {(height, width)}: pad the image, refine, then crop"
         )
     return count
 
@@ -148,29 +148,24 @@ def check_refine_mlp(
     resolve_steps(coarse, steps, None, scale_factor)
     check_refine(coarse, features, num_points, coarse_source, padding_mode, labels)
     if not weights or len(weights) != len(biases):
-        raise ValueError(
-            f"weights and biases must hold one tensor per layer, got {len(weights)} and {len(biases)}"
-        )
+        raise ValueError(f"weights and biases must hold one tensor per layer, got {len(weights)} and {len(biases)}")
     classes, dtype = coarse.shape[1], weights[0].dtype
     inputs = sum(f.shape[1] for f in features) + classes
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check.strided(weight, f"weights[{i}]")
         check.feature_dtype(weight, f"weights[{i}]")
         if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] == 0:
-            raise ValueError(
-                f"weights[{i}] must have shape [O, I] with I = {inputs}, got {check.shape_of(weight)}"
-            )
+            raise ValueError(f"weights[{i}] must have shape [O, I] with I = {inputs}, got {check.shape_of(weight)}")
         if i + 1 == len(weights) and weight.shape[0] != classes:
             raise ValueError(
                 f"weights[{i}] must have shape [C, I] with C = {classes} as in coarse, got {check.shape_of(weight)}"
             )
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"biases[{i}] must have shape [O] with O = {weight.shape[0]}, got {check.shape_of(bias)}"
-            )
+            raise ValueError(f"biases[{i}] must have shape [O] with O = {weight.shape[0]}, got {check.shape_of(bias)}")
         if weight.dtype != dtype or bias.dtype != dtype:
             raise TypeError(
-                f"weights[{i}] and biases[{i}] must have the dtype of weights[0] ({dtype}), got {weight.dtype} and {bias.dtype}"
+                f"weights[{i}] and biases[{i}] must have the dtype of weights[0] ({dtype}), "
+                f"got {weight.dtype} and {bias.dtype}"
             )
         check.same_device(weight, f"weights[{i}]", coarse, "coarse")
         check.same_device(bias, f"biases[{i}]", coarse, "coarse")
@@ -178,7 +173,8 @@ def check_refine_mlp(
     wide = {t.dtype == torch.float64 for t in (coarse, features[0], weights[0])}
     if len(wide) > 1:
         raise TypeError(
-            f"coarse, features and weights must all be float64 or none, got {coarse.dtype}, {features[0].dtype} and {dtype}"
+            "coarse, features and weights must all be float64 or none, "
+            f"got {coarse.dtype}, {features[0].dtype} and {dtype}"
         )
 
 
@@ -197,7 +193,7 @@ def refine_mlp(
     coarse_first: bool,
     labels: bool,
 ) -> Tensor:
-    """:func:`refine` with a stock head: linear layers ``weights [O, I]``, ``biases [O]``, a ReLU after all but the last.
+    """:func:`refine` with a stock head: linear layers ``weights [O, I]``, ``biases [O]``, ReLU after all but the last.
 
     The head runs in the dtype of its weights.
     """

@@ -63,7 +63,7 @@ def subdivide(
 def subdivide_labels(
     logits: Tensor, num_points: int, scale_factor: int = 2, align_corners: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`subdivide` with the argmax instead of the logits: ``(labels [N, s*h, s*w] uint8 or int16, indices, coords)``.
+    """:func:`subdivide` with labels for logits: ``(labels [N, s*h, s*w] uint8 or int16, indices, coords)``.
 
     The lowest class wins a tie, and the first NaN wins over every number, as in ``torch.argmax``.
     """
@@ -75,7 +75,7 @@ def subdivide_labels(
 
 
 def subdivide_backward(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
-    """Gradient of :func:`upsample` to ``[N, C, height, width]``: each cell gathers ``weight * grad`` where it was used."""
+    """Gradient of :func:`upsample` to ``[N, C, height, width]``: each cell gathers ``weight * grad``."""
     layout = torch._prims_common.suggest_memory_format(grad)
     size = [*grad.shape[:2], height, width]
     if grad.shape[0] == 0:

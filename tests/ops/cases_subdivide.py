@@ -82,7 +82,12 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
         return {"logits": good, "num_points": 4} | changes
 
     return [
-        ("rank", case(logits=torch.zeros(3, 4, 5)), ValueError, r"logits must have shape \[N, C, H, W\], got \[3, 4, 5\]"),
+        (
+            "rank",
+            case(logits=torch.zeros(3, 4, 5)),
+            ValueError,
+            r"logits must have shape \[N, C, H, W\], got \[3, 4, 5\]",
+        ),
         ("integer", case(logits=good.long()), TypeError, "logits must be float32, float64, float16 or bfloat16"),
         ("complex", case(logits=good.cfloat()), TypeError, "logits must be float32, float64, float16 or bfloat16"),
         ("no channel", case(logits=good[:, :0]), ValueError, "logits must have at least one channel"),
@@ -95,5 +100,10 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
         ("index dtype", case(class_index=index.int()), TypeError, "class_index must be int64"),
         ("index shape", case(class_index=index[:1]), ValueError, r"class_index must have shape \[N\] with N = 2"),
         ("index value", case(class_index=index + 3), IndexError, "class_index must lie in"),
-        ("index device", case(class_index=index.to("meta")), RuntimeError, "class_index must be on the device of logits"),
+        (
+            "index device",
+            case(class_index=index.to("meta")),
+            RuntimeError,
+            "class_index must be on the device of logits",
+        ),
     ]
