@@ -1,4 +1,5 @@
-// The Python module rendseg._C: loading it registers the operators; it holds build facts and the instruction-set switch.
+// The Python module rendseg._C: loading it registers the operators; it holds build facts and the instruction-set
+// switch.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
@@ -16,10 +17,12 @@ PYBIND11_MODULE(_C, m) {
       "unknown"
 #endif
   );
-  m.def("isa", [] { return std::string(rendseg::isa_name(rendseg::isa())); },
-        "Instruction set of the CPU kernels in force: default, avx2 or avx512.");
-  m.def("widest_isa", [] { return std::string(rendseg::isa_name(rendseg::widest_isa())); },
-        "The widest instruction set this machine runs.");
+  m.def(
+      "isa", [] { return std::string(rendseg::isa_name(rendseg::isa())); },
+      "Instruction set of the CPU kernels in force: default, avx2 or avx512.");
+  m.def(
+      "widest_isa", [] { return std::string(rendseg::isa_name(rendseg::widest_isa())); },
+      "The widest instruction set this machine runs.");
   m.def(
       "set_isa",
       [](const std::string& name) {

@@ -23,9 +23,7 @@ Isa parse(const std::string& name) {
 
 }  // namespace
 
-const char* isa_name(Isa value) {
-  return value == Isa::kAvx512 ? "avx512" : value == Isa::kAvx2 ? "avx2" : "default";
-}
+const char* isa_name(Isa value) { return value == Isa::kAvx512 ? "avx512" : value == Isa::kAvx2 ? "avx2" : "default"; }
 
 Isa widest_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -40,8 +38,8 @@ Isa widest_isa() {
 }
 
 void set_isa(Isa wanted) {
-  TORCH_CHECK_VALUE(static_cast<int>(wanted) <= static_cast<int>(widest_isa()), "the instruction set ", isa_name(wanted),
-                    " is not available here; the widest is ", isa_name(widest_isa()));
+  TORCH_CHECK_VALUE(static_cast<int>(wanted) <= static_cast<int>(widest_isa()), "the instruction set ",
+                    isa_name(wanted), " is not available here; the widest is ", isa_name(widest_isa()));
   current().store(static_cast<int>(wanted), std::memory_order_relaxed);
 }
 

@@ -1,5 +1,6 @@
 // No include guard: opens one instruction set for the code that follows, until isa_end.h.
-// RENDSEG_ISA is 0 (baseline), 1 (AVX2 + FMA) or 2 (AVX-512 F, BW, VL, DQ) and RENDSEG_ISA_NAMESPACE names its namespace.
+// RENDSEG_ISA is 0 (baseline), 1 (AVX2 + FMA) or 2 (AVX-512 F, BW, VL, DQ) and RENDSEG_ISA_NAMESPACE names its
+// namespace.
 #if RENDSEG_ISA == 2
 #define RENDSEG_ISA_NAMESPACE avx512
 #elif RENDSEG_ISA == 1

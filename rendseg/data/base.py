@@ -98,8 +98,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         return self.sample(index, self.epoch)
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """``dataset[index]`` as it is in epoch `epoch`, whatever :meth:`set_epoch` was told: a loader whose workers are in
-        different epochs at one time needs it."""
+        """``dataset[index]`` as it is in epoch `epoch`, whatever :meth:`set_epoch` was told: a loader whose workers are
+        in different epochs at one time needs it."""
         pixels, classes = self._pair(index)
         index %= len(self)
         image = torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: the definition of right. Importable without any binary; float64 where differentiable."""
+"""The operators: fused kernels where there are any, the reference elsewhere; ``torch.ops.rendseg`` holds the same."""
 
 from .encode import aggregate, encode, scaled_l2
 from .point_sample import point_labels, point_sample

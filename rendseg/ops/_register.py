@@ -32,8 +32,8 @@ def register(
 ) -> None:
     """Register the Python side of ``rendseg::<name>``.
 
-    ``reference`` serves every device for which no compiled kernel exists; ``fake`` gives shapes and dtypes and makes the
-    same checks; ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``.
+    ``reference`` serves every device for which no compiled kernel exists; ``fake`` gives shapes and dtypes and makes
+    the same checks; ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``.
     """
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)

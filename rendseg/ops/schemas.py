@@ -10,8 +10,8 @@ SCHEMAS: tuple[str, ...] = (
     # uncertain_points
     "uncertainty(Tensor logits, Tensor? class_index=None) -> Tensor",
     "uncertain_points(Tensor logits, int num_points, Tensor? class_index=None) -> (Tensor, Tensor)",
-    "sample_uncertain_points(Tensor logits, int num_points, float oversample_ratio=3.0, float importance_ratio=0.75, *, "
-    'Tensor? class_index=None, str padding_mode="zeros", bool align_corners=False, Generator? generator=None, '
+    "sample_uncertain_points(Tensor logits, int num_points, float oversample_ratio=3.0, float importance_ratio=0.75, "
+    '*, Tensor? class_index=None, str padding_mode="zeros", bool align_corners=False, Generator? generator=None, '
     "Tensor? random_coords=None) -> Tensor",
     # subdivide
     "subdivide(Tensor logits, int num_points, int scale_factor=2, bool align_corners=False, Tensor? class_index=None, "
@@ -22,8 +22,8 @@ SCHEMAS: tuple[str, ...] = (
     # point_sample
     'point_sample(Tensor[] input, Tensor coords, str mode="bilinear", str padding_mode="zeros", '
     "bool align_corners=False) -> Tensor",
-    "_point_sample_backward(Tensor grad, Tensor[] input, Tensor coords, str mode, str padding_mode, bool align_corners, "
-    "bool input_grad, bool coords_grad) -> Tensor[]",
+    "_point_sample_backward(Tensor grad, Tensor[] input, Tensor coords, str mode, str padding_mode, "
+    "bool align_corners, bool input_grad, bool coords_grad) -> Tensor[]",
     "point_labels(Tensor labels, Tensor coords, int ignore_index=255) -> Tensor",
     # scatter_points
     "scatter_points(Tensor logits, Tensor indices, Tensor values) -> Tensor",

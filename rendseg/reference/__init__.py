@@ -1,4 +1,7 @@
-"""Every operator in plain PyTorch: the definition of right. Importable without any binary; float64 where differentiable."""
+"""Every operator in plain PyTorch: the definition of right.
+
+Importable without any binary; float64 where differentiable.
+"""
 
 from .encode import aggregate, encode, scaled_l2
 from .point_sample import point_labels, point_sample

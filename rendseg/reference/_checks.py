@@ -74,7 +74,11 @@ def coords(points: Tensor, of: Tensor, of_name: str = "input", grid: bool = True
     wanted = "[N, P, 2] or [N, Hg, Wg, 2]" if grid else "[N, P, 2]"
     strided(points, "coords")
     if points.dim() not in ((3, 4) if grid else (3,)) or points.shape[-1] != 2 or points.shape[0] != of.shape[0]:
-        raise ValueError(f"coords must have shape {wanted} with N = {of.shape[0]} as in {of_name}, got {shape_of(points)}")
+        raise ValueError(
+            f"coords must have shape {wanted} with N = {of.shape[0]} as in {of_name}, got {shape_of(points)}"
+        )
     if points.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"coords must be float32 or float64 (half precision cannot address a large map), got {points.dtype}")
+        raise TypeError(
+            f"coords must be float32 or float64 (half precision cannot address a large map), got {points.dtype}"
+        )
     same_device(points, "coords", of, of_name)

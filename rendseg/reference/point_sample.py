@@ -56,7 +56,8 @@ def point_sample(
     if grid.shape[1] == 0 or grid.shape[2] == 0 or grid.shape[0] == 0:  # grid_sample refuses empty sets
         shape = (grid.shape[0], sum(m.shape[1] for m in maps), grid.shape[1], grid.shape[2])
         out = grid.new_zeros(shape).to(maps[0].dtype)
-        out = out + sum(m.sum() for m in maps).to(out.dtype) * 0 + grid.sum().to(out.dtype) * 0  # keeps the graph
+        for source in (*maps, grid):  # keeps the graph
+            out = out + source.sum().to(out.dtype) * 0
     else:
         sampled = [
             F.grid_sample(m.to(dtype), grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
