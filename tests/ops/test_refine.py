@@ -134,6 +134,8 @@ def test_both_forms_agree_in_float32(isa: str) -> None:  # noqa: F811
 
 
 def test_threads_do_not_matter(isa: str) -> None:  # noqa: F811
+    if isa == "none":
+        pytest.skip("without the extension the head is PyTorch's matrix product, which depends on the thread count")
     coarse, features = cases.inputs(n=2, h=20, w=40)
     head = cases.Head(8, 5)
     args = (coarse.float(), [f.float() for f in features], head)
