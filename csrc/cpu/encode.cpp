@@ -16,6 +16,7 @@
 
 #include "../checks.h"
 #include "encode_includes.h"
+#include "huge_pages.h"
 #include "isa.h"
 
 #define RENDSEG_ISA 0
@@ -414,6 +415,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward_cpu(const Tensor& grad,      
   Tensor x_grad = at::empty_like(x);
   const Tensor input = is_walkable(x) ? x : x.contiguous();
   const Tensor target = is_walkable(x_grad) ? x_grad : at::empty_like(x_grad, at::MemoryFormat::Contiguous);
+  prefer_huge_pages(target.mutable_data_ptr(), target.nbytes());
   auto [codes, scales] = any_double({&grad, &x, &codewords, &scale})
                              ? encode_backward_impl<double>(grad, input, codewords, scale, target)
                              : encode_backward_impl<float>(grad, input, codewords, scale, target);

@@ -25,15 +25,13 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "../checks.h"
 #include "../math/bilinear.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "point_sample_types.h"
 
@@ -247,10 +245,7 @@ at::Tensor zero_gradient(const at::Tensor& map) {
   void* block = std::calloc(1, bytes + kAlign);
   if (block == nullptr) throw std::bad_alloc();
   const auto address = (reinterpret_cast<uintptr_t>(block) + kAlign - 1) / kAlign * kAlign;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be refused
-#endif
+  prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
   std::vector<int64_t> strides(4, 1);
   if (format == at::MemoryFormat::ChannelsLast) {
     strides = {map.size(1) * map.size(2) * map.size(3), 1, map.size(3) * map.size(1), map.size(1)};
