@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install "torch>=2.11" torchvision numpy ninja
-	RENDSEG_NO_EXTENSION=1 $(PY) -m pip install --no-build-isolation -e ".[train,dev]"
+	RENDSEG_NO_EXTENSION=1 RENDSEG_REQUIRE_EXTENSION=0 $(PY) -m pip install --no-build-isolation -e ".[train,dev]"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
