@@ -128,7 +128,7 @@ def build_flags(clang: bool) -> dict[str, list[str]]:
     """Every compile and link flag, in one place; CMakeLists.txt repeats the compile flags.
 
     No -march=native (the vector kernels choose their instruction set at run time) and no fast-math: contraction is off
-    so that every instruction set rounds alike.
+    so that every instruction set, and the GPU, rounds alike.
     """
     common = ["-std=c++20", "-O3"]
     host = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
@@ -145,7 +145,9 @@ def build_flags(clang: bool) -> dict[str, list[str]]:
             "-g0",
         ],
         # Device-side asserts stay on: an index outside its range must stop the program, not corrupt memory.
-        "nvcc": [*common, "-UNDEBUG", "-lineinfo", "-Xcompiler", ",".join([*host, "-g0"])],
+        # -fmad=false is -ffp-contract=off of the device: a kernel rounds like the CPU and like its emulation; where a
+        # fused multiply-add is wanted, it says fmaf.
+        "nvcc": [*common, "-UNDEBUG", "-lineinfo", "-fmad=false", "-Xcompiler", ",".join([*host, "-g0"])],
         # GCC's OpenMP symbols come from the runtime that libtorch has loaded already (its libgomp may carry another
         # file name); a second runtime would have threads of its own that torch.set_num_threads does not reach.
         "link": ["-fopenmp"] if clang else [],
