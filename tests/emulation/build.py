@@ -1,0 +1,133 @@
+"""Compiles the CUDA ops of ``csrc/cuda`` with g++ into a library whose kernels run on the CPU.
+
+The very ``.cu`` and ``.cuh`` files: ``cuda_on_cpu.h`` stands in for nvcc. Objects are kept in ``build/emulation`` and
+made anew when a source changes. ``RENDSEG_EMULATION_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer; a
+process that loads such a library must have been started with ``sanitizer_environment()``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from rendseg import _toolchain
+from rendseg.ops.schemas import SCHEMAS
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SANITIZE = os.environ.get("RENDSEG_EMULATION_SANITIZE", "0") != "0"
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-Wall", "-ffp-contract=off", "-fno-math-errno", "-fno-omit-frame-pointer"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+
+
+def missing() -> str:
+    """Why the emulation cannot be built here; empty when it can."""
+    candidate, cause = _toolchain.find_cxx()
+    if candidate is None:
+        return cause
+    if "clang" in _toolchain.cxx_version(candidate):
+        return "the emulation is written for g++"
+    if shutil.which("ninja", path=os.pathsep.join(search_path())) is None:
+        return "ninja is not installed"
+    return ""
+
+
+def search_path() -> list[str]:
+    return [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
+
+
+def compiler() -> str:
+    candidate, _ = _toolchain.find_cxx()
+    assert candidate is not None
+    return candidate
+
+
+def flags(sanitize: bool) -> list[str]:
+    # Sanitized code is slow to compile above -O1.
+    return [*FLAGS, f"-I{HERE}", *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs that loads a sanitized library."""
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        found = subprocess.run([*shlex.split(compiler()), f"-print-file-name={name}"], capture_output=True, text=True)
+        libraries.append(found.stdout.strip())
+    return {
+        "RENDSEG_EMULATION_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(libraries),
+        # Python does not free everything; the threads of a kernel are fibers, on stacks of their own.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:exitcode=97",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def build_library(sanitize: bool = SANITIZE) -> Path:
+    """The path of the library, made or brought up to date."""
+    # A torch of another version has other headers; ninja sees a change of the command line.
+    folder = ROOT / "build" / "emulation" / ("sanitized" if sanitize else "plain")
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [HERE / "cuda_on_cpu.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    torch_flags = [f"-isystem {path}" for path in cpp_extension.include_paths() if "cuda" not in path.lower()]
+    torch_libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
+    command = " ".join([shlex.quote(part) if " " in part else part for part in shlex.split(compiler())])
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {command}",
+        f"flags = {' '.join([*flags(sanitize), *torch_flags])}",
+        f"link = {' '.join([*(SANITIZERS if sanitize else []), *torch_libraries])} -lc10 -ltorch_cpu -ltorch",
+        "rule compile",
+        "  command = $cxx $flags -x c++ -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $in $link -o $out.tmp && mv $out.tmp $out",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {str(source).replace(' ', '$ ')}")
+    lines.append(f"build emulation.so: link {' '.join(objects)}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    environment = {**os.environ, "PATH": os.pathsep.join(search_path())}
+    environment.pop("LD_PRELOAD", None)
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    done = subprocess.run(["ninja", "-j", jobs], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the emulation does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    return folder / "emulation.so"
+
+
+class Emulated:
+    """The loaded library: ``ops`` are the CUDA implementations, for CPU tensors."""
+
+    def __init__(self) -> None:
+        # The library that declares the operators lives as long as this object.
+        self._declared = torch.library.Library("rendseg_emulated", "DEF")
+        for schema in SCHEMAS:
+            self._declared.define(schema)
+        path = str(build_library())
+        torch.ops.load_library(path)
+        self._c = ctypes.CDLL(path)
+        self._c.rendseg_emulation_launches.restype = ctypes.c_uint64
+        self.ops = torch.ops.rendseg_emulated
+
+    def seed(self, value: int) -> None:
+        """Order of blocks and threads, and garbage in shared memory, of all launches from here on."""
+        self._c.rendseg_emulation_seed(ctypes.c_uint64(value))
+
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return int(self._c.rendseg_emulation_launches())
+
+    def device(self, processors: int = 3, shared_limit: int = 101376) -> None:
+        """What the launches believe of the device: multiprocessors, bytes of shared memory for a block."""
+        self._c.rendseg_emulation_settings(ctypes.c_int(processors), ctypes.c_int64(shared_limit))

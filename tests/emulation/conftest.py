@@ -1,0 +1,27 @@
+"""The CUDA ops on the CPU: see cuda_on_cpu.h."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.emulation import build
+
+_LOADED: list[build.Emulated] = []
+
+
+@pytest.fixture
+def emulated() -> Iterator[build.Emulated]:
+    """``emulated.ops.<name>`` runs the CUDA implementation of an op on CPU tensors."""
+    cause = build.missing()
+    if cause:
+        pytest.skip(f"no emulation: {cause}")
+    if not _LOADED:  # at most once in a process, which can declare the operators only once
+        _LOADED.append(build.Emulated())
+    library = _LOADED[0]
+    library.seed(0)
+    library.device()
+    yield library
+    library.seed(0)
+    library.device()
