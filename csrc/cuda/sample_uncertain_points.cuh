@@ -134,11 +134,12 @@ __device__ inline void write_keys(const SampleArgs<T>& args, int64_t n, int64_t 
   }
   const int lane = lane_id(), in_group = lane & (group - 1);
   const int64_t row_step = args.width * args.stride_cell;
-  const int64_t pairs = (args.candidates + 1) / 2, step = threads / group;
-  // The bounds are those of the warp, so that all its lanes meet in the shuffles.
-  for (int64_t warp_pair = (thread - lane) / group; warp_pair < pairs; warp_pair += step) {
-    const int64_t mine = warp_pair + lane / group;
-    const int64_t pair = mine < pairs ? mine : pairs - 1;
+  // There are less than 2^30 pairs, and not many more threads. The bounds are those of the warp, so that all its lanes
+  // meet in the shuffles.
+  const auto pairs = static_cast<uint32_t>((args.candidates + 1) / 2), step = static_cast<uint32_t>(threads / group);
+  for (auto warp_pair = static_cast<uint32_t>((thread - lane) / group); warp_pair < pairs; warp_pair += step) {
+    const uint32_t mine = warp_pair + lane / group;
+    const uint32_t pair = min(mine, pairs - 1);
     const DrawnPair points = draw_pair(args, philox, n, pair);
     for (int which = 0; which < 2; ++which) {  // one after the other: the state of both would fill the registers
       const CandidateTaps<A> taps = candidate_taps(args, which == 0 ? points.at[0] : points.at[1]);
@@ -151,7 +152,7 @@ __device__ inline void write_keys(const SampleArgs<T>& args, int64_t n, int64_t 
         const A second = __shfl_xor_sync(kAllLanes, top.second, distance);
         top.add(TopTwo<A>{first, second});
       }
-      const int64_t i = 2 * pair + which;
+      const uint32_t i = 2 * pair + which;
       if (mine < pairs && in_group == 0 && i < args.candidates) keys[i] = margin_key(top.margin(channels == 1));
     }
   }
@@ -161,7 +162,7 @@ constexpr int kSampleKeysThreads = 256;
 
 // keys[N, candidates]; `parts` blocks to an image.
 template <typename T>
-__global__ void __launch_bounds__(kSampleKeysThreads)
+__global__ void __launch_bounds__(kSampleKeysThreads, 3)
     sample_keys_kernel(SampleArgs<T> args, int64_t parts, int group, uint32_t* keys) {
   const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts;
   write_keys(args, n, part * blockDim.x + threadIdx.x, parts * blockDim.x, group, keys + n * args.candidates);
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kSampleKeysThreads)
 
 // --- selection -------------------------------------------------------------------------------------------------------
 
-constexpr int kSamplePointsThreads = 1024;
+constexpr int kSamplePointsThreads = 768;  // 1024 would leave each 64 registers, too few on some GPUs
 
 enum class SampleKeys {
   kNone,       // nothing is kept
@@ -242,10 +243,12 @@ SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
   };
 
   // One launch, where it fills half the GPU or is soon done.
-  const bool small = args.candidates * channels <= 16 * kSamplePointsThreads;
+  const bool small = args.candidates * channels <= 16384;
   if (bytes <= room && (2 * args.images >= processors || small)) {
     // Two blocks to a multiprocessor where their keys fit: one makes keys while the other selects.
-    const int most_threads = 2 * (bytes + kSampleStaticShared) <= room && args.images > processors ? 512 : 1024;
+    const int most_threads = 2 * (bytes + kSampleStaticShared) <= room && args.images > processors
+                                 ? kSamplePointsThreads / 2
+                                 : kSamplePointsThreads;
     const int group = lanes_to_a_pair(pairs, most_threads);
     return {SampleKeys::kMade, 0, 0, group, sample_threads(pairs * group, most_threads), bytes};
   }
