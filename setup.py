@@ -43,6 +43,7 @@ FACTS_NAME = "_build_facts"
 # Architectures built by default, where the compiler knows them; binaries also run on later members of the same family,
 # and the PTX of the newest serves what comes after.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+CUDA_LIBRARIES = ["c10_cuda", "torch_cuda", "cudart"]  # torch_cuda: the state of random generators
 BUILD_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel", "bdist", "bdist_egg"}
 
 
@@ -238,7 +239,7 @@ class Plan:
         if self.cuda:
             include_dirs.append(os.path.join(cuda["home"], "include"))
             library_dirs.append(os.path.join(cuda["home"], "lib64"))
-            libraries += ["c10_cuda", "cudart"]
+            libraries += CUDA_LIBRARIES
         self.extension = Extension(
             "rendseg._C",
             sources(self.cuda),
@@ -331,7 +332,7 @@ class BuildExt(base_build_ext()):  # type: ignore[misc]
         PLAN.facts.update(CUDA=False, CUDA_REASON=cause)
         assert PLAN.extension is not None
         PLAN.extension.sources[:] = sources(False)
-        PLAN.extension.libraries[:] = [name for name in PLAN.extension.libraries if name not in ("c10_cuda", "cudart")]
+        PLAN.extension.libraries[:] = [name for name in PLAN.extension.libraries if name not in CUDA_LIBRARIES]
         try:
             super().build_extensions()
         except Exception as again:
