@@ -10,10 +10,10 @@ Usage in a script::
 Speeds are ratios of medians within one run: the candidates of a row are run in turn, round after round, so that a slow
 spell of the machine meets all of them alike.
 
-On a GPU every candidate has two columns. The first is device time: replays of a CUDA graph that holds up to twenty calls,
-timed by events. The second, "plain", is twenty calls in a row without a graph, so it holds what the host needs as well.
-``bench.cold(function, *tensors)`` calls the function on several copies of the tensors in turn, more than the L2 cache
-holds; such a row finds its inputs in memory, and tells the figure with warm inputs beside it.
+On a GPU every candidate has two columns. The first is device time: replays of a CUDA graph that holds up to twenty
+calls, timed by events. The second, "plain", is as many calls in a row without a graph, so it holds what the host needs
+as well. ``bench.cold(function, *tensors)`` calls the function on several copies of the tensors in turn, more than the
+L2 cache holds; such a candidate finds its inputs in memory, and the figure with warm inputs stands beside it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ import rendseg  # noqa: E402
 Candidate = Callable[[], Any]
 
 CALLS = 20  # in a sample on a GPU, unless they take longer than SAMPLE_MS
-SAMPLE_MS = 20.0
-GPU_BUDGET_S = 3.0  # for a column of a row
+SAMPLE_MS = 5.0
+GPU_BUDGET_S = 2.0  # for a column of a row
 
 
 @dataclass(frozen=True)
