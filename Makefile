@@ -13,7 +13,10 @@ BENCH_ARGS ?=
 # Without a compiler the demo and the tests still run, on the pure-PyTorch reference; .ci/run sets this to 1.
 export RENDSEG_REQUIRE_EXTENSION ?= 0
 # The GPUs of this machine decide; on one without a GPU a single architecture keeps the build short.
-export TORCH_CUDA_ARCH_LIST ?= 9.0
+ifndef TORCH_CUDA_ARCH_LIST
+export TORCH_CUDA_ARCH_LIST := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd ';' -),9.0)
+endif
 
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu examples/*/*.cpp \
 	tests/emulation/*.h tests/emulation/*.cpp)
