@@ -12,17 +12,17 @@ struct KeyThreshold {
   uint32_t key, ties;
 };
 
-// In shared memory. About 8.4 KB.
-struct BlockSelectScratch {
-  uint32_t histogram[kHistogramBins];
-  uint32_t scan[kWarp + 1];
-  uint32_t warp_below[kWarp], warp_equal[kWarp];
-  uint32_t bin, below, inside;
-};
-
 // Where the k-th smallest falls: its bin, how many keys lie in the bins before, and how many in it.
 struct HistogramCut {
   uint32_t bin, below, inside;
+};
+
+// In shared memory, 8.6 KB. Free for the next use when a function below returns.
+struct alignas(16) BlockSelectScratch {
+  uint32_t histogram[kHistogramBins];
+  uint32_t scan[kWarp + 1];
+  uint32_t warp_below[kWarp], warp_equal[kWarp];
+  HistogramCut cut;
 };
 
 // Adds the bins of the lanes that count to a histogram in shared memory. All lanes of the warp take part; one that
@@ -39,13 +39,17 @@ __device__ inline void add_to_histogram(uint32_t* histogram, uint32_t bin, bool 
   }
 }
 
-// Finds the k-th smallest, 0 < k <= the sum of histogram[bins], which may lie in global or in shared memory. All
-// threads take part and get the answer; what they wrote before is visible after.
+// Finds the k-th smallest, 0 < k <= the sum of histogram[bins], which may lie in global or in shared memory, at a
+// multiple of 16 bytes; `bins` is a multiple of 4. All threads take part and get the answer.
 __device__ inline HistogramCut find_cut(const uint32_t* histogram, int bins, uint32_t k, BlockSelectScratch& scratch) {
-  const int each = (bins + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int each = ((bins + threads - 1) / threads + 3) / 4 * 4;
   const int begin = min(bins, each * static_cast<int>(threadIdx.x)), end = min(bins, begin + each);
   uint32_t mine = 0, total;
-  for (int bin = begin; bin < end; ++bin) mine += histogram[bin];
+  for (int bin = begin; bin < end; bin += 4) {
+    const Vec<uint32_t, 4> four = load_vec<4>(histogram + bin);
+    mine += four[0] + four[1] + four[2] + four[3];
+  }
   uint32_t below = block_exclusive_scan(mine, total, scratch.scan);
   if (below < k && k - below <= mine) {  // one thread
     int bin = begin;
@@ -54,12 +58,10 @@ __device__ inline HistogramCut find_cut(const uint32_t* histogram, int bins, uin
       below += inside;
       inside = histogram[++bin];
     }
-    scratch.bin = static_cast<uint32_t>(bin);
-    scratch.below = below;
-    scratch.inside = inside;
+    scratch.cut = {static_cast<uint32_t>(bin), below, inside};
   }
   __syncthreads();
-  return {scratch.bin, scratch.below, scratch.inside};
+  return scratch.cut;
 }
 
 // Finds the threshold of the k smallest, 0 < k <= count, of those keys whose bits from `free_bits` up equal `prefix`;
@@ -67,19 +69,26 @@ __device__ inline HistogramCut find_cut(const uint32_t* histogram, int bins, uin
 template <typename KeyAt>
 __device__ KeyThreshold block_refine_threshold(const KeyAt& key_at, uint32_t count, uint32_t prefix, int free_bits,
                                                uint32_t k, BlockSelectScratch& scratch) {
+  constexpr uint32_t kBatch = 8;
   const uint32_t step = blockDim.x;
   while (free_bits > 0) {
     const int digit_bits = min(free_bits, 11);
     const int shift = free_bits - digit_bits, bins = 1 << digit_bits;
-    __syncthreads();  // the scratch may still be read
     for (uint32_t bin = threadIdx.x; bin < static_cast<uint32_t>(bins); bin += step) scratch.histogram[bin] = 0;
     __syncthreads();
-    for (uint32_t first = 0; first < count; first += step) {
-      const uint32_t i = first + threadIdx.x;
-      const uint32_t key = i < count ? key_at(i) : 0;
-      const bool counts = i < count && key >> free_bits == prefix;
-      add_to_histogram(scratch.histogram, (key >> shift) & static_cast<uint32_t>(bins - 1), counts);
-      if (count - first <= step) break;  // first + step may not fit
+    for (uint64_t first = 0; first < count; first += kBatch * step) {
+      uint32_t key[kBatch];
+      RENDSEG_UNROLL
+      for (uint32_t j = 0; j < kBatch; ++j) {  // all under way before the first is needed
+        const uint64_t i = first + j * step + threadIdx.x;
+        key[j] = i < count ? key_at(static_cast<uint32_t>(i)) : 0xffffffffu;
+      }
+      RENDSEG_UNROLL
+      for (uint32_t j = 0; j < kBatch; ++j) {
+        if (first + j * step >= count) break;
+        add_to_histogram(scratch.histogram, (key[j] >> shift) & static_cast<uint32_t>(bins - 1),
+                         key[j] >> free_bits == prefix);
+      }
     }
     __syncthreads();
     const HistogramCut cut = find_cut(scratch.histogram, bins, k, scratch);
