@@ -10,6 +10,7 @@
 
 #include "../encode_common.h"
 #include "encode.cuh"
+#include "encode_mma.cuh"
 
 namespace rendseg {
 namespace {
@@ -75,6 +76,30 @@ void run_op(const Tensor& x, Args<T>& args) {
   const Tensor scratch = at::empty({encoding::lay_out<op>(args, nullptr)}, x.options().dtype(at::kByte));
   encoding::lay_out<op>(args, scratch.mutable_data_ptr());
   encoding::run<op>(launch, args);
+}
+
+// encode on tensor cores; false where they do not serve.
+bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
+  if (x.element_size() != 2 || any_double({&codewords, &scale})) return false;
+  encoding::MmaArgs args;
+  args.batch = x.size(0);
+  args.positions = positions_of(x);
+  args.channels = x.size(1);
+  args.codes = codewords.size(0);
+  args.x = view_of_map(x);
+  args.codewords = view_of_codewords(codewords);
+  args.scale = view_of_scale(scale);
+  args.out = view_of_rows(out);
+  if (!encoding::fits_mma(args)) return false;
+  encoding::plan_mma(args);
+  CudaLaunch launch(x);
+  const auto run = [&]<typename X>() {
+    if (!encoding::run_encode_mma<X>(launch, args, true)) return false;
+    const Tensor scratch = at::empty({encoding::lay_out_mma(args, nullptr)}, x.options().dtype(at::kByte));
+    encoding::lay_out_mma(args, scratch.mutable_data_ptr());
+    return encoding::run_encode_mma<X>(launch, args, false);
+  };
+  return x.scalar_type() == at::kHalf ? run.template operator()<half_t>() : run.template operator()<bfloat16_t>();
 }
 
 // f.operator()<T>() with the type of the arithmetic.
@@ -191,6 +216,7 @@ Tensor encode_cuda(const Tensor& x,          // [B,D,H,W] or [B,D,M]
   if (x.numel() == 0) return at::zeros({x.size(0), codewords.size(0), x.size(1)}, options);
   const Tensor input = is_walkable(x) ? x : x.contiguous();
   Tensor out = at::empty({x.size(0), codewords.size(0), x.size(1)}, options);
+  if (encode_on_tensor_cores(input, codewords, scale, out)) return out;
   with_arithmetic({&x, &codewords, &scale}, [&]<typename T>() {
     auto args = sized<T>(x.size(0), positions_of(x), x.size(1), codewords.size(0));
     args.x = view_of_map(input);

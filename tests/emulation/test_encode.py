@@ -207,3 +207,40 @@ def test_bad_input(emulated, name: str) -> None:
     op, kwargs, error, pattern = BAD[name]
     with pytest.raises(error, match=pattern):
         getattr(emulated.ops, op)(**kwargs())
+
+
+# ---- Tensor cores: float16 and bfloat16 features, at most 32 codewords and 512 channels
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def halves(
+    batch: int, channels: int, size: tuple[int, ...], codes: int, dtype: torch.dtype, last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, c, s = make(batch, channels, size, codes)
+    x = x.to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if last else x, c, s
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 512, (12, 16), 32),  # the main case: all slices, whole tiles, 16-byte copies
+        (2, 48, (9, 24), 19),  # warps without channels, several chunks, a tail of positions in 16-byte copies
+        (3, 130, (7, 11), 31),  # nothing aligned
+        (1, 16, (1, 8), 1),
+    ],
+    ids=str,
+)
+def test_tensor_cores(emulated, shape, dtype: torch.dtype, last: bool) -> None:
+    inputs = halves(*shape, dtype, last)
+    x, c, s = inputs
+    results = []
+    for seed, limit in enumerate((232448, 166912, 101376)):  # two large tiles, two small ones, one
+        emulated.seed(seed)
+        emulated.device(shared_limit=limit)
+        results.append(emulated.ops.encode(*inputs))
+        assert torch.equal(results[0], results[-1])  # the size of a tile leaves the order of the sums alone
+    close(results[0], reference.encode(x.double(), c.double(), s.double()), torch.float32)

@@ -1,0 +1,658 @@
+// encode on tensor cores, for float16 and bfloat16 features and any codewords: at most 32 codewords, 512 channels.
+//
+// A block of eight warps walks over the positions of one chunk, 32 at a time. Every warp owns a slice of the channels:
+// its part of the distances (products of the slice with the codewords, which stay in registers), its part of the result
+// (32 codes x slice, in registers from the first position to the last). The parts of the distances meet in shared
+// memory, where all threads make the softmax. Features are read from memory once, in the layout that they have.
+//
+// Precision. Features are exact operands; codewords and assignments are split into two 16-bit values each, so products
+// are good to about 2^-17 (bfloat16) or 2^-22 (float16), sums are float. With the mean codeword r and c' = c - r
+//   ||x - c||^2 = ||x - r||^2 - 2 x.c' + (||c'||^2 + 2 r.c'),
+// where the first term is summed over (x - r)^2 itself: what an offset common to all codewords and features would
+// otherwise cancel is gone. Each codeword is scaled by a power of two to be small and far from the subnormals of
+// float16, and so are assignments.
+#pragma once
+
+#include "encode_parts.cuh"
+#include "mma.cuh"
+
+namespace rendseg::encoding {
+
+constexpr int kMmaCodes = 32;  // more take the general path
+constexpr int kStep = 16;      // channels of one product
+constexpr int kSteps = 4;      // of a warp, at most
+constexpr int kMmaChannels = kWarps * kSteps * kStep;
+constexpr int kSub = 32;                // positions between two exchanges
+constexpr int kWeightPitch = kSub + 8;  // of the weights [code][position]: rows of 80 bytes, no bank conflicts
+constexpr float kWeightScale = 4096.0f;
+
+// The codewords as the tensor cores want them: fragments of operand b, [step][split][lane][4 tiles of 8 codes][2].
+constexpr int kFragment = kWarp * 8;
+constexpr int64_t fragment_words(int64_t steps) { return steps * 2 * kFragment; }
+
+// Of one codeword: distance = ||x - r||^2 + factor * products + constant.
+struct CodeConstants {
+  float factor[kMmaCodes], constant[kMmaCodes], scale[kMmaCodes];
+};
+
+struct MmaArgs {
+  int64_t batch = 0, positions = 0, channels = 0, codes = 0;
+  View x, codewords, scale, out;
+  int64_t padded = 0, chunks = 0, chunk_positions = 0;
+  int steps = 0;         // of kStep channels, all warps together
+  bool vectors = false;  // rows of a tile can be copied in 16 bytes
+  // Scratch memory
+  uint32_t* fragments = nullptr;  // of c', scaled
+  float* reference = nullptr;     // r [steps * kStep]
+  CodeConstants* constants = nullptr;
+  float* sum_residual = nullptr;  // [B * chunks][D][padded]
+};
+
+// --- preparation
+// ------------------------------------------------------------------------------------------------------
+
+__device__ inline bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
+
+// Sum and largest over the block, the same in all threads.
+__device__ inline double block_sum(double value) {
+  RENDSEG_SHARED(double[kWarps], parts);
+  value = warp_sum(value);
+  __syncthreads();
+  if (lane_id() == 0) parts[warp_id()] = value;
+  __syncthreads();
+  double total = 0;
+  RENDSEG_UNROLL
+  for (int w = 0; w < kWarps; ++w) total += parts[w];
+  return total;
+}
+__device__ inline float block_max(float value) {
+  RENDSEG_SHARED(float[kWarps], parts);
+  value = warp_max(value);
+  __syncthreads();
+  if (lane_id() == 0) parts[warp_id()] = value;
+  __syncthreads();
+  float top = parts[0];
+  RENDSEG_UNROLL
+  for (int w = 1; w < kWarps; ++w) top = fmaxf(top, parts[w]);
+  return top;
+}
+
+// A power of two that brings values up to `top` below 16; 1 for zeros.
+__device__ inline float power_for(float top) {
+  if (!(top > 0.0f)) return 1.0f;
+  int exponent = 0;
+  frexpf(top, &exponent);
+  return ldexpf(1.0f, max(-120, min(120, 4 - exponent)));
+}
+
+// Codewords as fragments of operand b of products over channels: column = code, row = channel. The pair of values at
+// channels d, d + 1 (d even) of code k goes to word(d, k).
+__device__ inline int64_t fragment_word(int64_t d, int k, int split) {
+  const int64_t step = d / kStep;
+  const int in_step = static_cast<int>(d % kStep), lane = k % 8 * 4 + in_step % 8 / 2;
+  return ((step * 2 + split) * kWarp + lane) * 8 + k / 8 * 2 + in_step / 8;
+}
+
+// One block for each of kMmaCodes codewords. A codeword that is not finite has the distance that the sum of squares
+// would give, and no part in the products, which it would make NaN for others too.
+template <typename X>
+__global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
+  RENDSEG_SHARED(float[kMmaChannels], reference);
+  const int k = static_cast<int>(blockIdx.x);
+  const bool exists = k < args.codes;
+  const int padded = args.steps * kStep;
+  float top = 0.0f, not_finite = 0.0f;
+  double constant = 0;
+  for (int d = threadIdx.x; d < padded; d += kThreads) {
+    float sum = 0.0f, own = 0.0f;
+    int count = 0;
+    for (int other = 0; other < args.codes && d < args.channels; ++other) {
+      const float c = read<float>(args.codewords, 0, other, d);
+      if (is_finite(c)) {
+        sum += c * (1.0f / kMmaCodes);
+        ++count;
+      }
+      if (other == k) own = c;
+    }
+    const float mean = count > 0 && is_finite(sum) ? sum * (static_cast<float>(kMmaCodes) / count) : 0.0f;
+    reference[d] = mean;
+    if (k == 0) args.reference[d] = mean;
+    const float difference = own - mean;
+    if (exists && d < args.channels) {
+      if (is_finite(difference)) {
+        top = fmaxf(top, fabsf(difference));
+        constant += static_cast<double>(difference) * difference + 2.0 * mean * difference;
+      } else {
+        not_finite = difference == difference ? fmaxf(not_finite, 1.0f) : 2.0f;  // infinite; NaN
+      }
+    }
+  }
+  top = block_max(top);
+  not_finite = block_max(not_finite);
+  constant = block_sum(constant);
+  const float power = power_for(top);
+  for (int d = threadIdx.x * 2; d < padded; d += kThreads * 2) {
+    float value[2], rest[2];
+    RENDSEG_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const bool inside = exists && d + i < args.channels && not_finite == 0.0f;
+      value[i] = inside ? (read<float>(args.codewords, 0, k, d + i) - reference[d + i]) * power : 0.0f;
+      rest[i] = value[i] - widen(narrow<X>(value[i]));
+    }
+    args.fragments[fragment_word(d, k, 0)] = pack_half2<X>(value[0], value[1]);
+    args.fragments[fragment_word(d, k, 1)] = pack_half2<X>(rest[0], rest[1]);
+  }
+  if (threadIdx.x == 0) {
+    const float infinity = static_cast<float>(INFINITY);
+    args.constants->factor[k] = -2.0f / power;
+    args.constants->constant[k] = not_finite == 0.0f   ? static_cast<float>(constant)
+                                  : not_finite == 1.0f ? infinity
+                                                       : infinity - infinity;
+    args.constants->scale[k] = exists ? read<float>(args.scale, 0, k, 0) : 0.0f;
+  }
+}
+
+// --- a tile in shared memory
+// ------------------------------------------------------------------------------------------
+
+// Features of kTile positions: [channel][position], or [position][channel] where channels are contiguous in memory.
+// Rows are an odd number of 16 bytes: ldmatrix has no bank conflicts in either direction.
+template <typename X, int kTile, bool kChannelsLast>
+struct TileOf {
+  static __host__ __device__ int rows(int steps) { return kChannelsLast ? kTile : steps * kStep; }
+  static __host__ __device__ int columns(int steps) { return kChannelsLast ? steps * kStep : kTile; }
+  static __host__ __device__ int pitch(int steps) { return columns(steps) + 8; }
+  static __host__ __device__ int64_t bytes(int steps) {
+    return static_cast<int64_t>(rows(steps)) * pitch(steps) * static_cast<int64_t>(sizeof(X));
+  }
+  static __device__ int at(int steps, int position, int channel) {
+    return kChannelsLast ? position * pitch(steps) + channel : channel * pitch(steps) + position;
+  }
+};
+
+// Starts copying the tile from position `first` on; zeros behind `count` positions and behind the last channel.
+template <typename X, int kTile, bool kChannelsLast>
+__device__ inline void load_tile(const MmaArgs& args, int64_t image, int64_t first, int count, X* tile) {
+  using Tile = TileOf<X, kTile, kChannelsLast>;
+  const View& x = args.x;
+  const X* const from = address<X>(x, image, first, 0);
+  const int channels = static_cast<int>(args.channels);
+  const int row_limit = kChannelsLast ? count : channels, column_limit = kChannelsLast ? channels : count;
+  const int64_t row_stride = kChannelsLast ? x.position : x.channel,
+                column_stride = kChannelsLast ? x.channel : x.position;
+  const int pitch = Tile::pitch(args.steps), units = Tile::columns(args.steps) / 8;
+  const int total = Tile::rows(args.steps) * units;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int row = i / units, column = i % units * 8;
+    X* const to = tile + row * pitch + column;
+    if (args.vectors) {
+      const bool valid = row < row_limit && column < column_limit;
+      cp_async_16(to, valid ? from + row * row_stride + column : from, valid);
+    } else {
+      Vec<X, 8> values;
+      RENDSEG_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const bool valid = row < row_limit && column + j < column_limit;
+        values[j] = valid ? from[row * row_stride + (column + j) * column_stride] : narrow<X>(0.0f);
+      }
+      store_vec(to, values);
+    }
+  }
+}
+
+// Operand a of 16 positions by 16 channels.
+template <typename X, int kTile, bool kChannelsLast>
+__device__ inline void positions_by_channels(uint32_t (&a)[4], const X* tile, int steps, int position, int channel) {
+  using Tile = TileOf<X, kTile, kChannelsLast>;
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  if constexpr (kChannelsLast) {
+    ldmatrix_x4(a, tile + Tile::at(steps, position + matrix % 2 * 8 + row, channel + matrix / 2 * 8));
+  } else {
+    ldmatrix_x4_trans(a, tile + Tile::at(steps, position + matrix % 2 * 8, channel + matrix / 2 * 8 + row));
+  }
+}
+
+// Two operands b of 16 positions by 8 channels: b[0], b[1] of the first eight channels, b[2], b[3] of the others.
+template <typename X, int kTile, bool kChannelsLast>
+__device__ inline void channels_over_positions(uint32_t (&b)[4], const X* tile, int steps, int position, int channel) {
+  using Tile = TileOf<X, kTile, kChannelsLast>;
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  if constexpr (kChannelsLast) {
+    ldmatrix_x4_trans(b, tile + Tile::at(steps, position + matrix % 2 * 8 + row, channel + matrix / 2 * 8));
+  } else {
+    ldmatrix_x4(b, tile + Tile::at(steps, position + matrix % 2 * 8, channel + matrix / 2 * 8 + row));
+  }
+}
+
+template <typename X>
+__device__ inline float low_half(uint32_t pair) {
+  X value;
+  const uint16_t bits = static_cast<uint16_t>(pair);
+  memcpy(&value, &bits, 2);
+  return widen(value);
+}
+template <typename X>
+__device__ inline float high_half(uint32_t pair) {
+  return low_half<X>(pair >> 16);
+}
+
+// --- the exchange of distances
+// ----------------------------------------------------------------------------------------
+
+// Parts of products [32 positions][32 codes], one for each warp. Columns are swapped by row so that fragments are
+// written, and rows read, without bank conflicts.
+constexpr int kPart = kSub * kMmaCodes;
+__device__ inline int part_at(int position, int code) { return position * kMmaCodes + (code ^ (position % 4 * 8)); }
+
+__device__ inline void put_part(float* part, const float (&product)[2][4][4]) {
+  const int group = lane_id() / 4, in_group = lane_id() % 4;
+  RENDSEG_UNROLL
+  for (int m = 0; m < 2; ++m) {
+    RENDSEG_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      RENDSEG_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Vec<float, 2> pair{{product[m][n][half * 2], product[m][n][half * 2 + 1]}};
+        store_vec(part + part_at(m * 16 + half * 8 + group, n * 8 + 2 * in_group), pair);
+      }
+    }
+  }
+}
+
+// Sum of the parts of all warps for four codes of one position.
+__device__ inline Vec<float, 4> sum_parts(const float* parts, int position, int code) {
+  Vec<float, 4> sum = load_vec<4>(parts + part_at(position, code));
+  RENDSEG_UNROLL
+  for (int w = 1; w < kWarps; ++w) {
+    const Vec<float, 4> part = load_vec<4>(parts + w * kPart + part_at(position, code));
+    RENDSEG_UNROLL
+    for (int j = 0; j < 4; ++j) sum[j] += part[j];
+  }
+  return sum;
+}
+
+// The thread of a block that makes the softmax: four codes of one position; eight neighbouring lanes share a position.
+__device__ inline int softmax_position() { return static_cast<int>(threadIdx.x) / 8; }
+__device__ inline int softmax_code() { return static_cast<int>(threadIdx.x) % 8 * 4; }
+
+template <typename F>
+__device__ inline float over_position(float value, F&& combine) {
+  RENDSEG_UNROLL
+  for (int distance = 4; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+// Squared distances and their softmax, for the codes of this thread.
+struct Softmax {
+  Vec<float, 4> distance, assigned;
+};
+
+__device__ inline Softmax softmax_of(const MmaArgs& args, const CodeConstants& constants, const float* parts,
+                                     const float* squares) {
+  const int position = softmax_position(), code = softmax_code();
+  float square = 0.0f;
+  RENDSEG_UNROLL
+  for (int w = 0; w < kWarps; ++w) square += squares[w * kSub + position];
+  Softmax result;
+  result.distance = sum_parts(parts, position, code);
+  Vec<float, 4> logit;
+  float peak = -static_cast<float>(INFINITY);
+  RENDSEG_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const float distance = square + fmaf(constants.factor[code + j], result.distance[j], constants.constant[code + j]);
+    result.distance[j] = distance < 0.0f ? 0.0f : distance;  // a NaN stays
+    logit[j] = constants.scale[code + j] * result.distance[j];
+    if (code + j < args.codes) peak = fmaxf(peak, logit[j]);
+  }
+  peak = over_position(peak, [](float a, float b) { return fmaxf(a, b); });
+  float total = 0.0f;
+  RENDSEG_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    result.assigned[j] = code + j < args.codes ? expf(logit[j] - peak) : 0.0f;
+    total += result.assigned[j];
+  }
+  total = over_position(total, [](float a, float b) { return a + b; });
+  RENDSEG_UNROLL
+  for (int j = 0; j < 4; ++j) result.assigned[j] = code + j < args.codes ? result.assigned[j] / total : 0.0f;
+  return result;
+}
+
+// weights[split][code][position] = value in two parts. Returns their sum: what the products see.
+template <typename X>
+__device__ inline float put_weight(X* weights, int code, int position, float value) {
+  X* const to = weights + code * kWeightPitch + position;
+  const X high = narrow<X>(value);
+  const X low = narrow<X>(value - widen(high));
+  to[0] = high;
+  to[kMmaCodes * kWeightPitch] = low;
+  return widen(high) + widen(low);
+}
+
+// Operand a of 16 codes by 16 positions.
+template <typename X>
+__device__ inline void codes_by_positions(uint32_t (&a)[4], const X* weights, int code, int position) {
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  ldmatrix_x4(a, weights + (code + matrix % 2 * 8 + row) * kWeightPitch + position + matrix / 2 * 8);
+}
+
+// --- products of a warp
+// -----------------------------------------------------------------------------------------------
+
+// The step of channels that is the i-th of this warp.
+__device__ inline int own_step(int i) { return warp_id() + i * kWarps; }
+
+using Codewords = uint32_t[kSteps][2][8];  // fragments of the slice of a warp
+using Result = float[kSteps][2][2][4];     // [32 codes][slice]
+
+__device__ inline void load_codewords(const MmaArgs& args, Codewords& fragments) {
+  RENDSEG_UNROLL
+  for (int i = 0; i < kSteps; ++i) {
+    RENDSEG_UNROLL
+    for (int split = 0; split < 2; ++split) {
+      RENDSEG_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Vec<uint32_t, 4> words{};
+        if (own_step(i) < args.steps) {
+          words = load_vec<4>(args.fragments + ((own_step(i) * 2 + split) * kWarp + lane_id()) * 8 + half * 4);
+        }
+        RENDSEG_UNROLL
+        for (int j = 0; j < 4; ++j) fragments[i][split][half * 4 + j] = words[j];
+      }
+    }
+  }
+}
+
+// Products of 32 positions from `position` on with the codewords, over the slice of this warp; and (x - r)^2 summed
+// over it: square[m][half] is that of position m * 16 + half * 8 + lane / 4, in every lane of four.
+template <typename X, int kTile, bool kChannelsLast>
+__device__ inline void contract_slice(const MmaArgs& args, const X* tile, const float* reference, int position,
+                                      const Codewords& fragments, float (&product)[2][4][4], float (&square)[2][2]) {
+  const int in_group = lane_id() % 4;
+  RENDSEG_UNROLL
+  for (int i = 0; i < kSteps; ++i) {
+    if (own_step(i) >= args.steps) break;
+    const int channel = own_step(i) * kStep;
+    const Vec<float, 2> r_low = load_vec<2>(reference + channel + 2 * in_group);
+    const Vec<float, 2> r_high = load_vec<2>(reference + channel + 8 + 2 * in_group);
+    RENDSEG_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      uint32_t a[4];
+      positions_by_channels<X, kTile, kChannelsLast>(a, tile, args.steps, position + m * 16, channel);
+      RENDSEG_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Vec<float, 2>& r = j < 2 ? r_low : r_high;
+        const float low = low_half<X>(a[j]) - r[0], high = high_half<X>(a[j]) - r[1];
+        square[m][j % 2] = fmaf(low, low, fmaf(high, high, square[m][j % 2]));
+      }
+      RENDSEG_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        const uint32_t b_low[2] = {fragments[i][1][n * 2], fragments[i][1][n * 2 + 1]};
+        const uint32_t b_high[2] = {fragments[i][0][n * 2], fragments[i][0][n * 2 + 1]};
+        mma_m16n8k16(product[m][n], a, b_low, X{});
+        mma_m16n8k16(product[m][n], a, b_high, X{});
+      }
+    }
+  }
+  RENDSEG_UNROLL
+  for (int m = 0; m < 2; ++m) {
+    RENDSEG_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      square[m][half] += __shfl_xor_sync(kAllLanes, square[m][half], 1);
+      square[m][half] += __shfl_xor_sync(kAllLanes, square[m][half], 2);
+    }
+  }
+}
+
+// result += weights [32 codes][32 positions] * features [32 positions][slice].
+template <typename X, int kTile, bool kChannelsLast>
+__device__ inline void aggregate_slice(const MmaArgs& args, const X* tile, const X* weights, int position,
+                                       Result& result) {
+  RENDSEG_UNROLL
+  for (int p = 0; p < kSub; p += 16) {
+    uint32_t a[2][2][4];  // [split][codes]
+    RENDSEG_UNROLL
+    for (int split = 0; split < 2; ++split) {
+      RENDSEG_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        codes_by_positions(a[split][m], weights + split * kMmaCodes * kWeightPitch, m * 16, p);
+      }
+    }
+    RENDSEG_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      if (own_step(i) >= args.steps) break;
+      uint32_t b[4];
+      channels_over_positions<X, kTile, kChannelsLast>(b, tile, args.steps, position + p, own_step(i) * kStep);
+      RENDSEG_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
+        RENDSEG_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          mma_m16n8k16(result[i][m][n], a[1][m], b_own, X{});
+          mma_m16n8k16(result[i][m][n], a[0][m], b_own, X{});
+        }
+      }
+    }
+  }
+}
+
+// f(code, channel, value) for what this thread holds of a result.
+template <typename F>
+__device__ inline void for_each_result(const MmaArgs& args, const Result& result, F&& f) {
+  const int group = lane_id() / 4, in_group = lane_id() % 4;
+  RENDSEG_UNROLL
+  for (int i = 0; i < kSteps; ++i) {
+    RENDSEG_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      RENDSEG_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        RENDSEG_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const int code = m * 16 + j / 2 * 8 + group, channel = own_step(i) * kStep + n * 8 + 2 * in_group + j % 2;
+          if (code < args.codes && channel < args.channels) f(code, channel, result[i][m][n][j]);
+        }
+      }
+    }
+  }
+}
+
+// totals[code] = sum over the positions of the block of `mine`, of each thread that makes a softmax. `scratch` holds
+// [kSub][kMmaCodes].
+__device__ inline void sum_positions(const Vec<float, 4>& mine, float* scratch, float* totals) {
+  store_vec(scratch + softmax_position() * kMmaCodes + softmax_code(), mine);
+  __syncthreads();
+  if (threadIdx.x < kMmaCodes) {
+    float total = 0.0f;
+    for (int p = 0; p < kSub; ++p) total += scratch[p * kMmaCodes + threadIdx.x];
+    totals[threadIdx.x] = total;
+  }
+  __syncthreads();
+}
+
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
+
+template <typename X, int kTile, bool kChannelsLast, int kStages>
+struct ForwardShared {
+  X* tile[kStages];
+  float *parts, *squares, *reference, *totals;
+  X* weights;
+  CodeConstants* constants;
+  int64_t bytes;
+
+  __host__ __device__ ForwardShared(unsigned char* memory, int steps) {
+    const int64_t tile_bytes = TileOf<X, kTile, kChannelsLast>::bytes(steps);
+    int64_t at = 0;
+    RENDSEG_UNROLL
+    for (int i = 0; i < kStages; ++i, at += tile_bytes) tile[i] = reinterpret_cast<X*>(memory + at);
+    parts = reinterpret_cast<float*>(memory + at);
+    at += kWarps * kPart * 4;
+    squares = reinterpret_cast<float*>(memory + at);
+    at += kWarps * kSub * 4;
+    reference = reinterpret_cast<float*>(memory + at);
+    at += kMmaChannels * 4;
+    totals = reinterpret_cast<float*>(memory + at);
+    at += kMmaCodes * 4;
+    weights = reinterpret_cast<X*>(memory + at);
+    at += 2 * kMmaCodes * kWeightPitch * 2;
+    constants = reinterpret_cast<CodeConstants*>(memory + at);
+    bytes = at + static_cast<int64_t>(sizeof(CodeConstants));
+  }
+};
+
+template <typename X, int kTile, bool kChannelsLast, int kStages>
+__global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
+  RENDSEG_DYNAMIC_SHARED(memory);
+  const ForwardShared<X, kTile, kChannelsLast, kStages> shared(memory, args.steps);
+  const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
+  const int64_t begin = chunk % args.chunks * args.chunk_positions;
+  const int64_t end = min(begin + args.chunk_positions, args.positions);
+  const int64_t tiles = (end - begin + kTile - 1) / kTile;
+  const auto load = [&](int64_t t) {
+    const int64_t first = begin + t * kTile;
+    load_tile<X, kTile, kChannelsLast>(args, image, first, static_cast<int>(min(int64_t{kTile}, end - first)),
+                                       kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]);
+  };
+
+  if (kStages == 2) load(0);
+  cp_async_commit();
+  for (int d = threadIdx.x; d < args.steps * kStep; d += kThreads) shared.reference[d] = args.reference[d];
+  if (threadIdx.x < kMmaCodes) {
+    shared.constants->factor[threadIdx.x] = args.constants->factor[threadIdx.x];
+    shared.constants->constant[threadIdx.x] = args.constants->constant[threadIdx.x];
+    shared.constants->scale[threadIdx.x] = args.constants->scale[threadIdx.x];
+  }
+  Codewords codewords;
+  load_codewords(args, codewords);
+
+  Result result = {};
+  Vec<float, 4> assigned_sum{};
+  for (int64_t t = 0; t < tiles; ++t) {
+    if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
+    if (kStages == 1) {
+      load(t);
+    } else if (t + 1 < tiles) {
+      load(t + 1);
+    }
+    cp_async_commit();
+    cp_async_wait<kStages - 1>();
+    __syncthreads();
+    const X* const tile = kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1];
+    const int count = static_cast<int>(min(int64_t{kTile}, end - begin - t * kTile));
+    for (int position = 0; position < count; position += kSub) {
+      float product[2][4][4] = {}, square[2][2] = {};
+      contract_slice<X, kTile, kChannelsLast>(args, tile, shared.reference, position, codewords, product, square);
+      put_part(shared.parts + warp_id() * kPart, product);
+      if (lane_id() % 4 == 0) {
+        RENDSEG_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          RENDSEG_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            shared.squares[warp_id() * kSub + m * 16 + half * 8 + lane_id() / 4] = square[m][half];
+          }
+        }
+      }
+      __syncthreads();
+      const Softmax softmax = softmax_of(args, *shared.constants, shared.parts, shared.squares);
+      const bool exists = position + softmax_position() < count;
+      RENDSEG_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        assigned_sum[j] += put_weight(shared.weights, softmax_code() + j, softmax_position(),
+                                      exists ? softmax.assigned[j] * kWeightScale : 0.0f);
+      }
+      __syncthreads();
+      aggregate_slice<X, kTile, kChannelsLast>(args, tile, shared.weights, position, result);
+    }
+  }
+  __syncthreads();
+  sum_positions(assigned_sum, shared.parts, shared.totals);
+  float* const out = args.sum_residual + chunk * args.channels * args.padded;
+  for_each_result(args, result, [&](int k, int d, float sum) {
+    const float c = read<float>(args.codewords, 0, k, d);
+    out[d * args.padded + k] = (sum - c * shared.totals[k]) * (1.0f / kWeightScale);
+  });
+}
+
+// --- host
+// -------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMmaChunks = 128;  // of all images together: a block for every multiprocessor of the largest GPUs
+
+// Whether the tensor cores can do it. X is half_t or bfloat16_t.
+inline bool fits_mma(const MmaArgs& args) {
+  return args.codes <= kMmaCodes && args.channels >= kStep && args.channels <= kMmaChannels;
+}
+
+inline bool is_channels_last(const MmaArgs& args) { return args.x.channel == 1 && args.channels > 1; }
+
+inline void plan_mma(MmaArgs& args) {
+  args.padded = (args.codes + kPad - 1) / kPad * kPad;
+  args.steps = static_cast<int>((args.channels + kStep - 1) / kStep);
+  const int64_t units = (args.positions + 63) / 64,
+                per_image = kMmaChunks / args.batch < 1 ? 1 : kMmaChunks / args.batch;
+  args.chunk_positions = (units + per_image - 1) / per_image * 64;
+  args.chunks = (args.positions + args.chunk_positions - 1) / args.chunk_positions;
+  const bool last = is_channels_last(args);
+  const int64_t row = last ? args.x.position : args.x.channel, columns = last ? args.channels : args.positions;
+  args.vectors = (last ? args.x.channel : args.x.position) == 1 && row % 8 == 0 && args.x.image % 8 == 0 &&
+                 columns % 8 == 0 && is_aligned(args.x.data, 16);
+}
+
+// Places of the scratch memory from `memory` on; returns the bytes that they take.
+inline int64_t lay_out_mma(MmaArgs& args, void* memory) {
+  int64_t bytes = 0;
+  const auto take = [&](auto*& pointer, int64_t values) {
+    using V = std::remove_reference_t<decltype(*pointer)>;
+    if (memory != nullptr) pointer = reinterpret_cast<V*>(static_cast<unsigned char*>(memory) + bytes);
+    bytes += (values * static_cast<int64_t>(sizeof(V)) + 255) / 256 * 256;
+  };
+  take(args.fragments, fragment_words(args.steps));
+  take(args.reference, args.steps * kStep);
+  take(args.constants, 1);
+  take(args.sum_residual, args.batch * args.chunks * args.channels * args.padded);
+  return bytes;
+}
+
+template <typename X, int kTile, bool kChannelsLast, int kStages, typename Launch>
+bool launch_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
+  const int64_t bytes = ForwardShared<X, kTile, kChannelsLast, kStages>(nullptr, args.steps).bytes;
+  if (bytes > launch.shared_limit()) return false;
+  if (!try_only) {
+    launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_kernel<X, kTile, kChannelsLast, kStages>, args);
+  }
+  return true;
+}
+
+// Two tiles under way where the GPU has the shared memory, else one, else a smaller one. The order of all sums is the
+// same in each.
+template <typename X, bool kChannelsLast, typename Launch>
+bool pick_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
+  return launch_encode_mma<X, 64, kChannelsLast, 2>(launch, args, try_only) ||
+         launch_encode_mma<X, 32, kChannelsLast, 2>(launch, args, try_only) ||
+         launch_encode_mma<X, 32, kChannelsLast, 1>(launch, args, try_only);
+}
+
+// Whether it was done. With `try_only`: whether it can be, on this GPU.
+template <typename X, typename Launch>
+bool run_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
+  if (!try_only) launch({kMmaCodes, kThreads}, prepare_mma_kernel<X>, args);
+  if (!(is_channels_last(args) ? pick_encode_mma<X, true>(launch, args, try_only)
+                               : pick_encode_mma<X, false>(launch, args, try_only))) {
+    return false;
+  }
+  if (!try_only) {
+    Args<float> sums;
+    sums.batch = args.batch;
+    sums.channels = args.channels;
+    sums.codes = args.codes;
+    sums.padded = args.padded;
+    sums.chunks = args.chunks;
+    sums.out = args.out;
+    sums.sum_residual = args.sum_residual;
+    run_sum_encodings(launch, sums);
+  }
+  return true;
+}
+
+}  // namespace rendseg::encoding
