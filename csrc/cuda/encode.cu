@@ -78,9 +78,9 @@ void run_op(const Tensor& x, Args<T>& args) {
   encoding::run<op>(launch, args);
 }
 
-// encode on tensor cores; false where they do not serve.
-bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
-  if (x.element_size() != 2 || any_double({&codewords, &scale})) return false;
+// --- encode on tensor cores, for half features
+
+encoding::MmaArgs mma_args(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
   encoding::MmaArgs args;
   args.batch = x.size(0);
   args.positions = positions_of(x);
@@ -89,17 +89,46 @@ bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tens
   args.x = view_of_map(x);
   args.codewords = view_of_codewords(codewords);
   args.scale = view_of_scale(scale);
-  args.out = view_of_rows(out);
+  args.out = out.dim() == 3 ? view_of_rows(out) : view_of_codewords(out);
+  return args;
+}
+
+// Whether they serve, and if so, it is done. run.operator()<X>(launch, args, try_only).
+template <typename F>
+bool on_tensor_cores(const Tensor& x, encoding::MmaArgs args, F&& run) {
   if (!encoding::fits_mma(args)) return false;
   encoding::plan_mma(args);
   CudaLaunch launch(x);
-  const auto run = [&]<typename X>() {
-    if (!encoding::run_encode_mma<X>(launch, args, true)) return false;
+  const auto run_for = [&]<typename X>() {
+    if (!run.template operator()<X>(launch, args, true)) return false;
     const Tensor scratch = at::empty({encoding::lay_out_mma(args, nullptr)}, x.options().dtype(at::kByte));
     encoding::lay_out_mma(args, scratch.mutable_data_ptr());
-    return encoding::run_encode_mma<X>(launch, args, false);
+    return run.template operator()<X>(launch, args, false);
   };
-  return x.scalar_type() == at::kHalf ? run.template operator()<half_t>() : run.template operator()<bfloat16_t>();
+  return x.scalar_type() == at::kHalf ? run_for.template operator()<half_t>()
+                                      : run_for.template operator()<bfloat16_t>();
+}
+
+bool is_half(const Tensor& x) { return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16; }
+
+bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
+  if (!is_half(x) || any_double({&codewords, &scale})) return false;
+  return on_tensor_cores(x, mma_args(x, codewords, scale, out),
+                         [&]<typename X>(auto& launch, auto& args, bool try_only) {
+                           return encoding::run_encode_mma<X>(launch, args, try_only);
+                         });
+}
+
+bool encode_backward_on_tensor_cores(const Tensor& grad, const Tensor& x, const Tensor& codewords, const Tensor& scale,
+                                     const Tensor& x_grad, const Tensor& codeword_grad, const Tensor& scale_grad) {
+  if (!is_half(x) || any_double({&grad, &codewords, &scale})) return false;
+  encoding::MmaArgs args = mma_args(x, codewords, scale, codeword_grad);
+  args.grad = view_of_rows(grad);
+  args.x_grad = view_of_map(x_grad);
+  args.scale_grad = view_of_scale(scale_grad);
+  return on_tensor_cores(x, args, [&]<typename X>(auto& launch, auto& args, bool try_only) {
+    return encoding::run_encode_mma_backward<X>(launch, args, try_only);
+  });
 }
 
 // f.operator()<T>() with the type of the arithmetic.
@@ -241,17 +270,19 @@ Grads encode_backward_cuda(const Tensor& grad,       // [B,K,D]
   const Tensor target = is_walkable(x_grad) ? x_grad : at::empty_like(x_grad, at::MemoryFormat::Contiguous);
   Tensor codeword_grad = at::empty_like(codewords, at::MemoryFormat::Contiguous);
   Tensor scale_grad = at::empty_like(scale, at::MemoryFormat::Contiguous);
-  with_arithmetic({&grad, &x, &codewords, &scale}, [&]<typename T>() {
-    auto args = sized<T>(x.size(0), positions_of(x), x.size(1), codewords.size(0));
-    args.x = view_of_map(input);
-    args.codewords = view_of_codewords(codewords);
-    args.scale = view_of_scale(scale);
-    args.grad = view_of_rows(grad);
-    args.x_grad = view_of_map(target);
-    args.out = view_of_codewords(codeword_grad);
-    args.scale_grad = view_of_scale(scale_grad);
-    run_op<Op::kEncodeBackward>(x, args);
-  });
+  if (!encode_backward_on_tensor_cores(grad, input, codewords, scale, target, codeword_grad, scale_grad)) {
+    with_arithmetic({&grad, &x, &codewords, &scale}, [&]<typename T>() {
+      auto args = sized<T>(x.size(0), positions_of(x), x.size(1), codewords.size(0));
+      args.x = view_of_map(input);
+      args.codewords = view_of_codewords(codewords);
+      args.scale = view_of_scale(scale);
+      args.grad = view_of_rows(grad);
+      args.x_grad = view_of_map(target);
+      args.out = view_of_codewords(codeword_grad);
+      args.scale_grad = view_of_scale(scale_grad);
+      run_op<Op::kEncodeBackward>(x, args);
+    });
+  }
   if (!target.is_same(x_grad)) x_grad.copy_(target);
   return {x_grad, codeword_grad, scale_grad};
 }

@@ -32,8 +32,7 @@ struct Does {
   static constexpr int weight_row = encode_backward ? 2 : 1;
 };
 
-// --- moving a tile
-// ----------------------------------------------------------------------------------------------------
+// --- moving a tile ---------------------------------------------------------------------------------------------------
 
 // f(i, j) for all i < rows, j < 2^columns_log2, neighbouring threads along j, or along i where that is the contiguous
 // direction in memory.
@@ -124,8 +123,7 @@ __device__ inline void write_rows(const Args<T>& args, int64_t image, int64_t fi
   });
 }
 
-// --- products of a tile
-// -----------------------------------------------------------------------------------------------
+// --- products of a tile ----------------------------------------------------------------------------------------------
 
 constexpr int kPartial = 64;  // channels of a partial sum: two levels keep rounding errors small
 
@@ -257,8 +255,7 @@ __device__ inline void contract_codes(const Args<T>& args, T* tile, const T* cod
   }
 }
 
-// --- rows of codes
-// ----------------------------------------------------------------------------------------------------
+// --- rows of codes ---------------------------------------------------------------------------------------------------
 
 // assigned[p] = softmax over the codes of scale * squares[p], one warp a position; zeros behind the last code.
 // `assigned` may be `squares`.
@@ -311,8 +308,7 @@ __device__ inline void sum_rows(const Args<T>& args, int count, bool first, cons
   }
 }
 
-// --- the kernel
-// -------------------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------------------
 
 // One tile: count positions from `first` on. `opens`: the first of its chunk.
 template <Op op, typename T>
@@ -398,8 +394,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, op>) tiles_kernel(Args<
   }
 }
 
-// --- host
-// -------------------------------------------------------------------------------------------------------------
+// --- host ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kSharedBudget = 99 * 1024;          // what every GPU since sm_80 can give to a block
 constexpr int64_t kChunksWanted = 256;                // of all images together

@@ -38,18 +38,29 @@ struct CodeConstants {
 struct MmaArgs {
   int64_t batch = 0, positions = 0, channels = 0, codes = 0;
   View x, codewords, scale, out;
+  View grad, x_grad, scale_grad;  // backward; `out` is then the gradient of the codewords
   int64_t padded = 0, chunks = 0, chunk_positions = 0;
-  int steps = 0;         // of kStep channels, all warps together
-  bool vectors = false;  // rows of a tile can be copied in 16 bytes
+  int steps = 0;              // of kStep channels, all warps together
+  bool vectors = false;       // rows of a tile can be copied in 16 bytes
+  bool grad_vectors = false;  // and those of its gradient
   // Scratch memory
   uint32_t* fragments = nullptr;  // of c', scaled
   float* reference = nullptr;     // r [steps * kStep]
   CodeConstants* constants = nullptr;
   float* sum_residual = nullptr;  // [B * chunks][D][padded]
+  // and of backward
+  void* code_rows = nullptr;          // c', scaled, [kMmaCodes][steps * kStep]
+  void* grad_rows = nullptr;          // gradient of the result, scaled, in two parts, [B][2][kMmaCodes][steps * kStep]
+  float* grad_power = nullptr;        // [B][kMmaCodes]: what it was scaled by
+  float* grad_dot = nullptr;          // [B][kMmaCodes]: its product with the codeword
+  float* packed_codewords = nullptr;  // see Args
+  float* packed_scale = nullptr;
+  float* packed_grad = nullptr;
+  float* sum_assigned = nullptr;
+  float* sum_scale = nullptr;
 };
 
-// --- preparation
-// ------------------------------------------------------------------------------------------------------
+// --- preparation -----------------------------------------------------------------------------------------------------
 
 __device__ inline bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 
@@ -77,9 +88,9 @@ __device__ inline float block_max(float value) {
   return top;
 }
 
-// A power of two that brings values up to `top` below 16; 1 for zeros.
+// A power of two that brings values up to `top` below 16; 1 where there is none.
 __device__ inline float power_for(float top) {
-  if (!(top > 0.0f)) return 1.0f;
+  if (!(top > 0.0f) || !is_finite(top)) return 1.0f;
   int exponent = 0;
   frexpf(top, &exponent);
   return ldexpf(1.0f, max(-120, min(120, 4 - exponent)));
@@ -141,6 +152,10 @@ __global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
     }
     args.fragments[fragment_word(d, k, 0)] = pack_half2<X>(value[0], value[1]);
     args.fragments[fragment_word(d, k, 1)] = pack_half2<X>(rest[0], rest[1]);
+    if (args.code_rows != nullptr) {
+      store_vec(static_cast<X*>(args.code_rows) + k * padded + d,
+                Vec<X, 2>{{narrow<X>(value[0]), narrow<X>(value[1])}});
+    }
   }
   if (threadIdx.x == 0) {
     const float infinity = static_cast<float>(INFINITY);
@@ -152,8 +167,37 @@ __global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
   }
 }
 
-// --- a tile in shared memory
-// ------------------------------------------------------------------------------------------
+// One block for each of kMmaCodes codewords of each image: the gradient of the result as rows of operands.
+template <typename X>
+__global__ void __launch_bounds__(kThreads) prepare_gradient_kernel(MmaArgs args) {
+  const int64_t image = blockIdx.x / kMmaCodes;
+  const int k = static_cast<int>(blockIdx.x % kMmaCodes), padded = args.steps * kStep;
+  const bool exists = k < args.codes;
+  const auto gradient = [&](int d) { return exists && d < args.channels ? read<float>(args.grad, image, k, d) : 0.0f; };
+  float top = 0.0f;
+  double dot = 0;
+  for (int d = threadIdx.x; d < padded; d += kThreads) {
+    const float g = gradient(d);
+    top = fmaxf(top, fabsf(g));
+    if (exists && d < args.channels) dot += static_cast<double>(g) * read<float>(args.codewords, 0, k, d);
+  }
+  top = block_max(top);
+  dot = block_sum(dot);
+  const float power = power_for(top);
+  X* const to = static_cast<X*>(args.grad_rows) + (image * 2 * kMmaCodes + k) * padded;
+  for (int d = threadIdx.x; d < padded; d += kThreads) {
+    const float value = gradient(d) * power;
+    const X high = narrow<X>(value);
+    to[d] = high;
+    to[kMmaCodes * padded + d] = narrow<X>(value - widen(high));
+  }
+  if (threadIdx.x == 0) {
+    args.grad_power[blockIdx.x] = power;
+    args.grad_dot[blockIdx.x] = static_cast<float>(dot);
+  }
+}
+
+// --- a tile in shared memory -----------------------------------------------------------------------------------------
 
 // Features of kTile positions: [channel][position], or [position][channel] where channels are contiguous in memory.
 // Rows are an odd number of 16 bytes: ldmatrix has no bank conflicts in either direction.
@@ -236,8 +280,7 @@ __device__ inline float high_half(uint32_t pair) {
   return low_half<X>(pair >> 16);
 }
 
-// --- the exchange of distances
-// ----------------------------------------------------------------------------------------
+// --- the exchange of distances ---------------------------------------------------------------------------------------
 
 // Parts of products [32 positions][32 codes], one for each warp. Columns are swapped by row so that fragments are
 // written, and rows read, without bank conflicts.
@@ -255,6 +298,18 @@ __device__ inline void put_part(float* part, const float (&product)[2][4][4]) {
         const Vec<float, 2> pair{{product[m][n][half * 2], product[m][n][half * 2 + 1]}};
         store_vec(part + part_at(m * 16 + half * 8 + group, n * 8 + 2 * in_group), pair);
       }
+    }
+  }
+}
+
+// squares[warp][position]
+__device__ inline void put_squares(float* squares, const float (&square)[2][2]) {
+  if (lane_id() % 4 != 0) return;
+  RENDSEG_UNROLL
+  for (int m = 0; m < 2; ++m) {
+    RENDSEG_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      squares[warp_id() * kSub + m * 16 + half * 8 + lane_id() / 4] = square[m][half];
     }
   }
 }
@@ -337,8 +392,7 @@ __device__ inline void codes_by_positions(uint32_t (&a)[4], const X* weights, in
   ldmatrix_x4(a, weights + (code + matrix % 2 * 8 + row) * kWeightPitch + position + matrix / 2 * 8);
 }
 
-// --- products of a warp
-// -----------------------------------------------------------------------------------------------
+// --- products of a warp ----------------------------------------------------------------------------------------------
 
 // The step of channels that is the i-th of this warp.
 __device__ inline int own_step(int i) { return warp_id() + i * kWarps; }
@@ -470,8 +524,7 @@ __device__ inline void sum_positions(const Vec<float, 4>& mine, float* scratch, 
   __syncthreads();
 }
 
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 template <typename X, int kTile, bool kChannelsLast, int kStages>
 struct ForwardShared {
@@ -544,15 +597,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
       float product[2][4][4] = {}, square[2][2] = {};
       contract_slice<X, kTile, kChannelsLast>(args, tile, shared.reference, position, codewords, product, square);
       put_part(shared.parts + warp_id() * kPart, product);
-      if (lane_id() % 4 == 0) {
-        RENDSEG_UNROLL
-        for (int m = 0; m < 2; ++m) {
-          RENDSEG_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            shared.squares[warp_id() * kSub + m * 16 + half * 8 + lane_id() / 4] = square[m][half];
-          }
-        }
-      }
+      put_squares(shared.squares, square);
       __syncthreads();
       const Softmax softmax = softmax_of(args, *shared.constants, shared.parts, shared.squares);
       const bool exists = position + softmax_position() < count;
@@ -574,8 +619,338 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
   });
 }
 
-// --- host
-// -------------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
+//
+// With g the gradient of the result, dA = (x - c).g, dL = A (dA - sum A dA) and W = 2 s dL, the gradient
+//   of x              is sum_k A_k g_k + W_k (x - c_k) = sum_k A_k g_k - W_k c'_k + (x - r) sum_k W_k,
+//   of the codewords  is -(sum_m A g + 2 s sum_m dL (x - c)),
+//   of the scale      is sum_m dL ||x - c||^2.
+// A second product over the slice gives x.g; one with the 64 rows [g; c'] gives the gradient of x, which replaces the
+// tile in shared memory (a warp is the only one to touch its slice) and leaves from there.
+
+// Two operands b of 16 channels by 8 codes from rows [code][channel]: b[0], b[1] of the first eight codes.
+template <typename X>
+__device__ inline void channels_by_codes(uint32_t (&b)[4], const X* rows, int pitch, int code, int channel) {
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  ldmatrix_x4(b, rows + (code + matrix / 2 * 8 + row) * pitch + channel + matrix % 2 * 8);
+}
+
+// Two operands b of 16 codes by 8 channels: b[0], b[1] of the first eight channels.
+template <typename X>
+__device__ inline void codes_by_channels(uint32_t (&b)[4], const X* rows, int pitch, int code, int channel) {
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  ldmatrix_x4_trans(b, rows + (code + matrix % 2 * 8 + row) * pitch + channel + matrix / 2 * 8);
+}
+
+// Operand a of 16 positions by 16 codes from weights [code][position].
+template <typename X>
+__device__ inline void positions_by_codes(uint32_t (&a)[4], const X* weights, int position, int code) {
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  ldmatrix_x4_trans(a, weights + (code + matrix / 2 * 8 + row) * kWeightPitch + position + matrix % 2 * 8);
+}
+
+// Products of 32 positions with the gradient, over the slice of this warp; rows [2][kMmaCodes][pitch] in two parts.
+template <typename X, bool kChannelsLast>
+__device__ inline void contract_gradient(const MmaArgs& args, const X* tile, const X* rows, int pitch,
+                                         float (&product)[2][4][4]) {
+  for (int step = warp_id(); step < args.steps; step += kWarps) {
+    uint32_t a[2][4];
+    RENDSEG_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      positions_by_channels<X, kSub, kChannelsLast>(a[m], tile, args.steps, m * 16, step * kStep);
+    }
+    RENDSEG_UNROLL
+    for (int split = 1; split >= 0; --split) {
+      RENDSEG_UNROLL
+      for (int pair = 0; pair < 2; ++pair) {
+        uint32_t b[4];
+        channels_by_codes(b, rows + split * kMmaCodes * pitch, pitch, pair * 16, step * kStep);
+        RENDSEG_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
+          RENDSEG_UNROLL
+          for (int m = 0; m < 2; ++m) mma_m16n8k16(product[m][pair * 2 + n], a[m], b_own, X{});
+        }
+      }
+    }
+  }
+}
+
+// What the gradient of x needs to know of each position: 1 / the scale of its weights, and sum_k W_k.
+struct PositionFactors {
+  float unscale[kSub], weight_sum[kSub];
+};
+
+// tile = gradient of x, for the slice of this warp. weights [2 * kMmaCodes][position]: A, then -W, scaled.
+template <typename X, bool kChannelsLast>
+__device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X* weights, const X* grad_rows,
+                                           const X* code_rows, int pitch, const float* reference,
+                                           const PositionFactors& factors) {
+  using Tile = TileOf<X, kSub, kChannelsLast>;
+  const int group = lane_id() / 4, in_group = lane_id() % 4;
+  for (int step = warp_id(); step < args.steps; step += kWarps) {
+    float sum[2][2][4] = {};
+    RENDSEG_UNROLL
+    for (int code = 0; code < 2 * kMmaCodes; code += 16) {
+      uint32_t a[2][4], b[4];
+      codes_by_channels(b, code < kMmaCodes ? grad_rows : code_rows, pitch, code % kMmaCodes, step * kStep);
+      RENDSEG_UNROLL
+      for (int m = 0; m < 2; ++m) positions_by_codes(a[m], weights, m * 16, code);
+      RENDSEG_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
+        RENDSEG_UNROLL
+        for (int m = 0; m < 2; ++m) mma_m16n8k16(sum[m][n], a[m], b_own, X{});
+      }
+    }
+    RENDSEG_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      RENDSEG_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int position = m * 16 + half * 8 + group;
+        const float unscale = factors.unscale[position], weight_sum = factors.weight_sum[position];
+        RENDSEG_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          RENDSEG_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            const int channel = step * kStep + n * 8 + 2 * in_group + j;
+            X& x = tile[Tile::at(args.steps, position, channel)];
+            x = narrow<X>(fmaf(widen(x) - reference[channel], weight_sum, sum[m][n][half * 2 + j] * unscale));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Writes the slice of this warp out of the tile.
+template <typename X, bool kChannelsLast>
+__device__ inline void store_slice(const MmaArgs& args, int64_t image, int64_t first, int count, const X* tile) {
+  using Tile = TileOf<X, kSub, kChannelsLast>;
+  const View& x = args.x_grad;
+  X* const to = address<X>(x, image, first, 0);
+  const int channels = static_cast<int>(args.channels);
+  for (int step = warp_id(); step < args.steps; step += kWarps) {
+    if (args.grad_vectors) {
+      constexpr int kUnits = kChannelsLast ? kStep / 8 : kSub / 8;  // of 16 bytes in a row
+      constexpr int kRows = kChannelsLast ? kSub : kStep;
+      RENDSEG_UNROLL
+      for (int i = 0; i < kRows * kUnits; i += kWarp) {
+        const int row = (i + lane_id()) / kUnits, unit = (i + lane_id()) % kUnits * 8;
+        const int position = kChannelsLast ? row : unit, channel = step * kStep + (kChannelsLast ? unit : row);
+        if (position >= count || channel >= channels) continue;
+        store_vec_streaming(to + position * x.position + channel * x.channel,
+                            load_vec<8>(tile + Tile::at(args.steps, position, channel)));
+      }
+    } else {
+      const bool along_channels = x.channel < x.position;
+      for (int i = lane_id(); i < kSub * kStep; i += kWarp) {
+        const int position = along_channels ? i / kStep : i % kSub;
+        const int channel = step * kStep + (along_channels ? i % kStep : i / kSub);
+        if (position >= count || channel >= channels) continue;
+        to[position * x.position + channel * x.channel] = tile[Tile::at(args.steps, position, channel)];
+      }
+    }
+  }
+}
+
+template <typename X, bool kChannelsLast, int kStages>
+struct BackwardShared {
+  X* tile[kStages];
+  X *grad_rows, *code_rows, *logit_weights, *weights;
+  float *parts, *squares, *reference, *totals, *tops, *grad_unscale, *grad_dot;
+  PositionFactors* factors;
+  CodeConstants* constants;
+  int64_t bytes;
+
+  __host__ __device__ BackwardShared(unsigned char* memory, int steps) {
+    const int64_t pitch = steps * kStep + 8;
+    int64_t at = 0;
+    const auto take = [&](auto*& pointer, int64_t values) {
+      using V = std::remove_reference_t<decltype(*pointer)>;
+      pointer = reinterpret_cast<V*>(memory + at);
+      at += values * static_cast<int64_t>(sizeof(V));
+    };
+    RENDSEG_UNROLL
+    for (int i = 0; i < kStages; ++i) {
+      take(tile[i], TileOf<X, kSub, kChannelsLast>::bytes(steps) / static_cast<int64_t>(sizeof(X)));
+    }
+    take(grad_rows, 2 * kMmaCodes * pitch);
+    take(code_rows, kMmaCodes * pitch);
+    take(logit_weights, 2 * kMmaCodes * kWeightPitch);
+    take(weights, 2 * kMmaCodes * kWeightPitch);
+    take(parts, kWarps * kPart);
+    take(squares, kWarps * kSub);
+    take(reference, steps * kStep);
+    take(totals, kMmaCodes);
+    take(tops, kWarps);
+    take(grad_unscale, kMmaCodes);
+    take(grad_dot, kMmaCodes);
+    take(factors, 1);
+    take(constants, 1);
+    bytes = at;
+  }
+};
+
+__device__ inline float sum_of(float a, float b) { return a + b; }
+__device__ inline float larger_of(float a, float b) { return fmaxf(a, b); }
+
+template <typename X, bool kChannelsLast, int kStages>
+__global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArgs args) {
+  RENDSEG_DYNAMIC_SHARED(memory);
+  const BackwardShared<X, kChannelsLast, kStages> shared(memory, args.steps);
+  const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
+  const int64_t begin = chunk % args.chunks * args.chunk_positions;
+  const int64_t end = min(begin + args.chunk_positions, args.positions);
+  const int64_t tiles = (end - begin + kSub - 1) / kSub;
+  const int channels = args.steps * kStep, pitch = channels + 8;
+  const auto tile_of = [&](int64_t t) {
+    return kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1];
+  };
+  const auto count_of = [&](int64_t t) { return static_cast<int>(min(int64_t{kSub}, end - begin - t * kSub)); };
+  const auto load = [&](int64_t t) {
+    load_tile<X, kSub, kChannelsLast>(args, image, begin + t * kSub, count_of(t), tile_of(t));
+  };
+
+  if (kStages == 2) load(0);
+  cp_async_commit();
+  const X* const grad_rows = static_cast<const X*>(args.grad_rows) + image * 2 * kMmaCodes * channels;
+  const X* const code_rows = static_cast<const X*>(args.code_rows);
+  for (int i = threadIdx.x; i < 3 * kMmaCodes * channels / 8; i += kThreads) {
+    const int row = i / (channels / 8), d = i % (channels / 8) * 8, code_row = row - 2 * kMmaCodes;
+    if (code_row < 0) {
+      store_vec(shared.grad_rows + row * pitch + d, load_vec<8>(grad_rows + row * channels + d));
+    } else {
+      store_vec(shared.code_rows + code_row * pitch + d, load_vec<8>(code_rows + code_row * channels + d));
+    }
+  }
+  for (int d = threadIdx.x; d < channels; d += kThreads) shared.reference[d] = args.reference[d];
+  if (threadIdx.x < kMmaCodes) {
+    const int64_t of_image = image * kMmaCodes + threadIdx.x;
+    shared.constants->factor[threadIdx.x] = args.constants->factor[threadIdx.x];
+    shared.constants->constant[threadIdx.x] = args.constants->constant[threadIdx.x];
+    shared.constants->scale[threadIdx.x] = args.constants->scale[threadIdx.x];
+    shared.grad_unscale[threadIdx.x] = 1.0f / args.grad_power[of_image];
+    shared.grad_dot[threadIdx.x] = args.grad_dot[of_image];
+  }
+  Codewords codewords;
+  load_codewords(args, codewords);
+
+  const int code = softmax_code(), own = softmax_position();
+  Result result = {};  // sum of dL * x, times `power`
+  float power = static_cast<float>(INFINITY);
+  Vec<float, 4> assigned_sum{}, logit_sum{}, scale_sum{};
+  for (int64_t t = 0; t < tiles; ++t) {
+    if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
+    if (kStages == 1) {
+      load(t);
+    } else if (t + 1 < tiles) {
+      load(t + 1);
+    }
+    cp_async_commit();
+    cp_async_wait<kStages - 1>();
+    __syncthreads();
+    X* const tile = tile_of(t);
+    const int count = count_of(t);
+
+    {
+      float product[2][4][4] = {}, square[2][2] = {};
+      contract_slice<X, kSub, kChannelsLast>(args, tile, shared.reference, 0, codewords, product, square);
+      put_part(shared.parts + warp_id() * kPart, product);
+      put_squares(shared.squares, square);
+    }
+    __syncthreads();
+    const Softmax softmax = softmax_of(args, *shared.constants, shared.parts, shared.squares);
+    {
+      float product[2][4][4] = {};
+      contract_gradient<X, kChannelsLast>(args, tile, shared.grad_rows, pitch, product);
+      __syncthreads();  // the distances have been read
+      put_part(shared.parts + warp_id() * kPart, product);
+    }
+    __syncthreads();
+
+    Vec<float, 4> logit_grad = sum_parts(shared.parts, own, code);
+    float dot = 0.0f;
+    RENDSEG_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      logit_grad[j] = fmaf(logit_grad[j], shared.grad_unscale[code + j], -shared.grad_dot[code + j]);
+      dot = fmaf(softmax.assigned[j], logit_grad[j], dot);
+    }
+    dot = over_position(dot, sum_of);
+    Vec<float, 4> a, w;
+    float weight_sum = 0.0f, top = 0.0f, logit_top = 0.0f;
+    RENDSEG_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const bool exists = own < count && code + j < args.codes;
+      const float assigned = exists ? softmax.assigned[j] : 0.0f;
+      const float gradient = exists ? softmax.assigned[j] * (logit_grad[j] - dot) : 0.0f;
+      const float weight = 2.0f * shared.constants->scale[code + j] * gradient;
+      logit_grad[j] = gradient;
+      logit_top = fmaxf(logit_top, fabsf(gradient));
+      assigned_sum[j] += assigned;
+      scale_sum[j] += exists ? gradient * softmax.distance[j] : 0.0f;
+      weight_sum += weight;
+      a[j] = assigned * shared.grad_unscale[code + j];
+      w[j] = weight * shared.constants->factor[code + j] * 0.5f;  // the factor is -2 / the power of the codeword
+      top = fmaxf(top, fmaxf(fabsf(a[j]), fabsf(w[j])));
+    }
+    weight_sum = over_position(weight_sum, sum_of);
+    const float scale = power_for(over_position(top, larger_of));
+    RENDSEG_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      shared.weights[(code + j) * kWeightPitch + own] = narrow<X>(a[j] * scale);
+      shared.weights[(kMmaCodes + code + j) * kWeightPitch + own] = narrow<X>(w[j] * scale);
+    }
+    if (lane_id() % 8 == 0) {
+      shared.factors->unscale[own] = 1.0f / scale;
+      shared.factors->weight_sum[own] = weight_sum;
+    }
+
+    // The gradients of the logits share one power of two over all positions; it shrinks when larger ones come.
+    logit_top = warp_max(logit_top);
+    if (lane_id() == 0) shared.tops[warp_id()] = logit_top;
+    __syncthreads();
+    RENDSEG_UNROLL
+    for (int i = 0; i < kWarps; ++i) logit_top = fmaxf(logit_top, shared.tops[i]);
+    const float fitting = logit_top > 0.0f ? power_for(logit_top) * 256.0f : power;
+    if (fitting < power) {
+      const float change = power < static_cast<float>(INFINITY) ? fitting / power : 1.0f;
+      power = fitting;
+      RENDSEG_UNROLL
+      for (int i = 0; i < kSteps * 16; ++i) result[i / 16][i / 8 % 2][i / 4 % 2][i % 4] *= change;
+      RENDSEG_UNROLL
+      for (int j = 0; j < 4; ++j) logit_sum[j] *= change;
+    }
+    RENDSEG_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float scaled = logit_grad[j] == 0.0f ? 0.0f : logit_grad[j] * power;
+      logit_sum[j] += put_weight(shared.logit_weights, code + j, own, scaled);
+    }
+    __syncthreads();
+    aggregate_slice<X, kSub, kChannelsLast>(args, tile, shared.logit_weights, 0, result);
+    __syncwarp();
+    replace_by_gradient<X, kChannelsLast>(args, tile, shared.weights, shared.grad_rows, shared.code_rows, pitch,
+                                          shared.reference, *shared.factors);
+    __syncwarp();
+    store_slice<X, kChannelsLast>(args, image, begin + t * kSub, count, tile);
+  }
+
+  const float unscale = power < static_cast<float>(INFINITY) ? 1.0f / power : 0.0f;
+  const auto put_totals = [&](const Vec<float, 4>& sums, float* out) {
+    __syncthreads();
+    sum_positions(sums, shared.parts, shared.totals);
+    if (out != nullptr && threadIdx.x < args.codes) out[threadIdx.x] = shared.totals[threadIdx.x];
+  };
+  put_totals(assigned_sum, args.sum_assigned + chunk * args.padded);
+  put_totals(scale_sum, args.sum_scale + chunk * args.padded);
+  put_totals(logit_sum, nullptr);
+  float* const out = args.sum_residual + chunk * args.channels * args.padded;
+  for_each_result(args, result, [&](int k, int d, float sum) {
+    out[d * args.padded + k] = (sum - args.packed_codewords[d * args.padded + k] * shared.totals[k]) * unscale;
+  });
+}
+
+// --- host ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMmaChunks = 128;  // of all images together: a block for every multiprocessor of the largest GPUs
 
@@ -586,6 +961,13 @@ inline bool fits_mma(const MmaArgs& args) {
 
 inline bool is_channels_last(const MmaArgs& args) { return args.x.channel == 1 && args.channels > 1; }
 
+// Whether rows of `view` can be moved in 16 bytes.
+inline bool moves_in_vectors(const MmaArgs& args, const View& view, bool channels_last) {
+  const int64_t row = channels_last ? view.position : view.channel;
+  return (channels_last ? view.channel : view.position) == 1 && row % 8 == 0 && view.image % 8 == 0 &&
+         (channels_last ? args.channels : args.positions) % 8 == 0 && is_aligned(view.data, 16);
+}
+
 inline void plan_mma(MmaArgs& args) {
   args.padded = (args.codes + kPad - 1) / kPad * kPad;
   args.steps = static_cast<int>((args.channels + kStep - 1) / kStep);
@@ -594,24 +976,57 @@ inline void plan_mma(MmaArgs& args) {
   args.chunk_positions = (units + per_image - 1) / per_image * 64;
   args.chunks = (args.positions + args.chunk_positions - 1) / args.chunk_positions;
   const bool last = is_channels_last(args);
-  const int64_t row = last ? args.x.position : args.x.channel, columns = last ? args.channels : args.positions;
-  args.vectors = (last ? args.x.channel : args.x.position) == 1 && row % 8 == 0 && args.x.image % 8 == 0 &&
-                 columns % 8 == 0 && is_aligned(args.x.data, 16);
+  args.vectors = moves_in_vectors(args, args.x, last);
+  args.grad_vectors = args.x_grad.data != nullptr && moves_in_vectors(args, args.x_grad, last);
 }
 
 // Places of the scratch memory from `memory` on; returns the bytes that they take.
 inline int64_t lay_out_mma(MmaArgs& args, void* memory) {
   int64_t bytes = 0;
-  const auto take = [&](auto*& pointer, int64_t values) {
-    using V = std::remove_reference_t<decltype(*pointer)>;
-    if (memory != nullptr) pointer = reinterpret_cast<V*>(static_cast<unsigned char*>(memory) + bytes);
-    bytes += (values * static_cast<int64_t>(sizeof(V)) + 255) / 256 * 256;
+  const auto place = [&](int64_t size) {
+    unsigned char* const at = memory == nullptr ? nullptr : static_cast<unsigned char*>(memory) + bytes;
+    bytes += (size + 255) / 256 * 256;
+    return static_cast<void*>(at);
   };
-  take(args.fragments, fragment_words(args.steps));
-  take(args.reference, args.steps * kStep);
-  take(args.constants, 1);
-  take(args.sum_residual, args.batch * args.chunks * args.channels * args.padded);
+  const auto floats = [&](int64_t values) { return static_cast<float*>(place(values * 4)); };
+  const int64_t channels = args.steps * kStep, width = args.channels * args.padded, chunks = args.batch * args.chunks;
+  args.fragments = static_cast<uint32_t*>(place(fragment_words(args.steps) * 4));
+  args.reference = floats(channels);
+  args.constants = static_cast<CodeConstants*>(place(sizeof(CodeConstants)));
+  args.sum_residual = floats(chunks * width);
+  if (args.grad.data == nullptr) return bytes;
+  args.code_rows = place(kMmaCodes * channels * 2);
+  args.grad_rows = place(args.batch * 2 * kMmaCodes * channels * 2);
+  args.grad_power = floats(args.batch * kMmaCodes);
+  args.grad_dot = floats(args.batch * kMmaCodes);
+  args.packed_codewords = floats(width);
+  args.packed_scale = floats(args.padded);
+  args.packed_grad = floats(args.batch * width);
+  args.sum_assigned = floats(chunks * args.padded);
+  args.sum_scale = floats(chunks * args.padded);
   return bytes;
+}
+
+// What packing and the last sums want to know.
+inline Args<float> general_args(const MmaArgs& args) {
+  Args<float> general;
+  general.batch = args.batch;
+  general.channels = args.channels;
+  general.codes = args.codes;
+  general.padded = args.padded;
+  general.chunks = args.chunks;
+  general.codewords = args.codewords;
+  general.scale = args.scale;
+  general.grad = args.grad;
+  general.out = args.out;
+  general.scale_grad = args.scale_grad;
+  general.packed_codewords = args.packed_codewords;
+  general.packed_scale = args.packed_scale;
+  general.packed_grad = args.packed_grad;
+  general.sum_residual = args.sum_residual;
+  general.sum_assigned = args.sum_assigned;
+  general.sum_scale = args.sum_scale;
+  return general;
 }
 
 template <typename X, int kTile, bool kChannelsLast, int kStages, typename Launch>
@@ -642,16 +1057,39 @@ bool run_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
     return false;
   }
   if (!try_only) {
-    Args<float> sums;
-    sums.batch = args.batch;
-    sums.channels = args.channels;
-    sums.codes = args.codes;
-    sums.padded = args.padded;
-    sums.chunks = args.chunks;
-    sums.out = args.out;
-    sums.sum_residual = args.sum_residual;
-    run_sum_encodings(launch, sums);
+    run_sum_encodings(launch, general_args(args));
   }
+  return true;
+}
+
+template <typename X, bool kChannelsLast, int kStages, typename Launch>
+bool launch_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
+  const int64_t bytes = BackwardShared<X, kChannelsLast, kStages>(nullptr, args.steps).bytes;
+  if (bytes > launch.shared_limit()) return false;
+  if (!try_only) {
+    launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_backward_kernel<X, kChannelsLast, kStages>, args);
+  }
+  return true;
+}
+
+template <typename X, bool kChannelsLast, typename Launch>
+bool pick_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
+  return launch_encode_mma_backward<X, kChannelsLast, 2>(launch, args, try_only) ||
+         launch_encode_mma_backward<X, kChannelsLast, 1>(launch, args, try_only);
+}
+
+template <typename X, typename Launch>
+bool run_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
+  if (!try_only) {
+    run_pack(launch, general_args(args));
+    launch({kMmaCodes, kThreads}, prepare_mma_kernel<X>, args);
+    launch({args.batch * kMmaCodes, kThreads}, prepare_gradient_kernel<X>, args);
+  }
+  if (!(is_channels_last(args) ? pick_encode_mma_backward<X, true>(launch, args, try_only)
+                               : pick_encode_mma_backward<X, false>(launch, args, try_only))) {
+    return false;
+  }
+  if (!try_only) run_sum_gradients(launch, general_args(args));
   return true;
 }
 

@@ -137,8 +137,7 @@ __device__ inline void write(const View& view, int64_t image, int64_t position, 
   });
 }
 
-// --- packing
-// ----------------------------------------------------------------------------------------------------------
+// --- packing ---------------------------------------------------------------------------------------------------------
 
 // Codewords, scale and gradient in the type of the arithmetic, with zeros behind the last code.
 template <typename T>
@@ -158,8 +157,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Args<T> args) {
   }
 }
 
-// --- sums of partial results
-// ------------------------------------------------------------------------------------------
+// --- sums of partial results -----------------------------------------------------------------------------------------
 
 // Of a block of kWarps warps: the sum over `members` of term(member), for the element of this lane, in a fixed order.
 // The result is that of warp 0; all threads must take part.

@@ -236,11 +236,18 @@ def halves(
 )
 def test_tensor_cores(emulated, shape, dtype: torch.dtype, last: bool) -> None:
     inputs = halves(*shape, dtype, last)
-    x, c, s = inputs
+    wide = [t.double().requires_grad_() for t in inputs]
+    wanted = reference.encode(*wide)
+    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    wanted_grads = torch.autograd.grad(wanted, wide, grad.double())
     results = []
     for seed, limit in enumerate((232448, 166912, 101376)):  # two large tiles, two small ones, one
         emulated.seed(seed)
         emulated.device(shared_limit=limit)
         results.append(emulated.ops.encode(*inputs))
         assert torch.equal(results[0], results[-1])  # the size of a tile leaves the order of the sums alone
-    close(results[0], reference.encode(x.double(), c.double(), s.double()), torch.float32)
+        grads = emulated.ops._encode_backward(grad, *inputs)
+        for what, got, want in zip(("x", "codewords", "scale"), grads, wanted_grads, strict=True):
+            close(got, want, torch.float32, what)
+        assert grads[0].stride() == inputs[0].stride()
+    close(results[0], wanted.detach(), torch.float32)
