@@ -22,9 +22,9 @@ constexpr int kMmaCodes = 32;  // more take the general path
 constexpr int kStep = 16;      // channels of one product
 constexpr int kSteps = 4;      // of a warp, at most
 constexpr int kMmaChannels = kWarps * kSteps * kStep;
-constexpr int kSub = 32;                // positions between two exchanges
-constexpr int kWeightPitch = kSub + 8;  // of the weights [code][position]: rows of 80 bytes, no bank conflicts
-constexpr float kWeightScale = 4096.0f;
+constexpr int kSub = 32;                 // positions between two exchanges
+constexpr int kWeightPitch = kSub + 8;   // of the weights [code][position]: rows of 80 bytes, no bank conflicts
+constexpr float kWeightScale = 4096.0f;  // of the assignments, which float16 could not hold in two parts otherwise
 
 // The codewords as the tensor cores want them: fragments of operand b, [step][split][lane][4 tiles of 8 codes][2].
 constexpr int kFragment = kWarp * 8;
@@ -339,6 +339,13 @@ __device__ inline float over_position(float value, F&& combine) {
   return value;
 }
 
+// By the first kMmaCodes threads.
+__device__ inline void copy_constants(const CodeConstants& from, CodeConstants& to) {
+  to.factor[threadIdx.x] = from.factor[threadIdx.x];
+  to.constant[threadIdx.x] = from.constant[threadIdx.x];
+  to.scale[threadIdx.x] = from.scale[threadIdx.x];
+}
+
 // Squared distances and their softmax, for the codes of this thread.
 struct Softmax {
   Vec<float, 4> distance, assigned;
@@ -535,22 +542,24 @@ struct ForwardShared {
   int64_t bytes;
 
   __host__ __device__ ForwardShared(unsigned char* memory, int steps) {
-    const int64_t tile_bytes = TileOf<X, kTile, kChannelsLast>::bytes(steps);
     int64_t at = 0;
+    const auto take = [&](auto*& pointer, int64_t values) {
+      using V = std::remove_reference_t<decltype(*pointer)>;
+      pointer = reinterpret_cast<V*>(memory + at);
+      at += values * static_cast<int64_t>(sizeof(V));
+    };
+    // Tables of a fixed size first: their places are constants and take no registers.
+    take(parts, kWarps * kPart);
+    take(squares, kWarps * kSub);
+    take(weights, 2 * kMmaCodes * kWeightPitch);
+    take(totals, kMmaCodes);
+    take(constants, 1);
     RENDSEG_UNROLL
-    for (int i = 0; i < kStages; ++i, at += tile_bytes) tile[i] = reinterpret_cast<X*>(memory + at);
-    parts = reinterpret_cast<float*>(memory + at);
-    at += kWarps * kPart * 4;
-    squares = reinterpret_cast<float*>(memory + at);
-    at += kWarps * kSub * 4;
-    reference = reinterpret_cast<float*>(memory + at);
-    at += kMmaChannels * 4;
-    totals = reinterpret_cast<float*>(memory + at);
-    at += kMmaCodes * 4;
-    weights = reinterpret_cast<X*>(memory + at);
-    at += 2 * kMmaCodes * kWeightPitch * 2;
-    constants = reinterpret_cast<CodeConstants*>(memory + at);
-    bytes = at + static_cast<int64_t>(sizeof(CodeConstants));
+    for (int i = 0; i < kStages; ++i) {
+      take(tile[i], TileOf<X, kTile, kChannelsLast>::bytes(steps) / static_cast<int64_t>(sizeof(X)));
+    }
+    take(reference, steps * kStep);
+    bytes = at;
   }
 };
 
@@ -559,12 +568,13 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
   RENDSEG_DYNAMIC_SHARED(memory);
   const ForwardShared<X, kTile, kChannelsLast, kStages> shared(memory, args.steps);
   const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
-  const int64_t begin = chunk % args.chunks * args.chunk_positions;
-  const int64_t end = min(begin + args.chunk_positions, args.positions);
-  const int64_t tiles = (end - begin + kTile - 1) / kTile;
-  const auto load = [&](int64_t t) {
-    const int64_t first = begin + t * kTile;
-    load_tile<X, kTile, kChannelsLast>(args, image, first, static_cast<int>(min(int64_t{kTile}, end - first)),
+  const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
+  const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
+  const int end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
+  const int tiles = (end - begin + kTile - 1) / kTile;
+  const auto load = [&](int t) {
+    const int first = begin + t * kTile;
+    load_tile<X, kTile, kChannelsLast>(args, image, first, min(kTile, end - first),
                                        kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]);
   };
 
@@ -572,16 +582,14 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
   cp_async_commit();
   for (int d = threadIdx.x; d < args.steps * kStep; d += kThreads) shared.reference[d] = args.reference[d];
   if (threadIdx.x < kMmaCodes) {
-    shared.constants->factor[threadIdx.x] = args.constants->factor[threadIdx.x];
-    shared.constants->constant[threadIdx.x] = args.constants->constant[threadIdx.x];
-    shared.constants->scale[threadIdx.x] = args.constants->scale[threadIdx.x];
+    copy_constants(*args.constants, *shared.constants);
   }
   Codewords codewords;
   load_codewords(args, codewords);
 
   Result result = {};
   Vec<float, 4> assigned_sum{};
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int t = 0; t < tiles; ++t) {
     if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
     if (kStages == 1) {
       load(t);
@@ -592,7 +600,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
     cp_async_wait<kStages - 1>();
     __syncthreads();
     const X* const tile = kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1];
-    const int count = static_cast<int>(min(int64_t{kTile}, end - begin - t * kTile));
+    const int count = min(kTile, end - begin - t * kTile);
     for (int position = 0; position < count; position += kSub) {
       float product[2][4][4] = {}, square[2][2] = {};
       contract_slice<X, kTile, kChannelsLast>(args, tile, shared.reference, position, codewords, product, square);
@@ -676,12 +684,17 @@ __device__ inline void contract_gradient(const MmaArgs& args, const X* tile, con
   }
 }
 
+// The gradient of x is as coarse as X, and so may be the operands of its products, except that the rounding of both
+// operands of bfloat16 could add up to more than that of the result: there A and g are split as well.
+template <typename X>
+constexpr bool kSplitGradient = std::is_same_v<X, bfloat16_t>;
+
 // What the gradient of x needs to know of each position: 1 / the scale of its weights, and sum_k W_k.
 struct PositionFactors {
   float unscale[kSub], weight_sum[kSub];
 };
 
-// tile = gradient of x, for the slice of this warp. weights [2 * kMmaCodes][position]: A, then -W, scaled.
+// tile = gradient of x, for the slice of this warp. weights [3 * kMmaCodes][position]: A, -W and the rest of A, scaled.
 template <typename X, bool kChannelsLast>
 __device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X* weights, const X* grad_rows,
                                            const X* code_rows, int pitch, const float* reference,
@@ -690,19 +703,28 @@ __device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X
   const int group = lane_id() / 4, in_group = lane_id() % 4;
   for (int step = warp_id(); step < args.steps; step += kWarps) {
     float sum[2][2][4] = {};
-    RENDSEG_UNROLL
-    for (int code = 0; code < 2 * kMmaCodes; code += 16) {
-      uint32_t a[2][4], b[4];
-      codes_by_channels(b, code < kMmaCodes ? grad_rows : code_rows, pitch, code % kMmaCodes, step * kStep);
+    const auto add = [&](int weight_row, const X* rows) {  // over all codes
       RENDSEG_UNROLL
-      for (int m = 0; m < 2; ++m) positions_by_codes(a[m], weights, m * 16, code);
-      RENDSEG_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
+      for (int code = 0; code < kMmaCodes; code += 16) {
+        uint32_t a[4], b[4];
+        codes_by_channels(b, rows, pitch, code, step * kStep);
         RENDSEG_UNROLL
-        for (int m = 0; m < 2; ++m) mma_m16n8k16(sum[m][n], a[m], b_own, X{});
+        for (int m = 0; m < 2; ++m) {
+          positions_by_codes(a, weights, m * 16, weight_row + code);
+          RENDSEG_UNROLL
+          for (int n = 0; n < 2; ++n) {
+            const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
+            mma_m16n8k16(sum[m][n], a, b_own, X{});
+          }
+        }
       }
+    };
+    if constexpr (kSplitGradient<X>) {
+      add(2 * kMmaCodes, grad_rows);
+      add(0, grad_rows + kMmaCodes * pitch);
     }
+    add(0, grad_rows);
+    add(kMmaCodes, code_rows);
     RENDSEG_UNROLL
     for (int m = 0; m < 2; ++m) {
       RENDSEG_UNROLL
@@ -771,23 +793,24 @@ struct BackwardShared {
       pointer = reinterpret_cast<V*>(memory + at);
       at += values * static_cast<int64_t>(sizeof(V));
     };
-    RENDSEG_UNROLL
-    for (int i = 0; i < kStages; ++i) {
-      take(tile[i], TileOf<X, kSub, kChannelsLast>::bytes(steps) / static_cast<int64_t>(sizeof(X)));
-    }
-    take(grad_rows, 2 * kMmaCodes * pitch);
-    take(code_rows, kMmaCodes * pitch);
-    take(logit_weights, 2 * kMmaCodes * kWeightPitch);
-    take(weights, 2 * kMmaCodes * kWeightPitch);
+    // Tables of a fixed size first: their places are constants and take no registers.
     take(parts, kWarps * kPart);
     take(squares, kWarps * kSub);
-    take(reference, steps * kStep);
+    take(logit_weights, 2 * kMmaCodes * kWeightPitch);
+    take(weights, (kSplitGradient<X> ? 3 : 2) * kMmaCodes * kWeightPitch);
     take(totals, kMmaCodes);
     take(tops, kWarps);
     take(grad_unscale, kMmaCodes);
     take(grad_dot, kMmaCodes);
     take(factors, 1);
     take(constants, 1);
+    RENDSEG_UNROLL
+    for (int i = 0; i < kStages; ++i) {
+      take(tile[i], TileOf<X, kSub, kChannelsLast>::bytes(steps) / static_cast<int64_t>(sizeof(X)));
+    }
+    take(grad_rows, 2 * kMmaCodes * pitch);
+    take(code_rows, kMmaCodes * pitch);
+    take(reference, steps * kStep);
     bytes = at;
   }
 };
@@ -800,15 +823,14 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
   RENDSEG_DYNAMIC_SHARED(memory);
   const BackwardShared<X, kChannelsLast, kStages> shared(memory, args.steps);
   const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
-  const int64_t begin = chunk % args.chunks * args.chunk_positions;
-  const int64_t end = min(begin + args.chunk_positions, args.positions);
-  const int64_t tiles = (end - begin + kSub - 1) / kSub;
+  const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
+  const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
+  const int end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
+  const int tiles = (end - begin + kSub - 1) / kSub;
   const int channels = args.steps * kStep, pitch = channels + 8;
-  const auto tile_of = [&](int64_t t) {
-    return kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1];
-  };
-  const auto count_of = [&](int64_t t) { return static_cast<int>(min(int64_t{kSub}, end - begin - t * kSub)); };
-  const auto load = [&](int64_t t) {
+  const auto tile_of = [&](int t) { return kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]; };
+  const auto count_of = [&](int t) { return min(kSub, end - begin - t * kSub); };
+  const auto load = [&](int t) {
     load_tile<X, kSub, kChannelsLast>(args, image, begin + t * kSub, count_of(t), tile_of(t));
   };
 
@@ -827,9 +849,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
   for (int d = threadIdx.x; d < channels; d += kThreads) shared.reference[d] = args.reference[d];
   if (threadIdx.x < kMmaCodes) {
     const int64_t of_image = image * kMmaCodes + threadIdx.x;
-    shared.constants->factor[threadIdx.x] = args.constants->factor[threadIdx.x];
-    shared.constants->constant[threadIdx.x] = args.constants->constant[threadIdx.x];
-    shared.constants->scale[threadIdx.x] = args.constants->scale[threadIdx.x];
+    copy_constants(*args.constants, *shared.constants);
     shared.grad_unscale[threadIdx.x] = 1.0f / args.grad_power[of_image];
     shared.grad_dot[threadIdx.x] = args.grad_dot[of_image];
   }
@@ -840,7 +860,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
   Result result = {};  // sum of dL * x, times `power`
   float power = static_cast<float>(INFINITY);
   Vec<float, 4> assigned_sum{}, logit_sum{}, scale_sum{};
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int t = 0; t < tiles; ++t) {
     if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
     if (kStages == 1) {
       load(t);
@@ -898,8 +918,10 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
     const float scale = power_for(over_position(top, larger_of));
     RENDSEG_UNROLL
     for (int j = 0; j < 4; ++j) {
-      shared.weights[(code + j) * kWeightPitch + own] = narrow<X>(a[j] * scale);
-      shared.weights[(kMmaCodes + code + j) * kWeightPitch + own] = narrow<X>(w[j] * scale);
+      X* const to = shared.weights + (code + j) * kWeightPitch + own;
+      to[0] = narrow<X>(a[j] * scale);
+      to[kMmaCodes * kWeightPitch] = narrow<X>(w[j] * scale);
+      if constexpr (kSplitGradient<X>) to[2 * kMmaCodes * kWeightPitch] = narrow<X>(a[j] * scale - widen(to[0]));
     }
     if (lane_id() % 8 == 0) {
       shared.factors->unscale[own] = 1.0f / scale;
@@ -956,7 +978,8 @@ constexpr int64_t kMmaChunks = 128;  // of all images together: a block for ever
 
 // Whether the tensor cores can do it. X is half_t or bfloat16_t.
 inline bool fits_mma(const MmaArgs& args) {
-  return args.codes <= kMmaCodes && args.channels >= kStep && args.channels <= kMmaChannels;
+  return args.positions < (int64_t{1} << 30) && args.codes <= kMmaCodes && args.channels >= kStep &&
+         args.channels <= kMmaChannels;
 }
 
 inline bool is_channels_last(const MmaArgs& args) { return args.x.channel == 1 && args.channels > 1; }

@@ -90,7 +90,7 @@ def test_sizes_that_need_memory_beyond_a_block(emulated) -> None:
     """Channels in several parts, rows of codes outside shared memory, many images."""
     check_op(emulated, "encode", make(1, 3001, (11,), 5), seeds=1)
     check_op(emulated, "encode", make(2, 5, (9,), 2101, torch.float64), seeds=1)
-    x, c, s = make(2, 3001, (9,), 701)
+    x, c, s = make(1, 3001, (9,), 101)
     check_op(emulated, "scaled_l2", (rows(x), c, s), seeds=1)
     check_op(emulated, "encode", make(300, 6, (3,), 4), seeds=1)
 
@@ -251,3 +251,53 @@ def test_tensor_cores(emulated, shape, dtype: torch.dtype, last: bool) -> None:
             close(got, want, torch.float32, what)
         assert grads[0].stride() == inputs[0].stride()
     close(results[0], wanted.detach(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("norm", "offset"), [(30.0, 0.0), (500.0, 0.0), (30.0, 10.0)])
+def test_tensor_cores_are_exact_enough(emulated, norm: float, offset: float, dtype: torch.dtype) -> None:
+    """Steep scales, features near codewords, and an offset common to all, of which the reference codeword rids us."""
+    g = torch.Generator().manual_seed(7)
+    x = (offset + torch.randn(1, 128, 96, generator=g).relu() * (2 * norm / 128) ** 0.5).to(dtype)
+    c = x[0, :, torch.randperm(96, generator=g)[:24]].t().float() + 0.05 * torch.randn(24, 128, generator=g)
+    s = -torch.ones(24)
+    truth = reference.encode(x.double(), c.double(), s.double())
+    got = emulated.ops.encode(x, c, s)
+    assert errors([got], [truth])[0] <= (2e-4 if dtype == torch.bfloat16 else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_tensor_cores_spread_nan_and_infinity_as_the_reference(emulated, value: float, dtype: torch.dtype) -> None:
+    x, c, s = make(2, 20, (12, 12), 6)
+    x, grad = x.to(dtype), torch.randn(2, 6, 20)
+    poisoned = x.clone()
+    poisoned[1, 7, 3, 4] = value
+    got, wanted = emulated.ops.encode(poisoned, c, s), reference.encode(poisoned, c, s)
+    assert torch.equal(got.isnan(), wanted.isnan())
+    if math.isnan(value):
+        got_grads = emulated.ops._encode_backward(grad, poisoned, c, s)
+        for g, w in zip(got_grads, _encode_backward(grad, poisoned, c, s), strict=True):
+            assert torch.equal(g.isnan(), w.isnan())
+    codewords = c.clone()
+    codewords[2, 5] = value
+    got, wanted = emulated.ops.encode(x, codewords, s), reference.encode(x, codewords, s)
+    torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-6, 1e-2, 1e4])
+def test_tensor_cores_at_any_magnitude(emulated, magnitude: float, dtype: torch.dtype) -> None:
+    """Codewords, gradients and their products beyond the range of float16, and tiles of growing gradients."""
+    x, c, s = make(1, 40, (192,), 9)
+    x = x * torch.linspace(0.05, 2, 192)
+    inputs = (x * min(magnitude, 1e3)).to(dtype), c * min(magnitude, 1e3), s / min(magnitude, 1e3) ** 2
+    grad = torch.randn(1, 9, 40) * magnitude
+    got, truth = emulated.ops.encode(*inputs), reference.encode(*(t.double() for t in inputs))
+    assert errors([got], [truth])[0] <= 2e-5
+    grads = emulated.ops._encode_backward(grad, *inputs)
+    wanted = _encode_backward(grad.double(), *(t.double() for t in inputs))
+    for g, w in list(zip(grads, wanted, strict=True))[1:]:
+        assert errors([g], [w])[0] <= 1e-4
+    error = (grads[0].double() - wanted[0]).abs().max()
+    assert error <= torch.finfo(dtype).eps * wanted[0].abs().max() + torch.finfo(dtype).smallest_normal
