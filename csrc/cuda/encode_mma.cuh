@@ -404,32 +404,46 @@ __device__ inline void codes_by_positions(uint32_t (&a)[4], const X* weights, in
 // The step of channels that is the i-th of this warp.
 __device__ inline int own_step(int i) { return warp_id() + i * kWarps; }
 
-using Codewords = uint32_t[kSteps][2][8];  // fragments of the slice of a warp
-using Result = float[kSteps][2][2][4];     // [32 codes][slice]
+using Result = float[kSteps][2][2][4];  // [32 codes][slice]
 
-__device__ inline void load_codewords(const MmaArgs& args, Codewords& fragments) {
+// Fragments of the codewords in the slice of a warp: both parts, or the lower alone.
+template <int kParts>
+using Codewords = uint32_t[kSteps][kParts][8];
+
+template <int kParts>
+__device__ inline void load_codewords(const MmaArgs& args, Codewords<kParts>& fragments) {
   RENDSEG_UNROLL
   for (int i = 0; i < kSteps; ++i) {
     RENDSEG_UNROLL
-    for (int split = 0; split < 2; ++split) {
+    for (int part = 0; part < kParts; ++part) {
       RENDSEG_UNROLL
       for (int half = 0; half < 2; ++half) {
         Vec<uint32_t, 4> words{};
         if (own_step(i) < args.steps) {
-          words = load_vec<4>(args.fragments + ((own_step(i) * 2 + split) * kWarp + lane_id()) * 8 + half * 4);
+          const int table = own_step(i) * 2 + 2 - kParts + part;
+          words = load_vec<4>(args.fragments + (table * kWarp + lane_id()) * 8 + half * 4);
         }
         RENDSEG_UNROLL
-        for (int j = 0; j < 4; ++j) fragments[i][split][half * 4 + j] = words[j];
+        for (int j = 0; j < 4; ++j) fragments[i][part][half * 4 + j] = words[j];
       }
     }
   }
 }
 
+// Two operands b of 16 channels by 8 codes from rows [code][channel]: b[0], b[1] of the first eight codes.
+template <typename X>
+__device__ inline void channels_by_codes(uint32_t (&b)[4], const X* rows, int pitch, int code, int channel) {
+  const int matrix = lane_id() / 8, row = lane_id() % 8;
+  ldmatrix_x4(b, rows + (code + matrix / 2 * 8 + row) * pitch + channel + matrix % 2 * 8);
+}
+
 // Products of 32 positions from `position` on with the codewords, over the slice of this warp; and (x - r)^2 summed
-// over it: square[m][half] is that of position m * 16 + half * 8 + lane / 4, in every lane of four.
-template <typename X, int kTile, bool kChannelsLast>
+// over it: square[m][half] is that of position m * 16 + half * 8 + lane / 4, in every lane of four. Where `fragments`
+// holds the lower part alone, the higher comes from rows [code][pitch] in shared memory, which saves registers.
+template <typename X, int kTile, bool kChannelsLast, int kParts>
 __device__ inline void contract_slice(const MmaArgs& args, const X* tile, const float* reference, int position,
-                                      const Codewords& fragments, float (&product)[2][4][4], float (&square)[2][2]) {
+                                      const Codewords<kParts>& fragments, const X* rows, int pitch,
+                                      float (&product)[2][4][4], float (&square)[2][2]) {
   const int in_group = lane_id() % 4;
   RENDSEG_UNROLL
   for (int i = 0; i < kSteps; ++i) {
@@ -437,6 +451,16 @@ __device__ inline void contract_slice(const MmaArgs& args, const X* tile, const 
     const int channel = own_step(i) * kStep;
     const Vec<float, 2> r_low = load_vec<2>(reference + channel + 2 * in_group);
     const Vec<float, 2> r_high = load_vec<2>(reference + channel + 8 + 2 * in_group);
+    uint32_t high[2][4];
+    RENDSEG_UNROLL
+    for (int pair = 0; pair < 2; ++pair) {
+      if constexpr (kParts == 1) {
+        channels_by_codes(high[pair], rows, pitch, pair * 16, channel);
+      } else {
+        RENDSEG_UNROLL
+        for (int j = 0; j < 4; ++j) high[pair][j] = fragments[i][0][pair * 4 + j];
+      }
+    }
     RENDSEG_UNROLL
     for (int m = 0; m < 2; ++m) {
       uint32_t a[4];
@@ -449,8 +473,8 @@ __device__ inline void contract_slice(const MmaArgs& args, const X* tile, const 
       }
       RENDSEG_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const uint32_t b_low[2] = {fragments[i][1][n * 2], fragments[i][1][n * 2 + 1]};
-        const uint32_t b_high[2] = {fragments[i][0][n * 2], fragments[i][0][n * 2 + 1]};
+        const uint32_t b_low[2] = {fragments[i][kParts - 1][n * 2], fragments[i][kParts - 1][n * 2 + 1]};
+        const uint32_t b_high[2] = {high[n / 2][n % 2 * 2], high[n / 2][n % 2 * 2 + 1]};
         mma_m16n8k16(product[m][n], a, b_low, X{});
         mma_m16n8k16(product[m][n], a, b_high, X{});
       }
@@ -584,8 +608,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
   if (threadIdx.x < kMmaCodes) {
     copy_constants(*args.constants, *shared.constants);
   }
-  Codewords codewords;
-  load_codewords(args, codewords);
+  Codewords<2> codewords;
+  load_codewords<2>(args, codewords);
 
   Result result = {};
   Vec<float, 4> assigned_sum{};
@@ -603,7 +627,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
     const int count = min(kTile, end - begin - t * kTile);
     for (int position = 0; position < count; position += kSub) {
       float product[2][4][4] = {}, square[2][2] = {};
-      contract_slice<X, kTile, kChannelsLast>(args, tile, shared.reference, position, codewords, product, square);
+      contract_slice<X, kTile, kChannelsLast, 2>(args, tile, shared.reference, position, codewords, nullptr, 0, product,
+                                                 square);
       put_part(shared.parts + warp_id() * kPart, product);
       put_squares(shared.squares, square);
       __syncthreads();
@@ -635,13 +660,6 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
 //   of the scale      is sum_m dL ||x - c||^2.
 // A second product over the slice gives x.g; one with the 64 rows [g; c'] gives the gradient of x, which replaces the
 // tile in shared memory (a warp is the only one to touch its slice) and leaves from there.
-
-// Two operands b of 16 channels by 8 codes from rows [code][channel]: b[0], b[1] of the first eight codes.
-template <typename X>
-__device__ inline void channels_by_codes(uint32_t (&b)[4], const X* rows, int pitch, int code, int channel) {
-  const int matrix = lane_id() / 8, row = lane_id() % 8;
-  ldmatrix_x4(b, rows + (code + matrix / 2 * 8 + row) * pitch + channel + matrix % 2 * 8);
-}
 
 // Two operands b of 16 codes by 8 channels: b[0], b[1] of the first eight channels.
 template <typename X>
@@ -853,8 +871,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
     shared.grad_unscale[threadIdx.x] = 1.0f / args.grad_power[of_image];
     shared.grad_dot[threadIdx.x] = args.grad_dot[of_image];
   }
-  Codewords codewords;
-  load_codewords(args, codewords);
+  Codewords<1> codewords;
+  load_codewords<1>(args, codewords);
 
   const int code = softmax_code(), own = softmax_position();
   Result result = {};  // sum of dL * x, times `power`
@@ -875,7 +893,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
 
     {
       float product[2][4][4] = {}, square[2][2] = {};
-      contract_slice<X, kSub, kChannelsLast>(args, tile, shared.reference, 0, codewords, product, square);
+      contract_slice<X, kSub, kChannelsLast, 1>(args, tile, shared.reference, 0, codewords, shared.code_rows, pitch,
+                                                product, square);
       put_part(shared.parts + warp_id() * kPart, product);
       put_squares(shared.squares, square);
     }
