@@ -152,7 +152,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         for feature, needed in zip(maps, needs_maps, strict=True):
             part, first = grad.narrow(1, first, feature.shape[1]), first + feature.shape[1]
             results.append(op(part, [feature], coords, *ctx.options, True, False)[0] if needed else None)
-    return results, coords_grad if needs_coords else None, None, None, None
+    gradients = (results, coords_grad if needs_coords else None, None, None, None)
+    # PyTorch 2.11 leaves arguments at their defaults out, and wants as many gradients as there were arguments.
+    return gradients[: len(ctx.needs_input_grad)]
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:

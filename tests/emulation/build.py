@@ -1,8 +1,8 @@
 """Compiles the CUDA ops of ``csrc/cuda`` with g++ into a library whose kernels run on the CPU.
 
 The very ``.cu`` and ``.cuh`` files: ``cuda_on_cpu.h`` stands in for nvcc. Objects are kept in ``build/emulation`` and
-made anew when a source changes. ``RENDSEG_EMULATION_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer; a
-process that loads such a library must have been started with ``sanitizer_environment()``.
+made anew when a source changes. ``RENDSEG_EMULATION_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer;
+a process that loads such a library must have been started with ``sanitizer_environment()``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def flags(sanitize: bool) -> list[str]:
     return [*FLAGS, f"-I{HERE}", *(["-O1", *SANITIZERS] if sanitize else ["-O2"])]
 
 
+def compile_environment() -> dict[str, str]:
+    """Without what ``sanitizer_environment()`` adds: the compiler is not to run under the sanitizers."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def sanitizer_environment() -> dict[str, str]:
     """What a process needs that loads a sanitized library."""
     libraries = []
@@ -97,8 +102,7 @@ def build_library(sanitize: bool = SANITIZE) -> Path:
         lines.append(f"build {objects[-1]}: compile {str(source).replace(' ', '$ ')}")
     lines.append(f"build emulation.so: link {' '.join(objects)}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    environment = {**os.environ, "PATH": os.pathsep.join(search_path())}
-    environment.pop("LD_PRELOAD", None)
+    environment = {**compile_environment(), "PATH": os.pathsep.join(search_path())}
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     done = subprocess.run(["ninja", "-j", jobs], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -205,7 +205,7 @@ def test_the_same_for_any_instruction_set(name):
 @pytest.mark.gradcheck
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("channels", [2, 9])
-@pytest.mark.parametrize("padding_mode,align_corners", itertools.product(("zeros", "border"), (False, True)))
+@pytest.mark.parametrize("padding_mode,align_corners", list(itertools.product(("zeros", "border"), (False, True))))
 def test_gradcheck(layout, channels, padding_mode, align_corners):
     inputs = [
         maps(2, channels, 4, 5, torch.float64, layout).requires_grad_(),
