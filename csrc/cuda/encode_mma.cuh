@@ -1071,9 +1071,12 @@ inline Args<float> general_args(const MmaArgs& args) {
   return general;
 }
 
+// An address to measure a layout from.
+inline unsigned char* nowhere() { return reinterpret_cast<unsigned char*>(uintptr_t{4096}); }
+
 template <typename X, int kTile, bool kChannelsLast, int kStages, typename Launch>
 bool launch_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = ForwardShared<X, kTile, kChannelsLast, kStages>(nullptr, args.steps).bytes;
+  const int64_t bytes = ForwardShared<X, kTile, kChannelsLast, kStages>(nowhere(), args.steps).bytes;
   if (bytes > launch.shared_limit()) return false;
   if (!try_only) {
     launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_kernel<X, kTile, kChannelsLast, kStages>, args);
@@ -1106,7 +1109,7 @@ bool run_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
 
 template <typename X, bool kChannelsLast, int kStages, typename Launch>
 bool launch_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = BackwardShared<X, kChannelsLast, kStages>(nullptr, args.steps).bytes;
+  const int64_t bytes = BackwardShared<X, kChannelsLast, kStages>(nowhere(), args.steps).bytes;
   if (bytes > launch.shared_limit()) return false;
   if (!try_only) {
     launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_backward_kernel<X, kChannelsLast, kStages>, args);
