@@ -1,14 +1,16 @@
 // CUDA kernels of subdivide: bilinear upsampling, margin keys and their first histogram in one pass over the outputs;
 // the same with labels and without the upsampled logits; the gradient.
 //
-// All kernels interpolate with the same few operations in the same order (mix() along x, then along y, then one
-// rounding to the stored dtype), so logits, labels and keys agree bit for bit whichever kernel made them.
+// All kernels interpolate with the same few operations in the same order (along x, then along y, then one rounding to
+// the stored dtype; mix() or mix_quarter(), by the factor), so logits, labels and keys agree bit for bit whichever
+// kernel made them.
 #pragma once
 
 #include "device.cuh"
 
 #include <limits>
 
+#include "../math/bilinear.h"
 #include "../math/margin.h"
 #include "../math/radix_key.h"
 #include "../math/upsample.h"
@@ -34,12 +36,18 @@ constexpr int kSubdivideThreads = 256;
 // --- interpolation
 // ----------------------------------------------------------------------------------------------------
 
-// Weighted mean of the nearer and the farther neighbour. For a factor of two the far weight is 1/4, so the product that
-// is not rounded here is exact anyway, and the result that of the CPU kernel.
-__device__ inline float mix(float near, float far, float near_weight, float far_weight) {
+// Weighted mean of the nearer and the farther neighbour, every operation rounded, as on the CPU.
+template <typename A>
+__device__ inline A mix(A near, A far, A near_weight, A far_weight) {
+  return rounded_product(near, near_weight) + rounded_product(far, far_weight);
+}
+
+// The same where the far weight is 1/4 (or 0, or both neighbours are the same): that product is exact, so it need not
+// be rounded. (But for numbers below 2^-124, of which it drops bits.)
+__device__ inline float mix_quarter(float near, float far, float near_weight, float far_weight) {
   return fmaf(far, far_weight, near * near_weight);
 }
-__device__ inline double mix(double near, double far, double near_weight, double far_weight) {
+__device__ inline double mix_quarter(double near, double far, double near_weight, double far_weight) {
   return fma(far, far_weight, near * near_weight);
 }
 
@@ -82,8 +90,8 @@ struct Gap {
         has_first(gap >= 0),
         has_second(gap + 1 < size) {}
 
-  __device__ A first(A at_low, A at_high) const { return mix(at_low, at_high, kNear, kFar); }
-  __device__ A second(A at_low, A at_high) const { return mix(at_high, at_low, near_weight, far_weight); }
+  __device__ A first(A at_low, A at_high) const { return mix_quarter(at_low, at_high, kNear, kFar); }
+  __device__ A second(A at_low, A at_high) const { return mix_quarter(at_high, at_low, near_weight, far_weight); }
 };
 
 template <typename Args>
@@ -126,14 +134,14 @@ struct Unit<A, true> {
   }
 };
 
-template <typename A>
-struct Unit<A, false> {
+template <typename A, bool kQuarters>
+struct SingleUnit {
   static constexpr int kOutputs = 1;
   int64_t row, column;
   Neighbours<A> y, x;
 
   template <typename Args>
-  __device__ Unit(const Args& a, int64_t unit_row, int64_t unit_column)
+  __device__ SingleUnit(const Args& a, int64_t unit_row, int64_t unit_column)
       : row(unit_row),
         column(unit_column),
         y(neighbours<A>(unit_row, a.h, a.scale, a.align_corners)),
@@ -143,11 +151,19 @@ struct Unit<A, false> {
     return static_cast<int64_t>(i < 2 ? y.near : y.far) * w + (i % 2 == 0 ? x.near : x.far);
   }
   __device__ void values(const A (&corner)[4], A (&out)[1]) const {
-    out[0] = mix(mix(corner[0], corner[1], x.near_weight, x.far_weight),
-                 mix(corner[2], corner[3], x.near_weight, x.far_weight), y.near_weight, y.far_weight);
+    const auto mixed = [](A near, A far, const Neighbours<A>& at) {
+      return kQuarters ? mix_quarter(near, far, at.near_weight, at.far_weight)
+                       : mix(near, far, at.near_weight, at.far_weight);
+    };
+    out[0] = mixed(mixed(corner[0], corner[1], x), mixed(corner[2], corner[3], x), y);
   }
   __device__ bool has(int) const { return true; }
   __device__ int64_t output(int, int64_t width) const { return row * width + column; }
+};
+
+template <typename A>
+struct Unit<A, false> : SingleUnit<A, false> {
+  using SingleUnit<A, false>::SingleUnit;
 };
 
 // Units along an axis of `size` source cells.
@@ -221,37 +237,88 @@ __device__ inline Tile tile_of_block(const Tiling& tiling) {
 // --- factor 2, channels apart
 // -----------------------------------------------------------------------------------------
 
+// TopTwo of V neighbours.
+template <typename T, int V>
+class TopTwoOf {
+ public:
+  __device__ void add(const Vec<T, V>& values) {
+    RENDSEG_UNROLL
+    for (int v = 0; v < V; ++v) top_[v].add(widen(values[v]));
+  }
+  __device__ float margin(int v, bool single) const { return top_[v].margin(single); }
+
+ private:
+  TopTwo<Acc<T>> top_[V];
+};
+
+#if defined(__CUDACC__)
+// Two 16-bit values at a time: half the instructions, half the registers, the same result.
+template <typename T, int V>
+  requires(sizeof(T) == 2)
+class TopTwoOf<T, V> {
+  using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+
+ public:
+  __device__ TopTwoOf() {
+    const T lowest = narrow<T>(-std::numeric_limits<float>::infinity());
+    RENDSEG_UNROLL
+    for (int i = 0; i < V / 2; ++i) first_[i] = second_[i] = Pair(lowest, lowest);
+  }
+  __device__ void add(const Vec<T, V>& values) {
+    RENDSEG_UNROLL
+    for (int i = 0; i < V / 2; ++i) {
+      const Pair value(values[2 * i], values[2 * i + 1]);
+      second_[i] = __hmax2(second_[i], __hmin2(value, first_[i]));
+      first_[i] = __hmax2_nan(value, first_[i]);
+    }
+  }
+  __device__ float margin(int v, bool single) const {
+    const Pair first = first_[v / 2], second = second_[v / 2];
+    return TopTwo<float>{widen(v % 2 == 0 ? first.x : first.y), widen(v % 2 == 0 ? second.x : second.y)}.margin(single);
+  }
+
+ private:
+  Pair first_[V / 2], second_[V / 2];
+};
+#endif
+
 // Source cells of one channel under `V` adjacent outputs of a row: V/2 cells and one more on each side.
 template <typename T, int V>
 struct SourceSpan {
-  Vec<T, V / 2> centre;
-  T left, right;
+  static constexpr int kCells = V / 2;
+  Vec<T, kCells> centre;
+  T left{}, right{};
 
-  __device__ void load(const T* from, int64_t to_left, int64_t to_right) {
-    centre = load_vec<V / 2>(from);
-    left = from[to_left];
-    right = from[to_right];
+  // Nothing is read beyond the row.
+  __device__ void load(const T* from, bool at_left, bool at_right) {
+    centre = load_vec<kCells>(from);
+    if (!at_left) left = from[-1];
+    if (!at_right) right = from[kCells];
   }
 
-  // Interpolated along x. The weights are those of the first output, the only one that may lie at the border.
-  __device__ void interpolate(Acc<T> near_weight, Acc<T> far_weight, Acc<T> (&out)[V]) const {
+  // Interpolated along x.
+  __device__ void interpolate(bool at_left, bool at_right, Acc<T> (&out)[V]) const {
     using A = Acc<T>;
-    A cells[V / 2 + 2];
-    cells[0] = widen(left), cells[V / 2 + 1] = widen(right);
+    constexpr A kNear = Gap<A>::kNear, kFar = Gap<A>::kFar;
+    A cells[kCells + 2];
     RENDSEG_UNROLL
-    for (int i = 0; i < V / 2; ++i) cells[i + 1] = widen(centre[i]);
+    for (int i = 0; i < kCells; ++i) cells[i + 1] = widen(centre[i]);
+    // The neighbours of the outermost outputs: see Gap.
+    cells[kCells + 1] = at_right ? cells[kCells] : widen(right);
+    cells[0] = at_left ? cells[2] : widen(left);
+    const A near_weight = at_left ? A(1) : kNear, far_weight = at_left ? A(0) : kFar;
     RENDSEG_UNROLL
-    for (int i = 0; i < V / 2; ++i) {
-      out[2 * i] = i == 0 ? mix(cells[1], cells[0], near_weight, far_weight)
-                          : mix(cells[i + 1], cells[i], Gap<A>::kNear, Gap<A>::kFar);
-      out[2 * i + 1] = mix(cells[i + 1], cells[i + 2], Gap<A>::kNear, Gap<A>::kFar);
+    for (int i = 0; i < kCells; ++i) {
+      out[2 * i] = i == 0 ? mix_quarter(cells[1], cells[0], near_weight, far_weight)
+                          : mix_quarter(cells[i + 1], cells[i], kNear, kFar);
+      out[2 * i + 1] = mix_quarter(cells[i + 1], cells[i + 2], kNear, kFar);
     }
   }
 };
 
-template <int N, typename T>
-__device__ inline void store_outputs(T* to, const Vec<T, N>& values, bool streaming) {
-  if (streaming) {
+template <bool kStreaming, int N, typename T>
+__device__ inline void store_outputs(T* to, const Vec<T, N>& values) {
+  if constexpr (kStreaming) {
     store_vec_streaming(to, values);
   } else {
     store_vec(to, values);
@@ -260,8 +327,9 @@ __device__ inline void store_outputs(T* to, const Vec<T, N>& values, bool stream
 
 // A thread makes `V` adjacent outputs in both rows of a gap, channel after channel, with the two largest logits of each
 // in registers. The sources of the next channel are on their way meanwhile.
-template <typename T, int V>
-__global__ void __launch_bounds__(kSubdivideThreads) upsample_gaps_kernel(UpsampleArgs<T> a, Tiling tiling) {
+template <typename T, int V, bool kStreaming>
+__global__ void __launch_bounds__(kSubdivideThreads, sizeof(T) == 8 ? 1 : 4)
+    upsample_gaps_kernel(UpsampleArgs<T> a, Tiling tiling) {
   using A = Acc<T>;
   RENDSEG_SHARED(HistogramTable, bins);
   if (a.histograms != nullptr) clear_bins(bins);
@@ -272,50 +340,46 @@ __global__ void __launch_bounds__(kSubdivideThreads) upsample_gaps_kernel(Upsamp
   if (row <= a.h && column < a.width) {
     const Gap<A> gap(static_cast<int32_t>(row - 1), static_cast<int32_t>(a.h));
     const int64_t cell = column / 2;
-    const bool at_border = cell == 0;
-    const int64_t to_left = at_border ? (a.w > 1 ? 1 : 0) : -1;
-    const int64_t to_right = cell + V / 2 < a.w ? V / 2 : V / 2 - 1;
-    const A near_weight = at_border ? A(1) : Gap<A>::kNear, far_weight = at_border ? A(0) : Gap<A>::kFar;
-
-    const int64_t chosen = a.single ? single_channel(a, tile.image) : 0;
+    const bool at_left = cell == 0, at_right = cell + V / 2 == a.w;
+    const int32_t chosen = a.single ? static_cast<int32_t>(single_channel(a, tile.image)) : 0;
     const bool only_chosen = a.single && a.fine == nullptr;
-    const int64_t begin = only_chosen ? chosen : 0, end = only_chosen ? chosen + 1 : a.channels;
+    const int32_t begin = only_chosen ? chosen : 0;
+    const int32_t end = only_chosen ? chosen + 1 : static_cast<int32_t>(a.channels);
     const int64_t plane = a.h * a.w, fine_plane = a.height * a.width;
     const T* low = a.source + (tile.image * a.channels + begin) * plane + gap.low * a.w + cell;
-    const T* high = low + static_cast<int64_t>(gap.high - gap.low) * a.w;
-    const int64_t output = (2 * row - 1) * a.width + column;
-    T* fine = a.fine == nullptr ? nullptr : a.fine + tile.image * a.channels * fine_plane + output;
+    const int32_t to_high = (gap.high - gap.low) * static_cast<int32_t>(a.w);
+    const int64_t output = tile.image * fine_plane + (2 * row - 1) * a.width + column;
+    const bool stores_first = a.fine != nullptr && gap.has_first, stores_second = a.fine != nullptr && gap.has_second;
+    int64_t to = tile.image * (a.channels - 1) * fine_plane + output;  // in fine
 
-    TopTwo<A> top[2][V];
+    TopTwoOf<T, V> first, second;
     SourceSpan<T, V> next_low, next_high;
-    next_low.load(low, to_left, to_right);
-    next_high.load(high, to_left, to_right);
-    for (int64_t c = begin; c < end; ++c) {
+    next_low.load(low, at_left, at_right);
+    next_high.load(low + to_high, at_left, at_right);
+    RENDSEG_NO_UNROLL
+    for (int32_t c = begin; c < end; ++c) {
       A at_low[V], at_high[V];
-      next_low.interpolate(near_weight, far_weight, at_low);
-      next_high.interpolate(near_weight, far_weight, at_high);
-      low += plane, high += plane;
-      if (c + 1 < end) {
-        next_low.load(low, to_left, to_right);
-        next_high.load(high, to_left, to_right);
-      }
+      next_low.interpolate(at_left, at_right, at_low);
+      next_high.interpolate(at_left, at_right, at_high);
+      if (c + 1 < end) low += plane;  // the last channel is loaded twice
+      next_low.load(low, at_left, at_right);
+      next_high.load(low + to_high, at_left, at_right);
       Vec<T, V> values[2];
       RENDSEG_UNROLL
-      for (int v = 0; v < V; ++v) {
-        values[0][v] = narrow<T>(gap.first(at_low[v], at_high[v]));
-        values[1][v] = narrow<T>(gap.second(at_low[v], at_high[v]));
+      for (int v = 0; v < V; v += 2) {
+        const Vec<T, 2> above =
+            narrow_pair<T>(gap.first(at_low[v], at_high[v]), gap.first(at_low[v + 1], at_high[v + 1]));
+        const Vec<T, 2> below =
+            narrow_pair<T>(gap.second(at_low[v], at_high[v]), gap.second(at_low[v + 1], at_high[v + 1]));
+        values[0][v] = above[0], values[0][v + 1] = above[1];
+        values[1][v] = below[0], values[1][v + 1] = below[1];
       }
-      if (fine != nullptr) {
-        if (gap.has_first) store_outputs(fine, values[0], a.streaming);
-        if (gap.has_second) store_outputs(fine + a.width, values[1], a.streaming);
-        fine += fine_plane;
-      }
-      if (!a.single || c == chosen) {  // one channel alone: its value becomes `first`
-        RENDSEG_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          RENDSEG_UNROLL
-          for (int v = 0; v < V; ++v) top[r][v].add(widen(values[r][v]));
-        }
+      if (stores_first) store_outputs<kStreaming>(a.fine + to, values[0]);
+      if (stores_second) store_outputs<kStreaming>(a.fine + to + a.width, values[1]);
+      to += fine_plane;
+      if (!a.single || c == chosen) {  // of one channel alone the value is the first
+        first.add(values[0]);
+        second.add(values[1]);
       }
     }
 
@@ -323,13 +387,13 @@ __global__ void __launch_bounds__(kSubdivideThreads) upsample_gaps_kernel(Upsamp
     for (int r = 0; r < 2; ++r) {
       if (!(r == 0 ? gap.has_first : gap.has_second)) continue;
       constexpr int kWide = V < 4 ? V : 4;
-      uint32_t* keys = a.keys + tile.image * fine_plane + output + r * a.width;
+      uint32_t* keys = a.keys + output + r * a.width;
       RENDSEG_UNROLL
       for (int v = 0; v < V; v += kWide) {
         Vec<uint32_t, kWide> wide;
         RENDSEG_UNROLL
         for (int i = 0; i < kWide; ++i) {
-          wide[i] = margin_key(top[r][v + i].margin(a.single));
+          wide[i] = margin_key(r == 0 ? first.margin(v + i, a.single) : second.margin(v + i, a.single));
           if (a.histograms != nullptr) atomicAdd(&bins[histogram_bin(wide[i])], 1u);
         }
         store_vec(keys + v, wide);
@@ -344,7 +408,7 @@ __global__ void __launch_bounds__(kSubdivideThreads) upsample_gaps_kernel(Upsamp
 
 // A thread makes one output, channel after channel. The source may have any layout; `fine`, if there is one, is
 // contiguous.
-template <typename T>
+template <typename T, bool kQuarters>
 __global__ void __launch_bounds__(kSubdivideThreads) upsample_any_kernel(UpsampleArgs<T> a, Tiling tiling) {
   using A = Acc<T>;
   RENDSEG_SHARED(HistogramTable, bins);
@@ -354,7 +418,7 @@ __global__ void __launch_bounds__(kSubdivideThreads) upsample_any_kernel(Upsampl
   const int64_t row = tile.row + (thread >> tiling.shift);
   const int64_t column = tile.column + (thread & ((1 << tiling.shift) - 1));
   if (row < a.height && column < a.width) {
-    const Unit<A, false> unit(a, row, column);
+    const SingleUnit<A, kQuarters> unit(a, row, column);
     const int64_t chosen = a.single ? single_channel(a, tile.image) : 0;
     const bool only_chosen = a.single && a.fine == nullptr;
     const int64_t begin = only_chosen ? chosen : 0, end = only_chosen ? chosen + 1 : a.channels;
@@ -383,7 +447,7 @@ __global__ void __launch_bounds__(kSubdivideThreads) upsample_any_kernel(Upsampl
       unit.values(values, out);
       const Vec<T, 1> stored{narrow<T>(out[0])};
       if (fine != nullptr) {
-        store_outputs(fine, stored, a.streaming);
+        store_vec(fine, stored);
         fine += fine_plane;
       }
       if (!a.single || c == chosen) top.add(widen(stored[0]));
@@ -469,7 +533,7 @@ __global__ void __launch_bounds__(kLastThreads) upsample_last_kernel(UpsampleArg
             const T stored = narrow<T>(out[i]);
             tile[(i / 2) * 16 + which * 2 + i % 2][c] = stored;
             if (fine != nullptr && unit.has(i)) {
-              store_outputs(fine + unit.output(i, a.width) * a.channels + c0 + c, Vec<T, 1>{stored}, a.streaming);
+              store_vec(fine + unit.output(i, a.width) * a.channels + c0 + c, Vec<T, 1>{stored});
             }
           }
         }
@@ -491,8 +555,7 @@ __global__ void __launch_bounds__(kLastThreads) upsample_last_kernel(UpsampleArg
                                          y.near_weight, y.far_weight));
           tile[which][c] = stored;
           if (fine != nullptr) {
-            store_outputs(fine + (unit_row * a.width + first + which) * a.channels + c0 + c, Vec<T, 1>{stored},
-                          a.streaming);
+            store_vec(fine + (unit_row * a.width + first + which) * a.channels + c0 + c, Vec<T, 1>{stored});
           }
         }
       }
@@ -698,10 +761,14 @@ void run_subdivide(Launch& launch, const UpsampleArgs<T>& a) {
     const bool vectors = a.width % V == 0 && is_aligned(a.source, V / 2 * sizeof(T)) && is_aligned(a.fine, 16);
     const Tiling tiling = tiles_of(a.width / (vectors ? V : 2), a.h + 1, 1);
     launch({a.images * tiling.per_image, kSubdivideThreads},
-           vectors ? upsample_gaps_kernel<T, V> : upsample_gaps_kernel<T, 2>, a, tiling);
+           !vectors      ? upsample_gaps_kernel<T, 2, false>
+           : a.streaming ? upsample_gaps_kernel<T, V, true>
+                         : upsample_gaps_kernel<T, V, false>,
+           a, tiling);
   } else {
     const Tiling tiling = tiles_of(a.width, a.height, 1);
-    launch({a.images * tiling.per_image, kSubdivideThreads}, upsample_any_kernel<T>, a, tiling);
+    launch({a.images * tiling.per_image, kSubdivideThreads},
+           by_gaps(a) ? upsample_any_kernel<T, true> : upsample_any_kernel<T, false>, a, tiling);
   }
 }
 
