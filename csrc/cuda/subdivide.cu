@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
       : wanted == SubdivideWanted::kLabels ? at::empty({n, height, width}, options.dtype(label_dtype(logits)))
                                            : at::empty({0}, options);
   if (n == 0) return {result, indices, coords};
-  TORCH_CHECK_VALUE(c < int64_t{1} << 31, "logits must have fewer than 2^31 channels, got ", c);
+  TORCH_CHECK_VALUE(c < int64_t{1} << 26, "logits must have fewer than 2^26 channels, got ", c);
 
   const at::Tensor source = logits.contiguous(format);
   const at::Tensor keys = at::empty({n, cells}, options.dtype(at::kInt));

@@ -116,9 +116,10 @@ struct Unit<A, true> {
         y(static_cast<int32_t>(unit_row - 1), static_cast<int32_t>(a.h)),
         x(static_cast<int32_t>(unit_column - 1), static_cast<int32_t>(a.w)) {}
 
-  // Source cell of corner i = 0 .. 3, as an offset in cells.
-  __device__ int64_t corner(int i, int64_t w) const {
-    return static_cast<int64_t>(i < 2 ? y.low : y.high) * w + (i % 2 == 0 ? x.low : x.high);
+  // Source cell of corner i = 0 .. 3, as an offset in cells; like that of an output, below 2^32.
+  __device__ uint32_t corner(int i, int64_t w) const {
+    return static_cast<uint32_t>(i < 2 ? y.low : y.high) * static_cast<uint32_t>(w) +
+           static_cast<uint32_t>(i % 2 == 0 ? x.low : x.high);
   }
   __device__ void values(const A (&corner)[4], A (&out)[4]) const {
     const A left_low = x.first(corner[0], corner[1]), left_high = x.first(corner[2], corner[3]);
@@ -129,26 +130,27 @@ struct Unit<A, true> {
   __device__ bool has(int i) const {
     return (i < 2 ? y.has_first : y.has_second) && (i % 2 == 0 ? x.has_first : x.has_second);
   }
-  __device__ int64_t output(int i, int64_t width) const {
-    return static_cast<int64_t>(row + i / 2) * width + column + i % 2;
+  __device__ uint32_t output(int i, int64_t width) const {
+    return static_cast<uint32_t>(row + i / 2) * static_cast<uint32_t>(width) + static_cast<uint32_t>(column + i % 2);
   }
 };
 
 template <typename A, bool kQuarters>
 struct SingleUnit {
   static constexpr int kOutputs = 1;
-  int64_t row, column;
+  uint32_t row, column;
   Neighbours<A> y, x;
 
   template <typename Args>
   __device__ SingleUnit(const Args& a, int64_t unit_row, int64_t unit_column)
-      : row(unit_row),
-        column(unit_column),
+      : row(static_cast<uint32_t>(unit_row)),
+        column(static_cast<uint32_t>(unit_column)),
         y(neighbours<A>(unit_row, a.h, a.scale, a.align_corners)),
         x(neighbours<A>(unit_column, a.w, a.scale, a.align_corners)) {}
 
-  __device__ int64_t corner(int i, int64_t w) const {
-    return static_cast<int64_t>(i < 2 ? y.near : y.far) * w + (i % 2 == 0 ? x.near : x.far);
+  __device__ uint32_t corner(int i, int64_t w) const {
+    return static_cast<uint32_t>(i < 2 ? y.near : y.far) * static_cast<uint32_t>(w) +
+           static_cast<uint32_t>(i % 2 == 0 ? x.near : x.far);
   }
   __device__ void values(const A (&corner)[4], A (&out)[1]) const {
     const auto mixed = [](A near, A far, const Neighbours<A>& at) {
@@ -158,7 +160,7 @@ struct SingleUnit {
     out[0] = mixed(mixed(corner[0], corner[1], x), mixed(corner[2], corner[3], x), y);
   }
   __device__ bool has(int) const { return true; }
-  __device__ int64_t output(int, int64_t width) const { return row * width + column; }
+  __device__ uint32_t output(int, int64_t width) const { return row * static_cast<uint32_t>(width) + column; }
 };
 
 template <typename A>
@@ -251,36 +253,67 @@ class TopTwoOf {
   TopTwo<Acc<T>> top_[V];
 };
 
+// Two 16-bit values at a time, with one instruction each: like larger_of(), smaller_of() and larger_or_nan().
 #if defined(__CUDACC__)
-// Two 16-bit values at a time: half the instructions, half the registers, the same result.
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+template <typename P>
+__device__ inline P larger_pair(const P& a, const P& b) {
+  return __hmax2(a, b);
+}
+template <typename P>
+__device__ inline P smaller_pair(const P& a, const P& b) {
+  return __hmin2(a, b);
+}
+template <typename P>
+__device__ inline P larger_pair_or_nan(const P& a, const P& b) {
+  return __hmax2_nan(a, b);
+}
+#else
+template <typename T>
+struct Pair {
+  T x, y;
+};
+template <typename T>
+Pair<T> larger_pair(const Pair<T>& a, const Pair<T>& b) {
+  return {narrow<T>(larger_of(widen(a.x), widen(b.x))), narrow<T>(larger_of(widen(a.y), widen(b.y)))};
+}
+template <typename T>
+Pair<T> smaller_pair(const Pair<T>& a, const Pair<T>& b) {
+  return {narrow<T>(smaller_of(widen(a.x), widen(b.x))), narrow<T>(smaller_of(widen(a.y), widen(b.y)))};
+}
+template <typename T>
+Pair<T> larger_pair_or_nan(const Pair<T>& a, const Pair<T>& b) {
+  return {narrow<T>(larger_or_nan(widen(a.x), widen(b.x))), narrow<T>(larger_or_nan(widen(a.y), widen(b.y)))};
+}
+#endif
+
+// Half the instructions, half the registers, the same result.
 template <typename T, int V>
   requires(sizeof(T) == 2)
 class TopTwoOf<T, V> {
-  using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
-
  public:
   __device__ TopTwoOf() {
     const T lowest = narrow<T>(-std::numeric_limits<float>::infinity());
     RENDSEG_UNROLL
-    for (int i = 0; i < V / 2; ++i) first_[i] = second_[i] = Pair(lowest, lowest);
+    for (int i = 0; i < V / 2; ++i) first_[i] = second_[i] = Pair<T>{lowest, lowest};
   }
   __device__ void add(const Vec<T, V>& values) {
     RENDSEG_UNROLL
     for (int i = 0; i < V / 2; ++i) {
-      const Pair value(values[2 * i], values[2 * i + 1]);
-      second_[i] = __hmax2(second_[i], __hmin2(value, first_[i]));
-      first_[i] = __hmax2_nan(value, first_[i]);
+      const Pair<T> value{values[2 * i], values[2 * i + 1]};
+      second_[i] = larger_pair(second_[i], smaller_pair(value, first_[i]));
+      first_[i] = larger_pair_or_nan(value, first_[i]);
     }
   }
   __device__ float margin(int v, bool single) const {
-    const Pair first = first_[v / 2], second = second_[v / 2];
+    const Pair<T> first = first_[v / 2], second = second_[v / 2];
     return TopTwo<float>{widen(v % 2 == 0 ? first.x : first.y), widen(v % 2 == 0 ? second.x : second.y)}.margin(single);
   }
 
  private:
-  Pair first_[V / 2], second_[V / 2];
+  Pair<T> first_[V / 2], second_[V / 2];
 };
-#endif
 
 // Source cells of one channel under `V` adjacent outputs of a row: V/2 cells and one more on each side.
 template <typename T, int V>
@@ -348,9 +381,8 @@ __global__ void __launch_bounds__(kSubdivideThreads, sizeof(T) == 8 ? 1 : 4)
     const int64_t plane = a.h * a.w, fine_plane = a.height * a.width;
     const T* low = a.source + (tile.image * a.channels + begin) * plane + gap.low * a.w + cell;
     const int32_t to_high = (gap.high - gap.low) * static_cast<int32_t>(a.w);
-    const int64_t output = tile.image * fine_plane + (2 * row - 1) * a.width + column;
     const bool stores_first = a.fine != nullptr && gap.has_first, stores_second = a.fine != nullptr && gap.has_second;
-    int64_t to = tile.image * (a.channels - 1) * fine_plane + output;  // in fine
+    int64_t to = tile.image * a.channels * fine_plane + (2 * row - 1) * a.width + column;  // in fine
 
     TopTwoOf<T, V> first, second;
     SourceSpan<T, V> next_low, next_high;
@@ -383,11 +415,13 @@ __global__ void __launch_bounds__(kSubdivideThreads, sizeof(T) == 8 ? 1 : 4)
       }
     }
 
+    // From the place that `to` has reached to the same in a.keys.
+    const int64_t passed = (tile.image * (a.channels - 1) + (only_chosen ? 1 : a.channels)) * fine_plane;
     RENDSEG_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (!(r == 0 ? gap.has_first : gap.has_second)) continue;
       constexpr int kWide = V < 4 ? V : 4;
-      uint32_t* keys = a.keys + output + r * a.width;
+      uint32_t* keys = a.keys + (to - passed) + r * a.width;
       RENDSEG_UNROLL
       for (int v = 0; v < V; v += kWide) {
         Vec<uint32_t, kWide> wide;
@@ -462,11 +496,12 @@ __global__ void __launch_bounds__(kSubdivideThreads) upsample_any_kernel(Upsampl
 // --- channels together
 // -----------------------------------------------------------------------------------------------
 
-// A warp makes 32 outputs: 8 gaps of 2x2 (8 units), or 32 neighbours in a row. Its lanes take channels while they load
-// and store, which coalesces, and outputs while they look for the two largest: values change hands through shared
-// memory, up to 32 channels at a time.
+// A warp makes 32 outputs: the 2x2 of 8 gaps, or 32 neighbours in a row. Its lanes take channels while they load and
+// store, which coalesces, and outputs while they look for the two largest: values change hands through shared memory,
+// up to 32 channels at a time.
 constexpr int kLastThreads = 128;
 constexpr int kLastChannels = 32;
+constexpr int kGapsPerWarp = 8;
 
 // The rows are 33 long, so that lanes meet no bank conflict either way.
 template <typename T>
@@ -474,25 +509,117 @@ using LastTile = T[kWarp][kLastChannels + 1];
 
 // Channels in rounds of (nearly) equal size.
 struct Rounds {
-  int64_t count;
   uint32_t size, inverse;  // i / size == i * inverse >> 16 for i < 1024
 
-  __device__ explicit Rounds(int64_t channels)
-      : count((channels + kLastChannels - 1) / kLastChannels),
-        size(static_cast<uint32_t>((channels + count - 1) / count)),
-        inverse(((1u << 16) + size - 1) / size) {}
+  __device__ explicit Rounds(int64_t channels) {
+    const int64_t count = (channels + kLastChannels - 1) / kLastChannels;
+    size = static_cast<uint32_t>((channels + count - 1) / count);
+    inverse = ((1u << 16) + size - 1) / size;
+  }
   __device__ uint32_t divide(uint32_t i) const { return i * inverse >> 16; }
 };
+
+// Rows and columns of the outputs that one warp makes.
+struct LastPlace {
+  int64_t unit_row, first;  // gaps, counted from 0 for gap -1; or row and first column
+};
+
+// Values of `size` channels from c0 on into the tile, and into `fine` if there is one. Few channels leave lanes over,
+// which then take other gaps: each group of lanes goes along a run of gaps and keeps the source cells between two.
+template <typename T>
+__device__ inline void upsample_gaps_into(LastTile<T>& tile, const UpsampleArgs<T>& a, const T* source, T* fine,
+                                          const LastPlace& place, int64_t c0, uint32_t size) {
+  using A = Acc<T>;
+  constexpr int kBatch = 4;  // gaps whose sources are on their way
+  const int group_shift = size > 16 ? 5 : size > 8 ? 4 : size > 4 ? 3 : 2;
+  const int run = max(1, kGapsPerWarp >> (5 - group_shift));
+  const int begin = (lane_id() >> group_shift) * run;  // of the gaps of this warp
+  const uint32_t c = static_cast<uint32_t>(lane_id()) & ((1u << group_shift) - 1);
+  const int32_t w = static_cast<int32_t>(a.w), gap = static_cast<int32_t>(place.first) - 1 + begin;
+  if (c >= size || gap >= w) return;
+  const int64_t step = a.channels;
+  const Gap<A> y(static_cast<int32_t>(place.unit_row - 1), static_cast<int32_t>(a.h));
+  const Gap<A> x(gap, w);  // the first one; only here may the left output be missing
+  const T* low = source + (y.low * a.w + x.low) * step + c0 + c;
+  const T* high = source + (y.high * a.w + x.low) * step + c0 + c;
+  A left_low = widen(*low), left_high = widen(*high);
+  low += (x.high - x.low) * step, high += (x.high - x.low) * step;
+  const bool stores_first = fine != nullptr && y.has_first, stores_second = fine != nullptr && y.has_second;
+  // Outputs left and right in the upper row; the lower row follows.
+  int64_t left = ((2 * place.unit_row - 1) * a.width + 2 * gap + 1) * step + c0 + c;
+  const int64_t row = a.width * step;
+  T* slot = &tile[begin * 2][c];
+  constexpr int kSlotRow = kLastChannels + 1;
+  for (int first = 0; first < run; first += kBatch) {
+    T right_low[kBatch], right_high[kBatch];
+    RENDSEG_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      right_low[i] = *low, right_high[i] = *high;
+      if (gap + first + i + 2 < w) low += step, high += step;
+    }
+    RENDSEG_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = first + i;
+      if (at >= run || gap + at >= w) break;
+      const bool leftmost = i == 0 && gap + at < 0, rightmost = gap + at + 1 == w;
+      const A near_weight = leftmost ? A(1) : Gap<A>::kNear, far_weight = leftmost ? A(0) : Gap<A>::kFar;
+      const A corner_low = widen(right_low[i]), corner_high = widen(right_high[i]);
+      const A on_left[2] = {x.first(left_low, corner_low), x.first(left_high, corner_high)};
+      const A on_right[2] = {mix_quarter(corner_low, left_low, near_weight, far_weight),
+                             mix_quarter(corner_high, left_high, near_weight, far_weight)};
+      const Vec<T, 2> upper = narrow_pair<T>(y.first(on_left[0], on_left[1]), y.first(on_right[0], on_right[1]));
+      const Vec<T, 2> lower = narrow_pair<T>(y.second(on_left[0], on_left[1]), y.second(on_right[0], on_right[1]));
+      left_low = corner_low, left_high = corner_high;
+      slot[0] = upper[0], slot[kSlotRow] = upper[1];
+      slot[16 * kSlotRow] = lower[0], slot[17 * kSlotRow] = lower[1];
+      slot += 2 * kSlotRow;
+      if (fine != nullptr) {
+        T* const to = fine + left;
+        if (stores_first && !leftmost) to[0] = upper[0];
+        if (stores_first && !rightmost) to[step] = upper[1];
+        if (stores_second && !leftmost) to[row] = lower[0];
+        if (stores_second && !rightmost) to[row + step] = lower[1];
+        left += 2 * step;
+      }
+    }
+  }
+}
+
+// The same for 32 neighbours in a row. Lane l brings the neighbours of output l.
+template <typename T>
+__device__ inline void upsample_row_into(LastTile<T>& tile, const UpsampleArgs<T>& a, const T* source, T* fine,
+                                         const LastPlace& place, int64_t c0, uint32_t size, const Rounds& rounds,
+                                         const Neighbours<Acc<T>>& y, const Neighbours<Acc<T>>& x) {
+  const T* near = source + y.near * a.w * a.channels + c0;
+  const T* far = source + y.far * a.w * a.channels + c0;
+  const int64_t output = (place.unit_row * a.width + place.first) * a.channels + c0;
+  RENDSEG_NO_UNROLL
+  for (uint32_t item = static_cast<uint32_t>(lane_id()); item < kWarp * rounds.size; item += kWarp) {
+    const uint32_t which = rounds.divide(item), c = item - which * rounds.size;
+    const int lane = static_cast<int>(which);
+    Neighbours<Acc<T>> at;
+    at.near = __shfl_sync(kAllLanes, x.near, lane), at.far = __shfl_sync(kAllLanes, x.far, lane);
+    at.near_weight = __shfl_sync(kAllLanes, x.near_weight, lane);
+    at.far_weight = __shfl_sync(kAllLanes, x.far_weight, lane);
+    if (c >= size || place.first + which >= a.width) continue;
+    const int64_t left = at.near * a.channels + c, right = at.far * a.channels + c;
+    const T stored = narrow<T>(mix(mix(widen(near[left]), widen(near[right]), at.near_weight, at.far_weight),
+                                   mix(widen(far[left]), widen(far[right]), at.near_weight, at.far_weight),
+                                   y.near_weight, y.far_weight));
+    tile[which][c] = stored;
+    if (fine != nullptr) fine[output + which * a.channels + c] = stored;
+  }
+}
 
 template <typename T, bool kGaps>
 __global__ void __launch_bounds__(kLastThreads) upsample_last_kernel(UpsampleArgs<T> a, int64_t blocks_per_image) {
   using A = Acc<T>;
-  constexpr int kUnits = kGaps ? 8 : kWarp;
+  constexpr int kUnits = kGaps ? kGapsPerWarp : kWarp;
   RENDSEG_SHARED(HistogramTable, bins);
   RENDSEG_SHARED(LastTile<T>[kLastThreads / kWarp], tiles);
   if (a.histograms != nullptr) clear_bins(bins);
   LastTile<T>& tile = tiles[warp_id()];
-  const uint32_t lane = static_cast<uint32_t>(lane_id());
+  const int lane = lane_id();
   const int64_t image = blockIdx.x / blocks_per_image, block = blockIdx.x % blocks_per_image;
   const int64_t chosen = a.single ? single_channel(a, image) : 0;
   const int64_t units_wide = kGaps ? a.w + 1 : a.width, units_high = kGaps ? a.h + 1 : a.height;
@@ -503,61 +630,23 @@ __global__ void __launch_bounds__(kLastThreads) upsample_last_kernel(UpsampleArg
 
   for (int64_t task = block * (kLastThreads / kWarp) + warp_id(); task < across * units_high;
        task += blocks_per_image * (kLastThreads / kWarp)) {
-    const int64_t unit_row = task / across, first = task % across * kUnits;
+    const LastPlace place{task / across, task % across * kUnits};
     // The output of this lane.
-    const int64_t row = kGaps ? 2 * unit_row - 1 + (lane >> 4) : unit_row;
-    const int64_t column = kGaps ? 2 * first - 1 + (lane & 15) : first + lane;
+    const int64_t row = kGaps ? 2 * place.unit_row - 1 + (lane >> 4) : place.unit_row;
+    const int64_t column = kGaps ? 2 * place.first - 1 + (lane & 15) : place.first + lane;
     const bool inside = row >= 0 && row < a.height && column >= 0 && column < a.width;
-    TopTwo<A> top;
     Neighbours<A> y{}, x{};
     if constexpr (!kGaps) {
-      y = neighbours<A>(unit_row, a.h, a.scale, a.align_corners);
+      y = neighbours<A>(place.unit_row, a.h, a.scale, a.align_corners);
       x = neighbours<A>(inside ? column : a.width - 1, a.w, a.scale, a.align_corners);
     }
+    TopTwo<A> top;
     for (int64_t c0 = 0; c0 < a.channels; c0 += rounds.size) {
       const uint32_t size = a.channels - c0 < rounds.size ? static_cast<uint32_t>(a.channels - c0) : rounds.size;
       if constexpr (kGaps) {
-        const Gap<A> rows(static_cast<int32_t>(unit_row - 1), static_cast<int32_t>(a.h));
-        const T* low = source + rows.low * a.w * a.channels + c0;
-        const T* high = source + rows.high * a.w * a.channels + c0;
-        for (uint32_t item = lane; item < kUnits * rounds.size; item += kWarp) {
-          const uint32_t which = rounds.divide(item), c = item - which * rounds.size;
-          if (c >= size || first + which > a.w) continue;
-          const Unit<A, true> unit(a, unit_row, first + which);
-          const int64_t left = unit.x.low * a.channels + c, right = unit.x.high * a.channels + c;
-          const A corner[4] = {widen(low[left]), widen(low[right]), widen(high[left]), widen(high[right])};
-          A out[4];
-          unit.values(corner, out);
-          RENDSEG_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const T stored = narrow<T>(out[i]);
-            tile[(i / 2) * 16 + which * 2 + i % 2][c] = stored;
-            if (fine != nullptr && unit.has(i)) {
-              store_vec(fine + unit.output(i, a.width) * a.channels + c0 + c, Vec<T, 1>{stored});
-            }
-          }
-        }
+        upsample_gaps_into(tile, a, source, fine, place, c0, size);
       } else {
-        const T* near = source + y.near * a.w * a.channels + c0;
-        const T* far = source + y.far * a.w * a.channels + c0;
-        for (uint32_t item = lane; item < kUnits * rounds.size;
-             item += kWarp) {  // every lane, the same number of times
-          const uint32_t which = rounds.divide(item), c = item - which * rounds.size;
-          const int lane_of = static_cast<int>(which);
-          Neighbours<A> at;
-          at.near = __shfl_sync(kAllLanes, x.near, lane_of), at.far = __shfl_sync(kAllLanes, x.far, lane_of);
-          at.near_weight = __shfl_sync(kAllLanes, x.near_weight, lane_of);
-          at.far_weight = __shfl_sync(kAllLanes, x.far_weight, lane_of);
-          if (c >= size || first + which >= a.width) continue;
-          const int64_t left = at.near * a.channels + c, right = at.far * a.channels + c;
-          const T stored = narrow<T>(mix(mix(widen(near[left]), widen(near[right]), at.near_weight, at.far_weight),
-                                         mix(widen(far[left]), widen(far[right]), at.near_weight, at.far_weight),
-                                         y.near_weight, y.far_weight));
-          tile[which][c] = stored;
-          if (fine != nullptr) {
-            store_vec(fine + (unit_row * a.width + first + which) * a.channels + c0 + c, Vec<T, 1>{stored});
-          }
-        }
+        upsample_row_into(tile, a, source, fine, place, c0, size, rounds, y, x);
       }
       __syncwarp();
       if (inside) {
@@ -752,7 +841,7 @@ void run_subdivide(Launch& launch, const UpsampleArgs<T>& a) {
   const bool together = a.channels_last && !(a.single && a.fine == nullptr);
   if (together) {
     const bool gaps = by_gaps(a);
-    const int64_t across = (units_along(a, a.w) + (gaps ? 8 : kWarp) - 1) / (gaps ? 8 : kWarp);
+    const int64_t across = (units_along(a, a.w) + (gaps ? kGapsPerWarp : kWarp) - 1) / (gaps ? kGapsPerWarp : kWarp);
     const int64_t blocks = last_blocks(launch, a.images, across * units_along(a, a.h));
     launch({a.images * blocks, kLastThreads}, gaps ? upsample_last_kernel<T, true> : upsample_last_kernel<T, false>, a,
            blocks);
