@@ -17,7 +17,7 @@ struct HistogramCut {
   uint32_t bin, below, inside;
 };
 
-// In shared memory, 8.6 KB.
+// In shared memory, 8.6 KB. Free for the next use when a function below returns.
 struct alignas(16) BlockSelectScratch {
   uint32_t histogram[kHistogramBins];
   uint32_t scan[kWarp + 1];
@@ -74,7 +74,6 @@ __device__ KeyThreshold block_refine_threshold(const KeyAt& key_at, uint32_t cou
   while (free_bits > 0) {
     const int digit_bits = min(free_bits, 11);
     const int shift = free_bits - digit_bits, bins = 1 << digit_bits;
-    __syncthreads();  // the scratch may still be read
     for (uint32_t bin = threadIdx.x; bin < static_cast<uint32_t>(bins); bin += step) scratch.histogram[bin] = 0;
     __syncthreads();
     for (uint64_t first = 0; first < count; first += kBatch * step) {
