@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rendseg import reference
+from rendseg import _extension, reference
+from rendseg.reference.point_sample import _point_sample_backward as reference_backward
 
 SEEDS = (0, 1, 2)
 CASES = {name: (inputs, coords) for name, inputs, coords in cases.samples() if "larger" not in name}
@@ -71,6 +72,93 @@ def test_channels_last_that_is_not_aligned(emulated, dtype) -> None:
     torch.testing.assert_close(emulated.ops.point_sample([value], coords), wanted)
 
 
+def backward(emulated, maps: list[Tensor], coords: Tensor, *options, flags=(True, True), seeds=SEEDS) -> list[Tensor]:
+    """Gradients for a random upstream one: against the reference in float64, and the same bits for every seed."""
+    shape = (coords.shape[0], sum(m.shape[1] for m in maps), *coords.shape[1:-1])
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(maps[0].dtype)
+    results = []
+    for seed in seeds:
+        emulated.seed(seed)
+        results.append(emulated.ops._point_sample_backward(grad, maps, coords, *options, *flags))
+    for other in results[1:]:
+        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(results[0], other, strict=True))
+    got = results[0]
+    dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32  # where cells begin
+    wanted = reference_backward(grad.to(dtype), [m.to(dtype) for m in maps], coords.to(dtype), *options, *flags)
+    tolerance = 4 * TOLERANCES[maps[0].dtype]
+    for value, gradient, right in zip((*maps, coords), got, wanted, strict=True):
+        assert gradient.dtype == value.dtype and gradient.shape == right.shape
+    for value, gradient, right in zip(maps, got, wanted, strict=False):
+        torch.testing.assert_close(gradient.to(dtype), right, rtol=tolerance, atol=tolerance)
+        if flags[0] and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
+            assert gradient.is_contiguous(memory_format=torch.channels_last)
+        else:
+            assert gradient.is_contiguous()
+    torch.testing.assert_close(got[-1].to(dtype), wanted[-1].to(dtype), rtol=1e-3, atol=1e-3, equal_nan=True)
+    if _extension.LOADED and flags[0]:  # each cell is summed in the order of the CPU kernels
+        cpu = torch.ops.rendseg._point_sample_backward(grad, maps, coords, *options, *flags)
+        assert all(torch.equal(a, b) for a, b in zip(got[:-1], cpu[:-1], strict=True))
+    return got
+
+
+@pytest.mark.parametrize("mode,padding_mode,align_corners", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_backward(emulated, name, mode, padding_mode, align_corners) -> None:
+    inputs, coords = CASES[name]
+    backward(emulated, inputs, coords, mode, padding_mode, align_corners, seeds=SEEDS[:2])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "strided"])
+@pytest.mark.parametrize("channels", [3, 72, 75])  # upstream read in place; whole vectors; not whole
+def test_dtypes_backward(emulated, dtype, layout, channels) -> None:
+    maps, coords = [cases.maps(2, channels, 6, 7, dtype, layout)], cases.points(2, 45)
+    backward(emulated, maps, coords.double() if dtype == torch.float64 else coords, "bilinear", "border", False)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("channels", [2, 20])
+@pytest.mark.parametrize("size", [(41, 60), (37, 53)])  # three tiles; rows of four cells, and not
+def test_points_filed_under_tiles(emulated, dtype, layout, channels, size) -> None:
+    maps, coords = [cases.maps(2, channels, *size, dtype, layout)], cases.points(2, 800, spread=0.05)
+    coords[1] *= torch.tensor([1.0, 0.5])  # the first tile of this image has more points than it can list at once
+    backward(emulated, maps, coords.double() if dtype == torch.float64 else coords, "bilinear", "zeros", False)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("channels", [1, 12])
+@pytest.mark.parametrize("points", [512, 513, 1100])
+def test_all_points_in_one_cell(emulated, layout, channels, points) -> None:
+    coords = torch.full((1, points, 2), 0.37)
+    backward(emulated, [cases.maps(1, channels, 5, 6, layout=layout)], coords, "bilinear", "zeros", True, seeds=(0, 1))
+
+
+def test_backward_of_more_maps_than_one_launch_takes(emulated) -> None:
+    maps = [cases.maps(2, 1 + 5 * (i % 3), 3 + i, 9 - i % 4, seed=i) for i in range(11)]
+    backward(emulated, maps, cases.points(2, 21), "bilinear", "zeros", False)
+
+
+@pytest.mark.parametrize("flags", [(True, False), (False, True)])
+@pytest.mark.parametrize("name", ["few channels", "many channels", "channels_last, many channels", "list"])
+def test_only_the_wanted_gradients(emulated, name, flags) -> None:
+    backward(emulated, *CASES[name], "bilinear", "zeros", False, flags=flags)
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+def test_upstream_gradient_of_any_strides(emulated, channels) -> None:
+    maps, coords = [cases.maps(2, channels, 6, 7)], cases.points(2, 45)
+    whole = torch.randn(2, 45, channels, generator=torch.Generator().manual_seed(3))
+    tail = (maps, coords, "bilinear", "zeros", False, True, True)
+    for grad in (whole.transpose(1, 2), torch.tensor(2.0).expand(2, channels, 45)):
+        for got, wanted in zip(
+            emulated.ops._point_sample_backward(grad, *tail),
+            emulated.ops._point_sample_backward(grad.contiguous(), *tail),
+            strict=True,
+        ):
+            assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", cases.LABEL_DTYPES, ids=str)
 def test_labels(emulated, dtype) -> None:
     limits = torch.iinfo(dtype)
@@ -108,3 +196,12 @@ def test_bad_input(emulated, call, error, words) -> None:
 def test_bad_labels(emulated, call, error, words) -> None:
     with pytest.raises(error, match=words):
         emulated.ops.point_labels(**call)
+
+
+@pytest.mark.bad_input
+def test_bad_upstream_gradient(emulated) -> None:
+    maps, coords, tail = [cases.maps(2, 3, 4, 5)], cases.points(2, 6), ("bilinear", "zeros", False, True, True)
+    with pytest.raises(ValueError, match=r"grad must have shape \[2, 3, 6\] as the output, got \[2, 4, 6\]"):
+        emulated.ops._point_sample_backward(torch.zeros(2, 4, 6), maps, coords, *tail)
+    with pytest.raises(TypeError, match="grad must have the dtype of input"):
+        emulated.ops._point_sample_backward(torch.zeros(2, 3, 6).double(), maps, coords, *tail)
