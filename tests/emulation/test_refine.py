@@ -3,6 +3,7 @@ rounding cannot shift the selection of a later one."""
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from rendseg import reference
 from rendseg.reference.refine import every_cell
-from tests.emulation.build import Emulated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import cases_refine as cases  # noqa: E402
@@ -32,7 +32,7 @@ def as_laid_out(t: Tensor, how: str) -> Tensor:
     if how == "channels_last":
         return t.contiguous(memory_format=torch.channels_last)
     if how == "strided":  # every second column of a wider, poisoned map
-        wide = torch.full((*t.shape[:3], 2 * t.shape[3]), float("nan"), dtype=t.dtype)
+        wide = torch.full((*t.shape[:3], 2 * t.shape[3]), float("nan"), dtype=t.dtype, device=t.device)
         wide[..., ::2] = t
         return wide[..., ::2]
     return t.contiguous()
@@ -43,18 +43,19 @@ class Call:
 
     def __init__(
         self,
-        emulated: Emulated,
+        ops: Any,
         made: dict[str, Any],
         layers: dict[str, Any],
         kwargs: dict[str, Any],
         dtypes: Sequence[torch.dtype],
         how: str = "contiguous",
+        device: str = "cpu",
     ) -> None:
-        self.emulated, self.dtype = emulated, dtypes[2]
+        self.ops, self.dtype = ops, dtypes[2]
         coarse, features = cases.inputs(**made)
-        self.coarse = as_laid_out(coarse.to(dtypes[0]), how)
-        self.features = [as_laid_out(f.to(dtypes[1]), how) for f in features]
-        self.head = cases.Head(sum(f.shape[1] for f in features), coarse.shape[1], **layers).to(dtypes[2])
+        self.coarse = as_laid_out(coarse.to(device, dtypes[0]), how)
+        self.features = [as_laid_out(f.to(device, dtypes[1]), how) for f in features]
+        self.head = cases.Head(sum(f.shape[1] for f in features), coarse.shape[1], **layers).to(device, dtypes[2])
         self.steps, self.num_points = kwargs["steps"], kwargs["num_points"]
         self.source = kwargs.get("coarse_source", "original")
         self.factor = kwargs.get("scale_factor", 2)
@@ -62,7 +63,7 @@ class Call:
         self.padding = kwargs.get("padding_mode", "zeros")
 
     def run(self, steps: int | None = None, labels: bool = False) -> Tensor:
-        return self.emulated.ops._refine_mlp(
+        return self.ops._refine_mlp(
             self.coarse,
             self.features,
             [w.detach() for w in self.head.weights],
@@ -86,19 +87,18 @@ class Call:
             got = self.run(step)
             n, classes, height, width = got.shape
             if self.num_points >= height * width:
-                kept = torch.zeros(n, height * width, dtype=torch.bool)
+                kept = torch.zeros(n, height * width, dtype=torch.bool, device=got.device)
                 coords, fine = every_cell(self.coarse, height, width), None
-                indices = torch.arange(height * width).expand(n, -1)
+                indices = torch.arange(height * width, device=got.device).expand(n, -1)
             else:
-                fine, indices, coords = self.emulated.ops.subdivide(previous, self.num_points, self.factor, self.align)
-                kept = torch.ones(n, height * width, dtype=torch.bool).scatter(1, indices, False)
+                fine, indices, coords = self.ops.subdivide(previous, self.num_points, self.factor, self.align)
+                kept = torch.ones(n, height * width, dtype=torch.bool, device=got.device).scatter(1, indices, False)
             with torch.no_grad():
                 source = self.coarse if self.source == "original" else previous
-                exact = self.head.double()(
+                exact = copy.deepcopy(self.head).double()(
                     reference.point_sample([f.double() for f in self.features], coords, padding_mode=self.padding),
                     reference.point_sample(source.double(), coords, padding_mode=self.padding),
                 )
-            self.head.to(self.dtype)
             at = indices.unsqueeze(1).expand(-1, classes, -1)
             torch.testing.assert_close(got.flatten(2).gather(2, at).double(), exact, rtol=tolerance, atol=tolerance)
             if fine is not None:
@@ -126,7 +126,7 @@ def test_shared_cases(emulated, name: str, made: dict, layers: dict, kwargs: dic
     results = []
     for seed, how in enumerate(("contiguous", "channels_last", "strided")):
         emulated.seed(seed)
-        call = Call(emulated, made, layers, kwargs, dtypes, how)
+        call = Call(emulated.ops, made, layers, kwargs, dtypes, how)
         results.append(call.check(tolerance(dtypes)))
     for other in results[1:]:  # the kernels sum in one order whatever the layout and the schedule
         if dtypes[2] != F64:
@@ -139,7 +139,7 @@ def test_mixed_dtypes(emulated, dtypes: Sequence, how: str) -> None:
     made = {"classes": 7, "channels": (16, 8, 5)}
     for seed in range(3):
         emulated.seed(seed)
-        Call(emulated, made, {}, {"steps": 2, "num_points": 40}, dtypes, how).check(tolerance(dtypes))
+        Call(emulated.ops, made, {}, {"steps": 2, "num_points": 40}, dtypes, how).check(tolerance(dtypes))
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
@@ -150,7 +150,7 @@ def test_block_sizes(emulated, dtype: torch.dtype) -> None:
     for seed, processors in enumerate((1, 5, 132)):
         emulated.seed(seed)
         emulated.device(processors=processors)
-        call = Call(emulated, made, {"hidden": (48, 40)}, {"steps": 1, "num_points": 101}, [dtype] * 3)
+        call = Call(emulated.ops, made, {"hidden": (48, 40)}, {"steps": 1, "num_points": 101}, [dtype] * 3)
         results.append(call.check(tolerance([dtype] * 3)))
     assert all(torch.equal(other, results[0]) for other in results[1:])
 
@@ -160,7 +160,7 @@ def test_the_head_of_the_paper(emulated, dtype: torch.dtype) -> None:
     """Three hidden layers of 256: every warp has its four tiles, and weights are fetched ahead."""
     made = {"n": 1, "classes": 19, "h": 5, "w": 8, "channels": (256,)}
     layers = {"hidden": (256, 256, 256)}
-    call = Call(emulated, made, layers, {"steps": 1, "num_points": 30}, [dtype] * 3, "channels_last")
+    call = Call(emulated.ops, made, layers, {"steps": 1, "num_points": 30}, [dtype] * 3, "channels_last")
     call.check(tolerance([dtype] * 3))
 
 
@@ -169,13 +169,13 @@ def test_many_classes(emulated, dtype: torch.dtype) -> None:
     """More outputs than a block sums at a time, and labels that need 16 bits."""
     made = {"n": 2, "classes": 301, "h": 3, "w": 4}
     for layers in ({"hidden": (20,)}, {"hidden": (), "coarse_first": True}):
-        Call(emulated, made, layers, {"steps": 1, "num_points": 33}, [dtype] * 3).check(tolerance([dtype] * 3))
+        Call(emulated.ops, made, layers, {"steps": 1, "num_points": 33}, [dtype] * 3).check(tolerance([dtype] * 3))
 
 
 def test_ties_and_not_a_number(emulated) -> None:
     """The lowest class wins a tie, the first NaN wins over all; as argmax of the logits."""
     for dtypes in ((F32, F32, F32), (F16, F16, F16), (BF16, BF16, F16), (F64, F64, F64)):
-        call = Call(emulated, {"n": 1, "classes": 40}, {"hidden": ()}, {"steps": 1, "num_points": 99}, dtypes)
+        call = Call(emulated.ops, {"n": 1, "classes": 40}, {"hidden": ()}, {"steps": 1, "num_points": 99}, dtypes)
         with torch.no_grad():
             for weight, bias in zip(call.head.weights, call.head.biases, strict=True):
                 weight.zero_()
@@ -195,7 +195,7 @@ def test_ties_and_not_a_number(emulated) -> None:
 
 
 def test_zeros_of_either_sign_tie(emulated) -> None:
-    call = Call(emulated, {"classes": 9}, {"hidden": ()}, {"steps": 1, "num_points": 10_000}, (F16, F32, F32))
+    call = Call(emulated.ops, {"classes": 9}, {"hidden": ()}, {"steps": 1, "num_points": 10_000}, (F16, F32, F32))
     with torch.no_grad():
         call.head.weights[0].zero_()
         call.head.biases[0].fill_(1e-12)
@@ -209,7 +209,7 @@ def test_zeros_of_either_sign_tie(emulated) -> None:
 def test_not_a_number_spreads_as_in_the_reference(emulated, padding: str, how: str) -> None:
     for dtype in (F32, BF16):
         kwargs = {"steps": 1, "num_points": 60, "padding_mode": padding}
-        call = Call(emulated, {"channels": (8, 16)}, {}, kwargs, [dtype] * 3, how)
+        call = Call(emulated.ops, {"channels": (8, 16)}, {}, kwargs, [dtype] * 3, how)
         call.coarse[0, 2, 3, 4] = math.nan
         call.features[0][1, :, 2, 2] = math.nan
         call.features[1][0, 3, 0, 0] = math.nan
@@ -220,7 +220,7 @@ def test_not_a_number_spreads_as_in_the_reference(emulated, padding: str, how: s
 
 def test_infinite_activations(emulated) -> None:
     """Columns that pad a layer stay zero when its sums overflow."""
-    call = Call(emulated, {}, {"hidden": (12, 9, 33)}, {"steps": 1, "num_points": 60}, [F16] * 3)
+    call = Call(emulated.ops, {}, {"hidden": (12, 9, 33)}, {"steps": 1, "num_points": 60}, [F16] * 3)
     with torch.no_grad():
         call.head.weights[0].abs_()
         call.head.biases[0].fill_(60000.0)
@@ -241,7 +241,7 @@ def test_which_path_runs(emulated, monkeypatch) -> None:
 
     def check(dtype: torch.dtype, fused: bool, within: float, channels: tuple = (8, 3), **layers: Any) -> None:
         made = {"channels": channels}
-        every = Call(emulated, made, layers, {"steps": 2, "num_points": 10_000}, [dtype] * 3)
+        every = Call(emulated.ops, made, layers, {"steps": 2, "num_points": 10_000}, [dtype] * 3)
         before = emulated.launches()
         every.run()
         launches = emulated.launches() - before
@@ -250,7 +250,7 @@ def test_which_path_runs(emulated, monkeypatch) -> None:
         for how in ("contiguous", "channels_last"):
             for source in ("original", "current"):
                 kwargs = {"steps": 2, "num_points": 100, "coarse_source": source}
-                Call(emulated, made, layers, kwargs, [dtype] * 3, how).check(within)
+                Call(emulated.ops, made, layers, kwargs, [dtype] * 3, how).check(within)
 
     for dtype in (F32, F16, BF16):
         check(dtype, True, tolerance([dtype] * 3))
@@ -267,7 +267,7 @@ def test_which_path_runs(emulated, monkeypatch) -> None:
 
 def test_empty_batch(emulated) -> None:
     for dtype in (F32, F16, F64):
-        call = Call(emulated, {"n": 0}, {}, {"steps": 2, "num_points": 7}, [dtype] * 3)
+        call = Call(emulated.ops, {"n": 0}, {}, {"steps": 2, "num_points": 7}, [dtype] * 3)
         assert call.run().shape == (0, 5, 24, 36) and call.run(labels=True).shape == (0, 24, 36)
         call.num_points = 10_000
         assert call.run().shape == (0, 5, 24, 36) and call.run(labels=True).shape == (0, 24, 36)
