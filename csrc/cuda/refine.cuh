@@ -663,8 +663,9 @@ __global__ void __launch_bounds__(kRefineThreads, kRows == 8 ? 1 : 2)
     }
     __syncthreads();
   }
-  if (step.target.label_bytes != 0 && threadIdx.x < points) {
-    store_label(step.target, targets[threadIdx.x], label_of(keys[threadIdx.x]));
+  const int thread = static_cast<int>(threadIdx.x);
+  if (step.target.label_bytes != 0 && thread < points) {
+    store_label(step.target, targets[thread], label_of(keys[thread]));
   }
 }
 
