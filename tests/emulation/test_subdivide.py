@@ -138,6 +138,19 @@ def test_pruning_is_exact(emulated, case: str, dtype: torch.dtype) -> None:
     check_labels(emulated, x[..., :9, :9], 60, factor=3)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_pruning_where_rounding_makes_ties(emulated, dtype: torch.dtype) -> None:
+    """The winner is the next larger number at every source cell, and after rounding not everywhere the larger one."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    x = (cases.make(1, 3, 40, 40, scale=1.5, seed=11).exp2()).to(dtype)
+    x[:, 2] = 0
+    x[:, 1] = (x[:, 0].view(integer) + 1).view(dtype)
+    fine = emulated.ops.subdivide(x, 1)[0]
+    assert (fine[:, 0] == fine[:, 1]).any()
+    for factor in (2, 3):
+        check_labels(emulated, x, 500, factor)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_pruning_of_a_large_map(emulated, channels_last: bool) -> None:
     """Many tiles, and a selection by histogram."""
