@@ -30,6 +30,7 @@ struct LaunchShape {
   unsigned char* const name = rendseg_dynamic_
 #define RENDSEG_DEVICE_ASSERT(condition, text) assert((condition) && text)
 #define RENDSEG_UNROLL _Pragma("unroll")
+#define RENDSEG_NO_UNROLL _Pragma("unroll 1")
 
 namespace rendseg {
 using half_t = __half;
@@ -37,6 +38,7 @@ using bfloat16_t = __nv_bfloat16;
 }  // namespace rendseg
 #else
 #include "cuda_on_cpu.h"  // found by -I tests/emulation
+#define RENDSEG_NO_UNROLL
 #endif
 
 namespace rendseg {
