@@ -278,8 +278,9 @@ __device__ inline void add_taps(const GradArgs<T>& args, const GradMap<T>& map, 
   int e = lists.begin(first);
   RENDSEG_UNROLL
   for (int k = 0; k < kCellsPerThread; ++k) {
-    RENDSEG_NO_UNROLL  // a cell has few taps, and registers are short
-        for (; e < ends[k]; ++e) {
+    // A cell has few taps, and registers are short.
+    RENDSEG_NO_UNROLL
+    for (; e < ends[k]; ++e) {
       const int tap = lists.entry[e];
       const int64_t p = lists.point[tap / 4];
       if constexpr (N > 1) {
