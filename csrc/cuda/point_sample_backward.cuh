@@ -17,12 +17,12 @@ namespace rendseg {
 constexpr int kTileCells = 1024;  // adjacent cells of a map in row-major order, four to a thread
 constexpr int kWindow = 512;      // points whose taps are listed at once
 constexpr int kCellsPerThread = kTileCells / kSampleThreads;
-constexpr int kPointsPerThread = kWindow / kSampleThreads;
-static_assert(kCellsPerThread == 4 && kPointsPerThread == 2);
+static_assert(kCellsPerThread == 4 && kWindow >= 2 * kSampleThreads);
 
-// Channels that a thread sums at a time where rows of channels are at hand. Fewer channels are read where they are.
+// Channels that a thread sums at a time where rows of channels are at hand: 16 bytes. Fewer channels are read where
+// they are.
 template <typename T>
-constexpr int kGroup = sizeof(T) == 8 ? 4 : 8;
+constexpr int kGroup = kVecWidth<T>;
 // Channels of a block that gathers: a cache line.
 template <typename T>
 constexpr int kChunk = 128 / static_cast<int>(sizeof(T));
@@ -143,7 +143,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSampleThreads) point_sample_prepare_kernel(GradArgs<T> args) {
   RENDSEG_SHARED(TransposeTile<T>, tile);
   const int i = map_of_block(args);
-  const GradMap<T> map = args.map[i];
+  const GradMap<T>& map = args.map[i];
   const int64_t block = blockIdx.x - args.first_block[i], filing = filing_blocks(args, map);
   if (block < filing) {
     file_point(args, map, block * kSampleThreads + threadIdx.x);
@@ -154,15 +154,19 @@ __global__ void __launch_bounds__(kSampleThreads) point_sample_prepare_kernel(Gr
 
 // --- gather
 
-// The taps of a window of points on the cells of a tile: cell i has entries begin[i] <= e < begin[i + 1], in the order
-// of points.
+// The taps of a window of points on the cells of a tile. Tap t of point i of the window is number 4 * i + t; those on a
+// cell are entry[begin(cell) .. end(cell)), in the order of points.
 template <typename T>
 struct TapLists {
-  alignas(16) int begin[kTileCells + 4];  // one is used beyond the cells
-  unsigned entry_point[4 * kWindow];
-  Acc<T> entry_weight[4 * kWindow];
-  unsigned point[kWindow];  // the window
+  alignas(16) int ends[4 + kTileCells];  // of the cells, from the fourth on; before them zero
+  Acc<T> weight[4 * kWindow];
+  unsigned point[kWindow];
+  int16_t cell[4 * kWindow];  // -1 off the tile
+  uint16_t arrived[4 * kWindow], entry[4 * kWindow];
   int scratch[kSampleThreads / kWarp + 1];
+
+  __device__ int begin(int of) const { return ends[3 + of]; }
+  __device__ int end(int of) const { return ends[4 + of]; }
 };
 
 // What a block gathers: kTileCells cells from `first_cell` on of image n.
@@ -207,69 +211,49 @@ __device__ inline int next_window(const GradArgs<T>& args, const GradMap<T>& map
 template <typename T>
 __device__ inline void list_taps(const GradArgs<T>& args, const GradMap<T>& map, const CellTile& tile, int count,
                                  TapLists<T>& lists) {
-  using A = Acc<T>;
   const int tid = static_cast<int>(threadIdx.x);
+  int* const mine = lists.ends + 4 + kCellsPerThread * tid;
   __syncthreads();  // lists may still be in use, and lists.point was written by others
-  store_vec(lists.begin + kCellsPerThread * tid, Vec<int, kCellsPerThread>{});
-  if (tid == 0) lists.begin[kTileCells] = 0;
+  store_vec(mine, Vec<int, kCellsPerThread>{});
+  if (tid == 0) lists.ends[3] = 0;
   __syncthreads();
   if (count == 0) return;
-
-  unsigned point[kPointsPerThread];
-  int cell[kPointsPerThread][4], order[kPointsPerThread][4];
-  A weight[kPointsPerThread][4];
-  RENDSEG_UNROLL
-  for (int i = 0; i < kPointsPerThread; ++i) {
-    const int at = i * kSampleThreads + tid;
-    point[i] = 0;
-    RENDSEG_UNROLL
-    for (int t = 0; t < 4; ++t) cell[i][t] = -1;
-    if (at >= count) continue;
-    point[i] = lists.point[at];
-    const PointTaps<A> taps = locate_point(args, map, tile.n, point[i]);
+  for (int i = tid; i < count; i += kSampleThreads) {
+    const PointTaps<Acc<T>> taps = locate_point(args, map, tile.n, lists.point[i]);
     RENDSEG_UNROLL
     for (int t = 0; t < 4; ++t) {
-      cell[i][t] = place_in_tile(taps, t, map.map.width, tile.first_cell);
-      weight[i][t] = taps.weight[t];
-      if (cell[i][t] >= 0) order[i][t] = atomicAdd(lists.begin + cell[i][t], 1);
+      const int cell = place_in_tile(taps, t, map.map.width, tile.first_cell);
+      lists.cell[4 * i + t] = static_cast<int16_t>(cell);
+      lists.weight[4 * i + t] = taps.weight[t];
+      if (cell >= 0) atomicAdd(lists.ends + 4 + cell, 1);
     }
   }
   __syncthreads();
-  Vec<int, kCellsPerThread> counts = load_vec<kCellsPerThread>(lists.begin + kCellsPerThread * tid);
+  Vec<int, kCellsPerThread> counts = load_vec<kCellsPerThread>(mine);
   int total = 0;
   int before = block_exclusive_scan(counts[0] + counts[1] + counts[2] + counts[3], total, lists.scratch);
   RENDSEG_UNROLL
   for (int k = 0; k < kCellsPerThread; ++k) {
-    const int mine = counts[k];
+    const int of_cell = counts[k];
     counts[k] = before;
-    before += mine;
+    before += of_cell;
   }
-  store_vec(lists.begin + kCellsPerThread * tid, counts);
-  if (tid == 0) lists.begin[kTileCells] = total;
+  store_vec(mine, counts);  // where each cell begins
   __syncthreads();
-
-  // The points of a cell first in the order in which they came, then each at its rank among them.
-  const auto each_tap = [&](auto&& f) {
-    RENDSEG_UNROLL
-    for (int i = 0; i < kPointsPerThread; ++i) {
-      RENDSEG_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        if (cell[i][t] >= 0) f(point[i], cell[i][t], weight[i][t], order[i][t]);
-      }
-    }
-  };
-  each_tap([&](unsigned p, int at, A, int& place) { lists.entry_point[lists.begin[at] + place] = p; });
-  __syncthreads();
-  each_tap([&](unsigned p, int at, A, int& place) {
-    const int begin = lists.begin[at], end = lists.begin[at + 1];
-    place = begin;
-    for (int e = begin; e < end; ++e) place += lists.entry_point[e] < p;
-  });
-  __syncthreads();
-  each_tap([&](unsigned p, int, A w, int& place) {
-    lists.entry_point[place] = p;
-    lists.entry_weight[place] = w;
-  });
+  for (int tap = tid; tap < 4 * count; tap += kSampleThreads) {
+    const int cell = lists.cell[tap];
+    if (cell >= 0) lists.arrived[atomicAdd(lists.ends + 4 + cell, 1)] = static_cast<uint16_t>(tap);
+  }
+  __syncthreads();  // and now where it ends
+  for (int tap = tid; tap < 4 * count; tap += kSampleThreads) {
+    const int cell = lists.cell[tap];
+    if (cell < 0) continue;
+    const unsigned p = lists.point[tap / 4];
+    const int begin = lists.begin(cell), end = lists.end(cell);
+    int at = begin;  // and one on for each tap of an earlier point
+    for (int e = begin; end - begin > 1 && e < end; ++e) at += lists.point[lists.arrived[e] / 4] < p;
+    lists.entry[at] = static_cast<uint16_t>(tap);
+  }
   __syncthreads();
 }
 
@@ -290,17 +274,19 @@ template <int N, typename T>
 __device__ inline void add_taps(const GradArgs<T>& args, const GradMap<T>& map, int64_t n, int64_t c,
                                 const TapLists<T>& lists, Acc<T> (&sum)[kCellsPerThread][N]) {
   const int first = kCellsPerThread * static_cast<int>(threadIdx.x);
-  const Vec<int, kCellsPerThread> begin = load_vec<kCellsPerThread>(lists.begin + first);
-  const int last = lists.begin[first + kCellsPerThread];
+  const Vec<int, kCellsPerThread> ends = load_vec<kCellsPerThread>(lists.ends + 4 + first);
+  int e = lists.begin(first);
   RENDSEG_UNROLL
   for (int k = 0; k < kCellsPerThread; ++k) {
-    const int end = k + 1 < kCellsPerThread ? begin[k + 1] : last;
-    for (int e = begin[k]; e < end; ++e) {
-      const int64_t p = lists.entry_point[e];
+    // A cell has few taps, and registers are short.
+    RENDSEG_NO_UNROLL
+    for (; e < ends[k]; ++e) {
+      const int tap = lists.entry[e];
+      const int64_t p = lists.point[tap / 4];
       if constexpr (N > 1) {
-        add_weighted(map.rows + (n * args.points + p) * map.pitch + c, lists.entry_weight[e], sum[k]);
+        add_weighted(map.rows + (n * args.points + p) * map.pitch + c, lists.weight[tap], sum[k]);
       } else {
-        sum[k][0] += lists.entry_weight[e] * widen(map.grad[n * args.grad_n + c * args.grad_c + p * args.grad_p]);
+        sum[k][0] += lists.weight[tap] * widen(map.grad[n * args.grad_n + c * args.grad_c + p * args.grad_p]);
       }
     }
   }
@@ -337,22 +323,23 @@ __device__ inline void store_cells(const GradMap<T>& map, const CellTile& tile, 
   }
 }
 
-// Gathers kChunk channels, N at a time; a thread owns four cells. With `crowded` the taps are listed window by window,
-// else they are listed already.
-template <int N, typename T>
+// Gathers kChunk channels, N at a time; a thread owns four cells. In a crowded tile the taps are listed window by
+// window, anew for each N channels; else they are listed already.
+template <int N, bool kCrowded, typename T>
 __device__ inline void gather_cells(const GradArgs<T>& args, const GradMap<T>& map, const CellTile& tile,
-                                    int64_t first_channel, bool crowded, TapLists<T>& lists) {
+                                    int64_t first_channel, TapLists<T>& lists) {
   const int64_t last = min(first_channel + kChunk<T>, map.map.channels);
   for (int64_t c = first_channel; c < last; c += N) {
     Acc<T> sum[kCellsPerThread][N] = {};
-    int64_t from = 0;
-    do {
-      if (crowded) {
+    if constexpr (kCrowded) {
+      for (int64_t from = 0; from < args.points;) {
         const int count = next_window(args, map, tile, from, lists);
         list_taps(args, map, tile, count, lists);
+        add_taps<N>(args, map, tile.n, c, lists, sum);
       }
+    } else {
       add_taps<N>(args, map, tile.n, c, lists, sum);
-    } while (crowded && from < args.points);
+    }
     store_cells<N>(map, tile, c, sum);
   }
 }
@@ -372,9 +359,10 @@ __device__ inline void gather_vectors(const GradArgs<T>& args, const GradMap<T>&
   const bool whole = channels % kWidth == 0;
   for (int cell = tid / kLanes; cell < here; cell += kSampleThreads / kLanes) {
     Acc<T> sum[kWidth] = {};
-    const int end = lists.begin[cell + 1];
-    for (int e = lists.begin[cell]; e < end; ++e) {
-      add_weighted(rows + lists.entry_point[e] * map.pitch, lists.entry_weight[e], sum);
+    const int end = lists.end(cell);
+    for (int e = lists.begin(cell); e < end; ++e) {
+      const int tap = lists.entry[e];
+      add_weighted(rows + lists.point[tap / 4] * map.pitch, lists.weight[tap], sum);
     }
     Vec<T, kWidth> value;
     RENDSEG_UNROLL
@@ -391,27 +379,29 @@ __device__ inline void gather_vectors(const GradArgs<T>& args, const GradMap<T>&
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads) point_sample_gather_kernel(GradArgs<T> args) {
+__global__ void __launch_bounds__(kSampleThreads, 3) point_sample_gather_kernel(GradArgs<T> args) {
   RENDSEG_SHARED(TapLists<T>, lists);
   const int i = map_of_block(args);
-  const GradMap<T> map = args.map[i];
+  const GradMap<T>& map = args.map[i];
   const int64_t block = blockIdx.x - args.first_block[i], chunks = chunks_of(map.map), tiles = tiles_of(map.map);
   const int64_t first_channel = block % chunks * kChunk<T>, rest = block / chunks;
   const CellTile tile{rest / tiles, rest % tiles * kTileCells};
   const int64_t count = map.counts == nullptr ? args.points : map.counts[rest];
-  const bool crowded = count > kWindow;
-  if (!crowded) {
-    for (int64_t at = threadIdx.x; at < count; at += kSampleThreads) {
-      lists.point[at] = map.counts == nullptr ? static_cast<unsigned>(at) : map.filed[rest * kWindow + at];
-    }
-    list_taps(args, map, tile, static_cast<int>(count), lists);
+  if (count > kWindow) {
+    constexpr int kFew = kGroup<T> < 4 ? kGroup<T> : 4;  // leaves registers to what lists the taps
+    return map.rows == nullptr ? gather_cells<1, true>(args, map, tile, first_channel, lists)
+                               : gather_cells<kFew, true>(args, map, tile, first_channel, lists);
   }
+  for (int64_t at = threadIdx.x; at < count; at += kSampleThreads) {
+    lists.point[at] = map.counts == nullptr ? static_cast<unsigned>(at) : map.filed[rest * kWindow + at];
+  }
+  list_taps(args, map, tile, static_cast<int>(count), lists);
   if (map.rows == nullptr) {
-    gather_cells<1>(args, map, tile, first_channel, crowded, lists);
-  } else if (map.adjacent && !crowded) {
+    gather_cells<1, false>(args, map, tile, first_channel, lists);
+  } else if (map.adjacent) {
     gather_vectors(args, map, tile, first_channel, lists);
   } else {
-    gather_cells<kGroup<T>>(args, map, tile, first_channel, crowded, lists);
+    gather_cells<kGroup<T>, false>(args, map, tile, first_channel, lists);
   }
 }
 
@@ -473,7 +463,7 @@ __global__ void __launch_bounds__(kSampleThreads) point_sample_slope_kernel(Grad
   const bool writes = warp_id() == 0 && mine < args.points;
   A slope[2] = {};
   for (int i = 0; i < args.maps; ++i) {
-    const GradMap<T> map = args.map[i];
+    const GradMap<T>& map = args.map[i];
     const bool vectors = reads_vectors(map);
     if (vectors) {
       for (int at = warp_id(); at < kWarp && p0 + at < args.points; at += kSlopeWarps) {

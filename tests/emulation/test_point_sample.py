@@ -110,7 +110,7 @@ def test_backward(emulated, name, mode, padding_mode, align_corners) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "strided"])
-@pytest.mark.parametrize("channels", [3, 72, 75])  # upstream read in place; whole vectors; not whole
+@pytest.mark.parametrize("channels", [1, 3, 72, 75])  # upstream read in place; whole vectors; not whole
 def test_dtypes_backward(emulated, dtype, layout, channels) -> None:
     maps, coords = [cases.maps(2, channels, 6, 7, dtype, layout)], cases.points(2, 45)
     backward(emulated, maps, coords.double() if dtype == torch.float64 else coords, "bilinear", "border", False)
