@@ -1,4 +1,4 @@
-"""Every test of this folder once more under AddressSanitizer and UndefinedBehaviorSanitizer, in processes of its own."""
+"""Every test of this folder once more under AddressSanitizer and UndefinedBehaviorSanitizer, in other processes."""
 
 from __future__ import annotations
 
