@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TARGETS: dict[str, GPUTarget] = {
@@ -88,17 +90,12 @@ def compile_case(case: CompileCase, target: str) -> Compiled:
     return Compiled(case.name, target, registers, int(kernel.metadata.shared), spills, stack, seconds)
 
 
-def _tool(name: str) -> str:
-    """A binary that Triton brings along."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def _read_cubin(kernel: Any, target: str) -> tuple[int, int, int]:
     """Registers, bytes spilled and bytes of stack."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        text = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
+        text = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
         found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
         if not found:
             raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
@@ -109,8 +106,9 @@ def _read_cubin(kernel: Any, target: str) -> tuple[int, int, int]:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])
         arch = re.search(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.M)
-        ptxas = _tool("ptxas" if TARGETS[target].arch < 100 else "ptxas-blackwell")
-        log = _run(ptxas, "-v", f"--gpu-name={arch[1] if arch else target}", str(ptx), "-o", str(cubin))
+        fused = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
+        ptxas = get_ptxas(int(TARGETS[target].arch)).path
+        log = _run(ptxas, "-v", *fused, f"--gpu-name={arch[1] if arch else target}", str(ptx), "-o", str(cubin))
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
         if not spilled:
             raise RuntimeError(f"ptxas says nothing of spills: {log}")
