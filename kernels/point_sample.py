@@ -22,7 +22,10 @@ from ._bilinear import EXACT, axis_taps, nearest_cell, position_slope
 from ._compile import CompileCase
 
 _WIDE = {torch.float64: tl.float64}  # the type that sums are made in; float32 for all others
-_SIZES = ["points", "channels", "height", "width", "entries"]  # not worth a compilation per value
+# Sizes that gain nothing from a compilation of their own where they are 1 or a multiple of 16. `channels` does: only a
+# known multiple lets a mask cover a whole vector. Points would too, but then a thread of an NCHW tile would take four
+# of them, and its loads, which are scattered anyway, would pass their addresses through shared memory.
+_SIZES = ["points", "cells", "height", "width", "total", "entries"]
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def _point_sample_kernel(
     tl.store(target, value.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["total", *_SIZES])
+@triton.jit(do_not_specialize=_SIZES)
 def _point_sample_cells_kernel(
     coords_ptr,
     keys_ptr,
@@ -178,7 +181,7 @@ def _point_sample_cells_kernel(
         tl.store(weights + 3, far_x * far_y, mask=live)
 
 
-@triton.jit(do_not_specialize=["cells", "entries"])
+@triton.jit(do_not_specialize=_SIZES)
 def _point_sample_begins_kernel(keys_ptr, begins_ptr, cells, entries, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """``begins[i]``: how many of the ascending keys are below i, for i in [0, cells].
 
@@ -197,7 +200,7 @@ def _point_sample_begins_kernel(keys_ptr, begins_ptr, cells, entries, STEPS: tl.
     tl.store(begins_ptr + i, low.to(begins_ptr.dtype.element_ty), mask=i <= cells)
 
 
-@triton.jit(do_not_specialize=["cells", *_SIZES])
+@triton.jit(do_not_specialize=_SIZES)
 def _point_sample_gather_kernel(
     grad_ptr,
     begins_ptr,
@@ -357,7 +360,7 @@ def _holding_cell(coord, size):
     return tl.minimum(cell, size.to(tl.int64) - 1), inside
 
 
-@triton.jit(do_not_specialize=["total", "ignore_index", *_SIZES])
+@triton.jit(do_not_specialize=["ignore_index", *_SIZES])
 def _point_labels_kernel(
     labels_ptr,
     coords_ptr,
@@ -697,7 +700,7 @@ def _sample_case(dtype: str, channels_last: bool, channels: int, **options: bool
         {"map_ptr": f"*{dtype}", "coords_ptr": "*fp32", "out_ptr": f"*{dtype}", **sizes, **strides},
         dict(ACC=acc, **chosen, CHANNELS_LAST=channels_last, BLOCK_P=block_p, BLOCK_C=block_c, coords_xy=1, **ones),
         options=EXACT,
-        divisible=("out_n", *(strides if channels % 16 == 0 else ())),
+        divisible=("out_n", *(("channels", *strides) if channels % 16 == 0 else ())),
     )
 
 
@@ -706,7 +709,7 @@ def _cases_of(dtype: str, channels_last: bool, channels: int) -> list[CompileCas
     layout = "channels_last" if channels_last else "nchw"
     name = f"{dtype} {layout} C={channels}"
     strides, ones = _strides(channels_last, channels)
-    divisible = tuple(strides) if channels % 16 == 0 else ()
+    divisible = ("channels", *strides) if channels % 16 == 0 else ()
     gather_p, gather_c = _sample_tile(channels, channels_last)
     coords_p, coords_c = _coords_tile(channels, channels_last)
     sizes = ("points", "channels", "height", "width", "grad_n", "grad_c", "coords_n", "coords_p")
@@ -735,7 +738,7 @@ def _cases_of(dtype: str, channels_last: bool, channels: int) -> list[CompileCas
                 **{grad_one: 1},
             ),
             options=EXACT,
-            divisible=tuple(grad_strides) if channels % 16 == 0 else (),
+            divisible=("channels", *grad_strides) if channels % 16 == 0 else (),
         ),
         CompileCase(
             f"point_sample coords {name}",
