@@ -9,10 +9,14 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; 
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 PY := $(abspath $(VENV))/bin/python
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Without a compiler the demo and the tests still run, on the pure-PyTorch reference; .ci/run sets this to 1.
 export RENDSEG_REQUIRE_EXTENSION ?= 0
 # The GPUs of this machine decide; on one without a GPU a single architecture keeps the build short.
-export TORCH_CUDA_ARCH_LIST ?= 9.0
+ifndef TORCH_CUDA_ARCH_LIST
+export TORCH_CUDA_ARCH_LIST := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd ';' -),9.0)
+endif
 
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu examples/*/*.cpp \
 	tests/emulation/*.h tests/emulation/*.cpp)
@@ -44,29 +48,39 @@ test: venv
 	$(PY) -m pytest tests/ $(PYTEST_ARGS)
 
 bench: venv
-	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file $(BENCH_ARGS) || exit 1; done
 
-lint: $(VENV)/.installed
+# The resource report needs the built kernels; it says so where there are none.
+lint: $(VENV)/.built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(abspath $(VENV))/bin/clang-format --dry-run --Werror $(CPP_FILES)
+	$(PY) csrc/check_resources.py
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(abspath $(VENV))/bin/clang-format -i $(CPP_FILES)
 
-# Everything that only a GPU can show: build, tests, memory checker, benchmarks. Fails where there is no GPU.
+# Everything that only a GPU can show: build, tests, sanitizers, benchmarks (their JSON and plots go to OUT, by default
+# bench/results/). Fails where there is no GPU.
+SANITIZER := $(shell command -v compute-sanitizer || ls $${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer 2>/dev/null)
+# Without torch's cache of memory each tensor has bounds of its own. initcheck must see every write, so it checks all kernels.
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --report-api-errors no
 gpu-check: $(VENV)/.installed
 	RENDSEG_CUDA=1 RENDSEG_REQUIRE_EXTENSION=1 $(PY) setup.py build_ext --inplace
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: the CUDA extension is built, but \
 	torch finds NO GPU on this machine: nothing was run, nothing was checked.")'
-	$(PY) -m pytest tests/ -m gpu
-	@if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 $(PY) -m pytest tests/gpu -m "gpu and not bad_input"; \
-	else echo "gpu-check: compute-sanitizer is not on PATH, memory errors were not looked for"; fi
-	$(MAKE) bench
+	$(PY) csrc/check_resources.py --table
+	$(PY) -m pytest tests/ -m gpu $(PYTEST_ARGS)
+	@if test -n "$(SANITIZER)"; then set -ex; \
+	  $(SANITIZE) --tool memcheck --kernel-name kns=rendseg $(PY) tests/gpu/sanitize.py; \
+	  $(SANITIZE) --tool racecheck --kernel-name kns=rendseg $(PY) tests/gpu/sanitize.py; \
+	  $(SANITIZE) --tool initcheck $(PY) tests/gpu/sanitize.py; \
+	else echo "gpu-check: compute-sanitizer is NOT here (PATH, CUDA_HOME/bin): memory errors and races were not looked for"; fi
+	@for file in bench/[a-z]*.py; do echo "== $$file"; \
+	  $(PY) $$file --device cuda --output "$${OUT:-bench/results}" $(BENCH_ARGS) || exit 1; done
 
 clean:
 	rm -rf build dist cmake-build rendseg/*.so rendseg/_build_facts.py *.egg-info $(VENV)/.built

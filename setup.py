@@ -43,6 +43,7 @@ FACTS_NAME = "_build_facts"
 # Architectures built by default, where the compiler knows them; binaries also run on later members of the same family,
 # and the PTX of the newest serves what comes after.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+CUDA_LIBRARIES = ["c10_cuda", "torch_cuda", "cudart"]  # torch_cuda: the state of random generators
 BUILD_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel", "bdist", "bdist_egg"}
 
 
@@ -128,7 +129,7 @@ def build_flags(clang: bool) -> dict[str, list[str]]:
     """Every compile and link flag, in one place; CMakeLists.txt repeats the compile flags.
 
     No -march=native (the vector kernels choose their instruction set at run time) and no fast-math: contraction is off
-    so that every instruction set rounds alike.
+    so that every instruction set, and the GPU, rounds alike.
     """
     common = ["-std=c++20", "-O3"]
     host = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
@@ -145,7 +146,9 @@ def build_flags(clang: bool) -> dict[str, list[str]]:
             "-g0",
         ],
         # Device-side asserts stay on: an index outside its range must stop the program, not corrupt memory.
-        "nvcc": [*common, "-UNDEBUG", "-lineinfo", "-Xcompiler", ",".join([*host, "-g0"])],
+        # -fmad=false is -ffp-contract=off of the device: a kernel rounds like the CPU and like its emulation; where a
+        # fused multiply-add is wanted, it says fmaf.
+        "nvcc": [*common, "-UNDEBUG", "-lineinfo", "-fmad=false", "-Xcompiler", ",".join([*host, "-g0"])],
         # GCC's OpenMP symbols come from the runtime that libtorch has loaded already (its libgomp may carry another
         # file name); a second runtime would have threads of its own that torch.set_num_threads does not reach.
         "link": ["-fopenmp"] if clang else [],
@@ -236,7 +239,7 @@ class Plan:
         if self.cuda:
             include_dirs.append(os.path.join(cuda["home"], "include"))
             library_dirs.append(os.path.join(cuda["home"], "lib64"))
-            libraries += ["c10_cuda", "cudart"]
+            libraries += CUDA_LIBRARIES
         self.extension = Extension(
             "rendseg._C",
             sources(self.cuda),
@@ -329,7 +332,7 @@ class BuildExt(base_build_ext()):  # type: ignore[misc]
         PLAN.facts.update(CUDA=False, CUDA_REASON=cause)
         assert PLAN.extension is not None
         PLAN.extension.sources[:] = sources(False)
-        PLAN.extension.libraries[:] = [name for name in PLAN.extension.libraries if name not in ("c10_cuda", "cudart")]
+        PLAN.extension.libraries[:] = [name for name in PLAN.extension.libraries if name not in CUDA_LIBRARIES]
         try:
             super().build_extensions()
         except Exception as again:

@@ -9,6 +9,11 @@ Usage in a script::
 
 Speeds are ratios of medians within one run: the candidates of a row are run in turn, round after round, so that a slow
 spell of the machine meets all of them alike.
+
+On a GPU every candidate has two columns. The first is device time: replays of a CUDA graph that holds up to twenty
+calls, timed by events. The second, "plain", is as many calls in a row without a graph, so it holds what the host needs
+as well. ``bench.cold(function, *tensors)`` calls the function on several copies of the tensors in turn, more than the
+L2 cache holds; such a candidate finds its inputs in memory, and the figure with warm inputs stands beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,6 +44,10 @@ import rendseg  # noqa: E402
 
 Candidate = Callable[[], Any]
 
+CALLS = 20  # in a sample on a GPU, unless they take longer than SAMPLE_MS
+SAMPLE_MS = 5.0
+GPU_BUDGET_S = 2.0  # for a column of a row
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -47,6 +57,33 @@ class Timing:
     p10: float
     p90: float
     samples: int
+
+
+class Rotation:
+    """One call on several sets of inputs in turn: when a set comes round again, the L2 cache holds others."""
+
+    def __init__(self, function: Callable[..., Any], sets: list[tuple[torch.Tensor, ...]]) -> None:
+        self.function, self.sets, self.turn = function, sets, 0
+
+    def __call__(self) -> Any:
+        tensors = self.sets[self.turn]
+        self.turn = (self.turn + 1) % len(self.sets)
+        return self.function(*tensors)
+
+    def warm(self) -> Any:
+        """The call on the first set alone."""
+        return self.function(*self.sets[0])
+
+
+def sets_to_rotate(inputs_bytes: int, l2_bytes: int) -> int:
+    """How many copies of the inputs make three times the L2 cache; 64 at most."""
+    return max(1, min(64, -(-3 * l2_bytes // max(inputs_bytes, 1))))
+
+
+def calls_per_sample(call_ms: float, candidate: Candidate) -> int:
+    """Enough calls for the clock, few enough for the budget; a rotation goes round at least once."""
+    calls = max(1, min(CALLS, int(SAMPLE_MS / max(call_ms, 1e-6))))
+    return max(calls, len(candidate.sets)) if isinstance(candidate, Rotation) else calls
 
 
 def _quantiles(samples: list[float]) -> Timing:
@@ -83,6 +120,10 @@ class Bench:
         self.bars: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self._timings: dict[tuple[str, str], Timing] = {}
+        self._cuda = self.device.type == "cuda"
+        if self._cuda:
+            # Not the default stream, which cannot be captured: a backward pass runs on the stream of its forward pass.
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
         print(f"{name}: {self._device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         self.ceilings = self._measure_ceilings()
         text = ", ".join(f"{key} {value:.4g}" for key, value in self.ceilings.items())
@@ -91,50 +132,97 @@ class Bench:
     # -- timing ------------------------------------------------------------------------------------------------------
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self._cuda:
             torch.cuda.synchronize()
 
-    def _once(self, candidate: Candidate) -> float:
-        """Milliseconds of one call; on a GPU the device time of 20 calls in a row over 20."""
-        if self.device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(20):
-                candidate()
-            stop.record()
-            stop.synchronize()
-            return start.elapsed_time(stop) / 20
+    def cold(self, function: Callable[..., Any], *tensors: torch.Tensor) -> Candidate:
+        """``function(*tensors)`` whose inputs are not in the L2 cache of a GPU; on the CPU just that call."""
+        if not self._cuda:
+            return lambda: function(*tensors)
+        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        copies = sets_to_rotate(sum(t.nbytes for t in tensors), l2_bytes)
+        return Rotation(function, [tensors, *(tuple(t.detach().clone() for t in tensors) for _ in range(copies - 1))])
+
+    def _warm_up(self, candidate: Candidate) -> float:
+        """Page faults, thread pools, compilation, caches of memory; milliseconds of a call."""
+        candidate()
+        self._synchronize()
         begin = time.perf_counter()
-        result = candidate()
-        elapsed = (time.perf_counter() - begin) * 1e3
-        del result  # freeing is not part of the op
-        return elapsed
+        candidate()
+        self._synchronize()
+        elapsed = time.perf_counter() - begin
+        for _ in range((25 if self._cuda else 2) if elapsed < 0.2 else 0):
+            candidate()
+        self._synchronize()
+        if not self._cuda or elapsed > 0.2:
+            return elapsed * 1e3
+        begin = time.perf_counter()
+        for _ in range(5):
+            candidate()
+        self._synchronize()
+        return (time.perf_counter() - begin) * 1e3 / 5
+
+    def _captured(self, key: str, candidate: Candidate, calls: int) -> Callable[[], Any] | None:
+        """Replays ``calls`` calls as a CUDA graph; ``None`` where the candidate cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                for _ in range(calls):
+                    candidate()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.note(f"  {key}: no CUDA graph ({str(error).splitlines()[0]}); its calls are timed one by one")
+            return None
+        return graph.replay
+
+    def _sampler(self, key: str, candidate: Candidate, graphs: bool) -> Callable[[], float]:
+        """A function that takes one sample: milliseconds of a call."""
+        call_ms = self._warm_up(candidate)
+        if not self._cuda:
+            return lambda: _wall_ms(candidate)
+        calls = calls_per_sample(call_ms, candidate)
+        replay = self._captured(key, candidate, calls) if graphs else None
+
+        def run() -> None:
+            for _ in range(calls):
+                candidate()
+
+        return lambda: _event_ms(replay or run) / calls
 
     def measure(
-        self, candidates: Mapping[str, Candidate], samples: int = 0, budget_s: float = 20.0
+        self, candidates: Mapping[str, Candidate], samples: int = 0, budget_s: float = 20.0, graphs: bool = True
     ) -> dict[str, Timing]:
-        """Interleaved medians of ``candidates``; at least three rounds, then until ``samples`` or ``budget_s``."""
+        """Interleaved medians of ``candidates``; at least three rounds, then until ``samples`` or ``budget_s``.
+
+        On a GPU: replays of CUDA graphs, or with ``graphs=False`` plain calls.
+        """
         samples = samples or self.samples
-        for candidate in candidates.values():  # warm-up: page faults, thread pools, compilation
-            candidate()
-            begin = time.perf_counter()
-            candidate()
-            warm = 25 if self.device.type == "cuda" else 2
-            for _ in range(warm if time.perf_counter() - begin < 0.2 else 0):
-                candidate()
-        self._synchronize()
+        budget_s = min(budget_s, GPU_BUDGET_S) if self._cuda else budget_s
+        samplers = {key: self._sampler(key, candidate, graphs) for key, candidate in candidates.items()}
         taken: dict[str, list[float]] = {key: [] for key in candidates}
+        for sampler in samplers.values() if self._cuda else ():
+            sampler()  # the first replay of a graph uploads it
         begin = time.perf_counter()
         gc.disable()
         try:
             for done in range(samples):
-                for key, candidate in candidates.items():
-                    taken[key].append(self._once(candidate))
+                for key, sampler in samplers.items():
+                    taken[key].append(sampler())
                 if done >= 2 and time.perf_counter() - begin > budget_s:
                     break
         finally:
             gc.enable()
         return {key: _quantiles(values) for key, values in taken.items()}
+
+    def launches(self, candidate: Candidate) -> int | None:
+        """Kernels, copies and fills that one call puts on a GPU, as the profiler counts them."""
+        if not self._cuda:
+            return None
+        self._synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            candidate()
+            self._synchronize()
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
     def compare(
         self,
@@ -157,6 +245,8 @@ class Bench:
         ``images`` and ``points`` are items per call, for rates; ``facts`` (shape, dtype, layout, seed) go to the JSON.
         """
         timings = self.measure(candidates, samples, budget_s)
+        more = self._gpu_columns(candidates, samples, budget_s) if self._cuda else {}
+        memory = memory or self._cuda
         peaks = {key: self.peak_extra_bytes(candidate) for key, candidate in candidates.items()} if memory else {}
         floor_ms = None
         if floor is not None:
@@ -165,8 +255,14 @@ class Bench:
         print(f"\n{row}" + (f"   floor {floor_ms:.3g} ms" if floor_ms else ""))
         for key, timing in timings.items():
             self._timings[(row, key)] = timing
-            entry: dict[str, Any] = {"row": row, "candidate": key, **asdict(timing), **facts}
-            columns = [f"  {key:<22} {timing.median:9.3f} ms  [{timing.p10:.3f}, {timing.p90:.3f}]"]
+            entry: dict[str, Any] = {"row": row, "candidate": key, **asdict(timing), **facts, **more.get(key, {})}
+            digits = 4 if self._cuda else 3
+            spread = f"[{timing.p10:.{digits}f}, {timing.p90:.{digits}f}]"
+            columns = [f"  {key:<22} {timing.median:9.{digits}f} ms  {spread}"]
+            if "plain_median" in entry:
+                columns.append(f"plain {entry['plain_median']:.4f} ms, {entry['launches']} launches")
+            if "warm_median" in entry:
+                columns.append(f"cold L2 (warm {entry['warm_median']:.4f} ms)")
             if baseline in timings:
                 entry["ratio"] = timings[baseline].median / timing.median
                 columns.append(f"{entry['ratio']:7.2f}x {baseline}")
@@ -187,6 +283,26 @@ class Bench:
             print("  ".join(columns), flush=True)
         return timings
 
+    def _gpu_columns(
+        self, candidates: Mapping[str, Candidate], samples: int, budget_s: float
+    ) -> dict[str, dict[str, Any]]:
+        """Beside the device time: plain calls, launches, and for cold inputs the time with warm ones."""
+        plain = self.measure(candidates, samples, budget_s, graphs=False)
+        rotations = {key: candidate for key, candidate in candidates.items() if isinstance(candidate, Rotation)}
+        warm = self.measure({key: rotation.warm for key, rotation in rotations.items()}, samples, budget_s)
+        columns: dict[str, dict[str, Any]] = {}
+        for key, candidate in candidates.items():
+            columns[key] = {
+                "l2": "cold" if key in rotations else "warm",
+                "plain_median": plain[key].median,
+                "plain_p10": plain[key].p10,
+                "plain_p90": plain[key].p90,
+                "launches": self.launches(candidate),
+            }
+            if key in warm:
+                columns[key]["warm_median"] = warm[key].median
+        return columns
+
     def ratio(self, row: str, slow: str, fast: str) -> float:
         """How many times faster ``fast`` is than ``slow`` in ``row``."""
         return self._timings[(row, slow)].median / self._timings[(row, fast)].median
@@ -202,7 +318,7 @@ class Bench:
         Everything counts, outputs and scratch alike. ``None`` where the system cannot tell.
         """
         gc.collect()
-        if self.device.type == "cuda":
+        if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -230,25 +346,34 @@ class Bench:
     # -- ceilings ----------------------------------------------------------------------------------------------------
 
     def _measure_ceilings(self) -> dict[str, float]:
-        cuda = self.device.type == "cuda"
-        elements = (1 << 28) if cuda else (1 << 24)
+        """What this device reaches on plain copies and products of random numbers, in this run."""
+        elements = (1 << 28) if self._cuda else (1 << 24)
         source = torch.randn(elements, device=self.device)
         target = torch.empty_like(source)
-        size = 8192 if cuda else 1024
+        size = 8192 if self._cuda else 1024
         a, b = (torch.randn(size, size, device=self.device) for _ in range(2))
         half_a, half_b = a.bfloat16(), b.bfloat16()
-        jobs: dict[str, Candidate] = {
-            "copy": lambda: target.copy_(source),
-            "fp32": lambda: a @ b,
-            "bf16": lambda: half_a @ half_b,
-        }
-        times = {key: self.measure({key: job}, samples=5, budget_s=2.0)[key].median for key, job in jobs.items()}
+
+        def median(job: Candidate) -> float:
+            return self.measure({"ceiling": job}, samples=5, budget_s=2.0)["ceiling"].median
+
         flops = 2 * size**3
-        return {
-            "copy_gb_s": 2 * 4 * elements / times["copy"] / 1e6,
-            "gemm_fp32_gflops": flops / times["fp32"] / 1e6,
-            "gemm_bf16_gflops": flops / times["bf16"] / 1e6,
-        }
+        ceilings = {"copy_gb_s": 2 * 4 * elements / median(lambda: target.copy_(source)) / 1e6}
+        if self._cuda:
+            with _tf32(False):
+                ceilings["gemm_fp32_gflops"] = flops / median(lambda: a @ b) / 1e6
+            with _tf32(True):
+                ceilings["gemm_tf32_gflops"] = flops / median(lambda: a @ b) / 1e6
+        else:
+            ceilings["gemm_fp32_gflops"] = flops / median(lambda: a @ b) / 1e6
+        ceilings["gemm_bf16_gflops"] = flops / median(lambda: half_a @ half_b) / 1e6
+        if self._cuda:
+            # Half of the L2 cache, read again and again; and kernels with nothing to do, one after the other.
+            half = torch.cuda.get_device_properties(self.device).L2_cache_size // 2
+            part, one = source[: half // 4], torch.zeros(1, device=self.device)
+            ceilings["l2_read_gb_s"] = part.nbytes / median(lambda: part.sum()) / 1e6
+            ceilings["launch_us"] = median(lambda: one.add_(1)) * 1e3
+        return ceilings
 
     # -- results -----------------------------------------------------------------------------------------------------
 
@@ -272,7 +397,7 @@ class Bench:
                 print(f"  {entry['label']:<58} {entry['value']:8.2f}  (goal {entry['goal']})  {state}")
         folder = self.args.output or REPOSITORY / "bench" / "results"
         folder.mkdir(parents=True, exist_ok=True)
-        device = "gpu" if self.device.type == "cuda" else "cpu"
+        device = "gpu" if self._cuda else "cpu"
         stem = folder / f"{self.name}-{device}{'-quick' if self.quick else ''}"
         payload = {
             "benchmark": self.name,
@@ -311,8 +436,9 @@ class Bench:
             axis.set_xscale("log")
             axis.set_title(f"{name} (ms, log scale)", fontsize=8, loc="left")
             axis.tick_params(labelsize=7)
-            for place, value in enumerate(values):
-                axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
+            for place, row in enumerate(rows):
+                share = f" ({row['percent_of_floor']:.0f} % of floor)" if "percent_of_floor" in row else ""
+                axis.text(row["median"], place, f" {row['median']:.3g}{share}", va="center", fontsize=7)
         figure.tight_layout()
         temporary = path.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=120)
@@ -361,9 +487,14 @@ class Bench:
             facts["triton"] = triton.__version__
         except ImportError:
             facts["triton"] = None
-        if self.device.type == "cuda":
+        if self._cuda:
+            properties = torch.cuda.get_device_properties(self.device)
+            asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
             facts |= {
                 "cuda": torch.version.cuda,
+                "processors": properties.multi_processor_count,
+                "l2_bytes": properties.L2_cache_size,
+                asked: _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"),
                 "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
                 "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
             }
@@ -377,12 +508,43 @@ def _status_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def _git(*command: str) -> str | None:
+def _wall_ms(candidate: Candidate) -> float:
+    begin = time.perf_counter()
+    result = candidate()
+    elapsed = (time.perf_counter() - begin) * 1e3
+    del result  # freeing is not part of the op
+    return elapsed
+
+
+def _event_ms(run: Callable[[], Any]) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
-        done = subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _git(*command: str) -> str | None:
+    return _output("git", *command)
 
 
 def _shown(path: Path) -> str:

@@ -22,6 +22,15 @@ from rendseg import ops, reference  # noqa: E402
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+GPU_GOALS_MS = {  # on an H200
+    "forward, 16 images, bfloat16": 0.042,
+    "forward + backward, 16 images, bfloat16": 0.145,
+    "forward, 16 images, float32": 0.105,
+    "forward + backward, 16 images, float32": 0.340,
+    "forward + backward, 4 images, bfloat16": 0.040,
+    "forward + backward, 4 images, float32": 0.090,
+}
+
 
 def broadcast(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """Residuals spelled out for every position and codeword, twice: the form of common frameworks."""
@@ -97,6 +106,11 @@ def main() -> int:
         slow = {name: wrap(forms[name], x) for name in ("broadcast", "rendseg")}
         bench.compare(f"{title}, broadcast form", slow, baseline="broadcast", samples=slow_rounds, **facts)
 
+    if bench.device.type == "cuda":
+        for images in (4,) if bench.quick else (4, 16):
+            for dtype in (torch.bfloat16, torch.float32):
+                gpu_rows(bench, channels, height, width, codes, images, dtype)
+
     bench.bar("forward against the GEMM form", bench.ratio("forward", "gemm", "rendseg"), at_least=3.0)
     row = "forward + backward"
     bench.bar(f"{row} against the GEMM form", bench.ratio(row, "gemm", "rendseg"), at_least=3.0)
@@ -117,6 +131,58 @@ def main() -> int:
             if name == "rendseg":
                 bench.bar(f"{title}: extra memory, MB", extra, at_most=10.0)
     return bench.finish()
+
+
+def gpu_rows(bench: Bench, channels: int, height: int, width: int, codes: int, batch: int, dtype: torch.dtype) -> None:
+    """Forward, and with backward; both layouts. float32 counts as three products of bfloat16, as the kernel does it."""
+    size, products = (2, 1) if dtype == torch.bfloat16 else (4, 3)
+    x = torch.randn(batch, channels, height, width, device=bench.device).to(dtype)
+    codewords = torch.randn(codes, channels, device=bench.device).mul_(0.05).to(dtype)
+    scale = -torch.rand(codes, device=bench.device).to(dtype)
+    grad = torch.randn(batch, codes, channels, device=bench.device).to(dtype)
+
+    def both(form: Form, features: Tensor) -> Callable[[], Any]:
+        inputs = [t.detach().requires_grad_() for t in (features, codewords, scale)]
+        return lambda: torch.autograd.grad(form(*inputs), inputs, grad)
+
+    forms = {
+        "gemm": (gemm, x),
+        "rendseg": (ops.encode, x),
+        "rendseg, channels_last": (ops.encode, x.contiguous(memory_format=torch.channels_last)),
+    }
+    floor = encode_forward(batch, channels, height * width, codes, size)
+    backward = encode_backward(batch, channels, height * width, codes, size)
+    rows: dict[str, tuple[Floor, dict[str, Callable[[], Any]]]] = {
+        "forward": (
+            floor,
+            {
+                name: bench.cold(lambda t, form=form: form(t, codewords, scale), features)
+                for name, (form, features) in forms.items()
+            },
+        ),
+        "forward + backward": (
+            _add(floor, backward),
+            {name: both(form, features) for name, (form, features) in forms.items()},
+        ),
+    }
+    kind = str(dtype).removeprefix("torch.")
+    for title, (least, candidates) in rows.items():
+        row = f"{title}, {batch} images, {kind}"
+        bench.compare(
+            row,
+            candidates,
+            baseline="gemm",
+            floor=Floor(least.bytes, products * least.flops),
+            precision="bf16",
+            images=batch,
+            shape=[batch, channels, height, width],
+            codes=codes,
+            dtype=kind,
+            seed=0,
+        )
+        bench.bar(f"{row}, against the GEMM form", bench.ratio(row, "gemm", "rendseg"), at_least=4.0)
+        if (row in GPU_GOALS_MS) and not bench.quick:
+            bench.bar(f"{row}, ms", bench.median(row, "rendseg"), at_most=GPU_GOALS_MS[row])
 
 
 def _add(a: Floor, b: Floor) -> Floor:

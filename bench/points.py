@@ -79,25 +79,14 @@ def main() -> int:
     for name, shape, num_points in workloads:
         logits = F.interpolate(torch.randn(*shape[:2], 16, 16, device=device) * 4, shape[2:], mode="bilinear")
         logits += torch.randn(shape, device=device) * 0.1
-        masks = shape[0]
-        tuned = tuned_uncertainty if shape[1] > 1 else eager_uncertainty
-        row = f"{name} select {'x'.join(map(str, shape))}, {num_points} points"
-        bench.compare(
-            row,
-            {
-                "eager": lambda x=logits, k=num_points: eager_select(x, k),
-                "eager tuned": lambda x=logits, k=num_points, u=tuned: eager_select(x, k, u, False),
-                "rendseg": lambda x=logits, k=num_points: sample_uncertain_points(x, k),
-            },
-            floor=selection(*shape, num_points, 4),
-            points=masks * num_points,
-            shape=list(shape),
-            dtype="float32",
-            seed=0,
-        )
+        row = selecting(bench, name, logits, num_points)
         bench.bar(f"{name} select against eager", bench.ratio(row, "eager", "rendseg"), at_least=2.0)
+        if device.type == "cuda":
+            goal = 0.010 if name == "T1" else 0.2
+            bench.bar(f"{name} select, ms", bench.median(row, "rendseg"), at_most=goal)
+            selecting(bench, name, logits.bfloat16(), num_points)
         if name == "T2":
-            coords = torch.rand(masks, num_points, 2, device=device)
+            coords = torch.rand(shape[0], num_points, 2, device=device)
             sampling(bench, "T2 sample", logits, coords, tuned=False)
 
     # T3: sampling
@@ -105,12 +94,55 @@ def main() -> int:
     features, coords = torch.randn(shape, device=device), torch.rand(shape[0], 2048, 2, device=device)
     sampling(bench, "T3 sample", features, coords, tuned=True)
     sampling(bench, "T3 sample channels_last", features.to(memory_format=torch.channels_last), coords, tuned=False)
-    if device.type == "cpu" and not quick:
-        sampling(bench, "T3 sample bfloat16", features.bfloat16(), coords, tuned=False)
+    if not quick:
+        half = features.bfloat16()
+        sampling(bench, "T3 sample bfloat16", half, coords, tuned=False)
+        if device.type == "cuda":
+            last = half.contiguous(memory_format=torch.channels_last)
+            sampling(bench, "T3 sample bfloat16 channels_last", last, coords, tuned=False)
 
     step(bench, shape[0])
     scatter(bench)
     return bench.finish()
+
+
+def selecting(bench: Bench, name: str, logits: Tensor, num_points: int) -> str:
+    """One row; returns its title."""
+    n, channels = logits.shape[:2]
+    tuned = tuned_uncertainty if channels > 1 else eager_uncertainty
+    half = logits.dtype != torch.float32
+    row = f"{name} select {'x'.join(map(str, logits.shape))}{' bfloat16' if half else ''}, {num_points} points"
+    # PyTorch samples halves only with half coordinates, so they are widened.
+    bench.compare(
+        row,
+        {
+            "eager": bench.cold(lambda x: eager_select(x.float(), num_points), logits),
+            "eager tuned": bench.cold(lambda x: eager_select(x.float(), num_points, tuned, False), logits),
+            "rendseg": bench.cold(lambda x: sample_uncertain_points(x, num_points), logits),
+        },
+        floor=selection(*logits.shape, num_points, logits.element_size()),
+        points=n * num_points,
+        shape=list(logits.shape),
+        dtype=str(logits.dtype).removeprefix("torch."),
+        seed=0,
+    )
+    return row
+
+
+def deterministic(call: Callable[[], object]) -> Callable[[], object]:
+    """The call under ``use_deterministic_algorithms``, without its filling of fresh memory."""
+
+    def run() -> object:
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+
+    return run
 
 
 def sampling(bench: Bench, name: str, features: Tensor, coords: Tensor, tuned: bool) -> None:
@@ -129,7 +161,7 @@ def sampling(bench: Bench, name: str, features: Tensor, coords: Tensor, tuned: b
     variants["rendseg"] = (lambda x: point_sample(x, coords), features)
     bench.compare(
         f"{name} forward",
-        {key: (lambda f=f, x=x: f(x)) for key, (f, x) in variants.items()},
+        {key: bench.cold(f, x) for key, (f, x) in variants.items()},
         floor=point_sample_forward(n, channels, points, size),
         points=n * points,
         **facts,
@@ -139,13 +171,20 @@ def sampling(bench: Bench, name: str, features: Tensor, coords: Tensor, tuned: b
     for key, (f, x) in variants.items():
         leaf = x.detach().requires_grad_()
         backward[key] = grads(f(leaf), [leaf], weight)
+    if bench.device.type == "cuda":
+        backward["rendseg deterministic"] = deterministic(backward["rendseg"])
+    floor = point_sample_backward(n, channels, height, width, points, size)
     bench.compare(
         f"{name} backward",
         backward,
-        floor=point_sample_backward(n, channels, height, width, points, size),
+        floor=floor,
         points=n * points,
         **facts,
     )
+    if bench.device.type == "cuda":
+        floor_ms = floor.bytes / bench.ceilings["copy_gb_s"] / 1e6
+        times = bench.median(f"{name} backward", "rendseg deterministic") / floor_ms
+        bench.bar(f"{name} backward, deterministic, times the floor", times, at_most=1.3)
     for part in ("forward", "backward"):
         bench.bar(f"{name} {part} against eager", bench.ratio(f"{name} {part}", "eager", "rendseg"), at_least=2.0)
 

@@ -7,14 +7,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../uncertain_points_common.h"
 #include "isa.h"
 #include "select.h"
 #include "uncertain_points_includes.h"
@@ -51,27 +50,18 @@ LogitType logit_type(at::ScalarType dtype) {
   }
 }
 
-// Whether the kernels read these strides as they are: cells equally spaced in row order, and either the cells or the
-// channels adjacent.
-bool readable(const at::Tensor& logits) {
-  const int64_t cell = logits.size(3) > 1 ? logits.stride(3) : logits.size(2) > 1 ? logits.stride(2) : 1;
-  if (logits.size(2) > 1 && logits.stride(2) != cell * logits.size(3)) return false;
-  return cell == 1 || (cell > 0 && (logits.size(1) == 1 || logits.stride(1) == 1));
-}
-
 // The maps of a batch; keeps the copy that unreadable strides need.
 class LogitMaps {
  public:
   LogitMaps(const at::Tensor& logits, const std::optional<at::Tensor>& class_index)
-      : logits_(readable(logits) ? logits.detach() : logits.detach().contiguous()), class_index_(class_index) {
-    const int64_t cell = logits_.size(3) > 1 ? logits_.stride(3) : logits_.size(2) > 1 ? logits_.stride(2) : 1;
+      : logits_(readable_maps(logits)), class_index_(class_index) {
     map_ = {nullptr,
             logit_type(logits_.scalar_type()),
             logits_.size(1),
             logits_.size(2),
             logits_.size(3),
             logits_.stride(1),
-            cell};
+            cell_stride(logits_)};
   }
 
   LogitMap operator[](int64_t n) const {
@@ -183,25 +173,6 @@ std::tuple<at::Tensor, at::Tensor> uncertain_points_cpu(const at::Tensor& logits
   return {indices, coords};
 }
 
-struct DrawCounts {
-  int64_t candidates;
-  int64_t kept;
-  int64_t uniform;
-};
-
-DrawCounts draw_counts(int64_t num_points, double oversample_ratio, double importance_ratio) {
-  check_num_points(num_points);
-  TORCH_CHECK_VALUE(oversample_ratio >= 1 && oversample_ratio < std::numeric_limits<double>::infinity(),
-                    "oversample_ratio must be at least 1 and finite, got ", oversample_ratio);
-  TORCH_CHECK_VALUE(importance_ratio >= 0 && importance_ratio <= 1, "importance_ratio must lie in [0, 1], got ",
-                    importance_ratio);
-  const double candidates = oversample_ratio * static_cast<double>(num_points);
-  TORCH_CHECK_VALUE(candidates < 2147483648.0, "oversample_ratio * num_points must be less than 2**31, got ",
-                    candidates);
-  const int64_t kept = static_cast<int64_t>(importance_ratio * static_cast<double>(num_points));
-  return {static_cast<int64_t>(candidates), kept, num_points - kept};
-}
-
 // Writes the `num_points` coordinates of one image: the most uncertain of drawn[candidates][2], then the uniform
 // points that follow them.
 class SampledSelection {
@@ -239,28 +210,12 @@ at::Tensor sample_uncertain_points_cpu(const at::Tensor& logits, int64_t num_poi
                                        c10::string_view padding_mode, bool align_corners,
                                        std::optional<at::Generator> generator,
                                        const std::optional<at::Tensor>& random_coords) {
-  check_logits(logits);
-  check_class_index(class_index, logits);
-  const DrawCounts counts = draw_counts(num_points, oversample_ratio, importance_ratio);
-  TORCH_CHECK_VALUE(padding_mode == "zeros" || padding_mode == "border",
-                    "padding_mode must be one of zeros, border, got '", padding_mode, "'");
-  TORCH_CHECK_VALUE(logits.size(2) < (int64_t{1} << 31) / logits.size(3),
-                    "logits must have fewer than 2**31 cells (H*W) for sampling, got shape ", logits.sizes());
+  const DrawCounts counts = check_sample(logits, num_points, oversample_ratio, importance_ratio, class_index,
+                                         padding_mode, generator, random_coords);
   const int64_t images = logits.size(0);
   const int64_t total = counts.candidates + counts.uniform;
   at::Tensor given;
-  if (random_coords.has_value()) {
-    given = *random_coords;
-    check_strided(given, "random_coords");
-    TORCH_CHECK_VALUE(given.dim() == 3 && given.size(0) == images && given.size(1) == total && given.size(2) == 2,
-                      "random_coords must have shape [N, Q, 2] = [", images, ", ", total, ", 2], got ", given.sizes());
-    TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat, "random_coords must be float32, got ", given.scalar_type());
-    check_same_device(given, "random_coords", logits, "logits");
-    given = given.detach().contiguous();
-  } else if (generator.has_value()) {
-    TORCH_CHECK(generator->device() == logits.device(), "generator must be on the device of logits (", logits.device(),
-                "), got ", generator->device());
-  }
+  if (random_coords.has_value()) given = random_coords->detach().contiguous();
   const auto options = logits.options().dtype(at::kFloat);
   at::Tensor coords = at::empty({images, num_points, 2}, options);
   if (images == 0) return coords;

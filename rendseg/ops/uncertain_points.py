@@ -92,8 +92,9 @@ def sample_uncertain_points(
         class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
         padding_mode: ``"zeros"`` or ``"border"``, as in ``F.grid_sample``.
         align_corners: as in ``F.grid_sample``.
-        generator: source of the draws, on the device of ``logits``; none for the default one. The draws are those of
-            one ``torch.rand(N, Q, 2)``, so ``torch.manual_seed`` reproduces them, whatever the number of threads.
+        generator: source of the draws, on the device of ``logits``; none for the default one. ``torch.manual_seed``
+            reproduces them. On the CPU they are those of one ``torch.rand(N, Q, 2)``, whatever the number of threads;
+            on a GPU those of Philox at the state of the generator, which moves on by one counter.
         random_coords: ``[N, Q, 2]`` float32 in place of the draws, ``Q`` being the candidates and then the uniform
             points. A coordinate that is not finite lies outside the map: zero with ``"zeros"``; with ``"border"`` the
             nearest edge, NaN the low one.

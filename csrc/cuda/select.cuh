@@ -1,0 +1,420 @@
+// Selection of the k smallest keys of each map: exact, ascending in index, ties at the threshold to the smallest
+// indices, the same bits in every run. Shared by uncertain_points, subdivide and refine.
+//
+// A small map is selected by one block, straight from its keys. A large one is cut into chunks of kChunkKeys, one to a
+// block. The first pass finds the bin of the threshold in the ready histogram, counts the keys below it in each chunk
+// and gathers the few that lie in it; the last block of the image to arrive searches these for the threshold itself and
+// turns the counts into the position of every chunk in the output. The emitting kernel reads the keys once more, by
+// then from L2, and writes in order.
+//
+// Where too many keys share the bin to be gathered, the first pass counts them by their next digit instead, and a
+// second pass does as the first with that histogram; else it returns at once. A bin whose keys are all equal (flat
+// maps) is recognised and needs neither. Only where that many keys agree in 22 bits and are not equal does the last
+// block go through the map alone.
+#pragma once
+
+#include "device.cuh"
+
+#include "../math/radix_key.h"
+#include "block_select.cuh"
+
+namespace rendseg {
+
+struct SelectArgs {
+  const uint32_t* keys;  // [images, cells], each below 2^31: radix_key.h, small is uncertain
+  uint32_t* histograms;  // [images, kHistogramBins] of the keys (kNeverSelected may be missing when at least k others
+                         // are there, none of which shares its bin), or null: counted here
+  void* workspace;       // select_workspace_bytes(images, cells, k), the first select_zeroed_bytes() of them zero;
+                         // this and the histograms at multiples of 16 bytes
+  int64_t images, cells, k;  // 0 < k <= cells < 2^32
+  int64_t height, width;     // cells = height * width
+  int64_t* indices;          // [images, k], ascending
+  float* coords;             // [images, k, 2], centres of the cells, or null
+};
+
+// Maps up to this size are selected by one block each; their histogram is not looked at.
+constexpr int64_t kSmallMap = 16384;
+inline bool select_reads_histogram(int64_t cells) { return cells > kSmallMap; }
+
+// Up to this size one block goes through a map quickly enough to make a second pass not worth its launch.
+constexpr int64_t kSinglePassMap = 65536;
+
+constexpr int kSelectThreads = 512;
+constexpr int kRowsPerWarp = 16;                                        // rows of 32 keys, one to a lane
+constexpr int64_t kChunkKeys = int64_t{kSelectThreads} * kRowsPerWarp;  // 8192
+constexpr uint32_t kNoKey = 0xffffffffu;                                // beyond the end of a map
+
+// Of one image, between the kernels. Starts as zeros.
+struct SelectState {
+  unsigned arrived;                   // blocks that are through
+  uint32_t gathered;                  // candidates so far
+  uint32_t largest, largest_flipped;  // of the keys in the bin; flipped: 0x7fffffff minus the key
+  uint32_t prefix, wanted;            // for the second pass: bits of the threshold, keys to select of those with them
+  uint32_t found, reserved;           // whether the threshold is known
+  KeyThreshold threshold;
+};
+
+// Keys of a chunk, or of the chunks before it: below the threshold in the upper half, equal to it in the lower.
+using SelectCount = unsigned long long;
+constexpr SelectCount kOneBelow = SelectCount{1} << 32;
+
+// Where things lie in the workspace.
+struct SelectPlan {
+  int64_t images, chunks, capacity;  // chunks per image, candidates per image
+  int64_t states, second_digits, first_digits, counts, candidate_keys, candidate_chunks, end;  // offsets in bytes
+
+  SelectPlan(int64_t images, int64_t cells) : images(images) {
+    const bool small = cells <= kSmallMap;
+    chunks = small ? 0 : (cells + kChunkKeys - 1) / kChunkKeys;
+    const int64_t eighth = cells / 8;
+    capacity = small ? 0 : eighth < 32768 ? eighth : 32768;
+    const int64_t histograms = small ? 0 : images * kHistogramBins * int64_t{sizeof(uint32_t)};
+    states = 0;
+    second_digits = padded(small ? 0 : images * int64_t{sizeof(SelectState)});
+    first_digits = second_digits + histograms;
+    counts = first_digits + histograms;
+    candidate_keys = padded(counts + images * (small ? 0 : chunks + 1) * int64_t{sizeof(SelectCount)});
+    candidate_chunks = padded(candidate_keys + images * capacity * int64_t{sizeof(uint32_t)});
+    end = candidate_chunks + images * capacity * int64_t{sizeof(uint32_t)};
+  }
+  static int64_t padded(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+};
+
+inline int64_t select_workspace_bytes(int64_t images, int64_t cells, int64_t /*k*/) {
+  return SelectPlan(images, cells).end;
+}
+inline int64_t select_zeroed_bytes(int64_t images, int64_t cells, int64_t /*k*/) {
+  return SelectPlan(images, cells).counts;
+}
+
+// What the kernels see.
+struct SelectMaps {
+  const uint32_t* keys;          // [images, cells]
+  const uint32_t* first_digits;  // [images, kHistogramBins]: bits 30..20 of the keys
+  uint32_t* second_digits;       // [images, kHistogramBins]: bits 19..9 of the keys in the bin of the threshold
+  SelectState* states;           // [images]
+  SelectCount* counts;           // [images, chunks + 1]
+  uint32_t* candidate_keys;      // [images, capacity]
+  uint32_t* candidate_chunks;    // [images, capacity]
+  uint32_t cells, k, chunks, capacity;
+};
+
+struct SelectOutput {
+  int64_t* indices;  // [images, k]
+  float* coords;     // [images, k, 2] or null
+  int64_t k;
+  uint32_t height, width;
+
+  __device__ void write(int64_t image, uint32_t position, uint32_t index) const {
+    const int64_t at = image * k + position;
+    indices[at] = index;
+    if (coords == nullptr) return;
+    const uint32_t row = index / width, col = index - row * width;
+    Vec<float, 2> centre;
+    centre[0] = (static_cast<float>(col) + 0.5f) / static_cast<float>(width);
+    centre[1] = (static_cast<float>(row) + 0.5f) / static_cast<float>(height);
+    store_vec(coords + 2 * at, centre);
+  }
+};
+
+// This thread's keys of a chunk. A warp holds consecutive rows of 32.
+struct ChunkKeys {
+  uint32_t key[kRowsPerWarp];
+};
+
+__device__ inline ChunkKeys load_chunk(const uint32_t* map, uint32_t cells, uint32_t chunk) {
+  const int64_t begin = chunk * kChunkKeys;
+  const int length = static_cast<int>(min(int64_t{cells} - begin, kChunkKeys));
+  const uint32_t* from = map + begin;
+  ChunkKeys keys;
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    const int i = (warp_id() * kRowsPerWarp + row) * kWarp + lane_id();
+    keys.key[row] = i < length ? from[i] : kNoKey;
+  }
+  return keys;
+}
+
+// Adds the non-zero bins of a histogram in shared memory to one in global memory.
+__device__ inline void flush_histogram(const uint32_t* from, uint32_t* to) {
+  for (int bin = static_cast<int>(threadIdx.x); bin < kHistogramBins; bin += static_cast<int>(blockDim.x)) {
+    const uint32_t count = from[bin];
+    if (count > 0) atomicAdd(to + bin, count);
+  }
+}
+
+__device__ inline void clear_histogram(uint32_t* histogram) {
+  for (int bin = static_cast<int>(threadIdx.x); bin < kHistogramBins; bin += static_cast<int>(blockDim.x)) {
+    histogram[bin] = 0;
+  }
+}
+
+// For producers that did not count.
+static __global__ void __launch_bounds__(kSelectThreads)
+    select_histogram_kernel(const uint32_t* keys, uint32_t cells, uint32_t chunks, uint32_t* histograms) {
+  RENDSEG_SHARED(uint32_t[kHistogramBins], histogram);
+  const uint32_t image = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const ChunkKeys mine = load_chunk(keys + int64_t{image} * cells, cells, chunk);
+  clear_histogram(histogram);
+  __syncthreads();
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    add_to_histogram(histogram, histogram_bin(mine.key[row]) % kHistogramBins, mine.key[row] != kNoKey);
+  }
+  __syncthreads();
+  flush_histogram(histogram, histograms + int64_t{image} * kHistogramBins);
+}
+
+// Adds the candidates to the counts of their chunks, now that the threshold is known.
+__device__ inline void count_candidates(const uint32_t* keys, const uint32_t* chunks, uint32_t count,
+                                        const KeyThreshold& threshold, SelectCount* counts) {
+  constexpr uint32_t kBatch = 4;
+  for (uint32_t first = threadIdx.x; first < count; first += kBatch * kSelectThreads) {
+    uint32_t key[kBatch], chunk[kBatch];
+    RENDSEG_UNROLL
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const uint32_t i = first + j * kSelectThreads;
+      key[j] = i < count ? __ldcg(keys + i) : kNoKey;
+      chunk[j] = i < count ? __ldcg(chunks + i) : 0;
+    }
+    RENDSEG_UNROLL
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      if (key[j] < threshold.key) {
+        atomicAdd(counts + chunk[j], kOneBelow);
+      } else if (key[j] == threshold.key) {
+        atomicAdd(counts + chunk[j], SelectCount{1});
+      }
+    }
+  }
+}
+
+// The same from the map itself, a chunk at a time to each warp.
+__device__ inline void count_map(const uint32_t* map, uint32_t cells, uint32_t chunks, const KeyThreshold& threshold,
+                                 SelectCount* counts) {
+  for (uint32_t chunk = static_cast<uint32_t>(warp_id()); chunk < chunks; chunk += kSelectThreads / kWarp) {
+    const int64_t begin = chunk * kChunkKeys, end = min(int64_t{cells}, begin + kChunkKeys);
+    uint32_t below = 0, equal = 0;
+    for (int64_t i = begin + lane_id(); i < end; i += kWarp) {
+      const uint32_t key = map[i];
+      below += key < threshold.key;
+      equal += key == threshold.key;
+    }
+    below = __reduce_add_sync(kAllLanes, below);
+    equal = __reduce_add_sync(kAllLanes, equal);
+    if (lane_id() == 0) counts[chunk] = below * kOneBelow + equal;
+  }
+}
+
+// Counts of the chunks into counts of all chunks before; counts[chunks] receives the total.
+__device__ inline void scan_counts(SelectCount* counts, uint32_t chunks) {
+  RENDSEG_SHARED(SelectCount[kWarp + 1], scratch);
+  SelectCount before = 0;
+  for (uint32_t first = 0; first < chunks; first += kSelectThreads) {
+    const uint32_t chunk = first + threadIdx.x;
+    SelectCount total;
+    const SelectCount mine = chunk < chunks ? __ldcg(counts + chunk) : 0;
+    const SelectCount of_pass = block_exclusive_scan(mine, total, scratch);
+    if (chunk < chunks) counts[chunk] = before + of_pass;
+    before += total;
+  }
+  if (threadIdx.x == 0) counts[chunks] = before;
+}
+
+// One block per chunk. `pass` is 0 or 1; after the `last` one the threshold and the counts before each chunk are known.
+static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel(SelectMaps maps, int pass, bool last) {
+  RENDSEG_SHARED(BlockSelectScratch, scratch);
+  RENDSEG_SHARED(uint32_t, first_place);
+  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
+  SelectState& state = maps.states[image];
+  if (pass == 1 && state.found != 0) return;
+  const uint32_t* map = maps.keys + int64_t{image} * maps.cells;
+  const ChunkKeys mine = load_chunk(map, maps.cells, chunk);  // under way during the search
+
+  // The bin of the threshold: keys [low, low + width), the smallest `wanted` of which are selected.
+  const uint32_t* digits = (pass == 0 ? maps.first_digits : maps.second_digits) + int64_t{image} * kHistogramBins;
+  const uint32_t in_prefix = pass == 0 ? maps.k : state.wanted;
+  const HistogramCut cut = find_cut(digits, kHistogramBins, in_prefix, scratch);
+  const int free_bits = pass == 0 ? kHistogramShift : kHistogramShift - 11;
+  const uint32_t prefix = (pass == 0 ? 0 : state.prefix << 11) | cut.bin;
+  const uint32_t low = prefix << free_bits, width = 1u << free_bits;
+  const uint32_t wanted = in_prefix - cut.below;
+  const bool whole = wanted == cut.inside;
+  const bool gather = !whole && cut.inside <= maps.capacity;
+  const bool crowded = !whole && !gather;
+
+  // At most 8192 of each in a block: counted together, in 16 bits each.
+  uint32_t both = 0, total;
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    both += static_cast<uint32_t>(mine.key[row] < low) + (static_cast<uint32_t>(mine.key[row] - low < width) << 16);
+  }
+  const uint32_t before = block_exclusive_scan(both, total, scratch.scan);
+  const uint32_t below = total & 0xffffu, inside = total >> 16;
+  SelectCount* counts = maps.counts + int64_t{image} * (maps.chunks + 1);
+  uint32_t* candidate_keys = maps.candidate_keys + int64_t{image} * maps.capacity;
+  uint32_t* candidate_chunks = maps.candidate_chunks + int64_t{image} * maps.capacity;
+  if (threadIdx.x == 0) {
+    counts[chunk] = (below + (whole ? inside : 0)) * kOneBelow + (crowded ? inside : 0);
+    if (gather && inside > 0) first_place = atomicAdd(&state.gathered, inside);
+  }
+  if (gather && inside > 0) {
+    __syncthreads();
+    uint32_t place = first_place + (before >> 16);
+    RENDSEG_UNROLL
+    for (int row = 0; row < kRowsPerWarp; ++row) {
+      if (mine.key[row] - low < width && place < maps.capacity) {
+        candidate_keys[place] = mine.key[row];
+        candidate_chunks[place] = chunk;
+        ++place;
+      }
+    }
+  }
+  if (crowded && inside > 0) {
+    clear_histogram(scratch.histogram);
+    if (threadIdx.x == 0) scratch.warp_below[0] = scratch.warp_equal[0] = 0;
+    __syncthreads();
+    uint32_t largest = 0, largest_flipped = 0;
+    RENDSEG_UNROLL
+    for (int row = 0; row < kRowsPerWarp; ++row) {
+      const uint32_t key = mine.key[row];
+      const bool in_bin = key - low < width;
+      if (!last) {
+        add_to_histogram(scratch.histogram, (key >> (kHistogramShift - 11)) % kHistogramBins, in_bin);
+      }
+      if (in_bin) {
+        largest = max(largest, key);
+        largest_flipped = max(largest_flipped, 0x7fffffffu - key);
+      }
+    }
+    largest = __reduce_max_sync(kAllLanes, largest);
+    largest_flipped = __reduce_max_sync(kAllLanes, largest_flipped);
+    if (lane_id() == 0) {
+      atomicMax(&scratch.warp_below[0], largest);
+      atomicMax(&scratch.warp_equal[0], largest_flipped);
+    }
+    __syncthreads();
+    if (!last) flush_histogram(scratch.histogram, maps.second_digits + int64_t{image} * kHistogramBins);
+    if (threadIdx.x == 0) {
+      atomicMax(&state.largest, scratch.warp_below[0]);
+      atomicMax(&state.largest_flipped, scratch.warp_equal[0]);
+    }
+  }
+  if (!last_block_to_arrive(&state.arrived, maps.chunks)) return;
+
+  // The rest is for the last block of the image. What other blocks wrote is read past the first-level cache.
+  KeyThreshold threshold;
+  if (whole) {
+    threshold = {low + width, 0};
+  } else if (gather) {
+    const auto candidate = [&](uint32_t i) { return __ldcg(candidate_keys + i); };
+    threshold = block_refine_threshold(candidate, cut.inside, prefix, free_bits, wanted, scratch);
+    count_candidates(candidate_keys, candidate_chunks, cut.inside, threshold, counts);
+  } else {
+    const uint32_t largest = __ldcg(&state.largest), smallest = 0x7fffffffu - __ldcg(&state.largest_flipped);
+    if (largest == smallest) {
+      threshold = {largest, wanted};  // and `counts` are right as they are
+    } else if (!last) {
+      __syncthreads();  // all have read the state
+      if (threadIdx.x == 0) {
+        state.prefix = prefix;
+        state.wanted = wanted;
+        state.largest = state.largest_flipped = 0;
+      }
+      return;
+    } else {
+      const auto key_at = [&](uint32_t i) { return map[i]; };
+      threshold = block_refine_threshold(key_at, maps.cells, prefix, free_bits, wanted, scratch);
+      count_map(map, maps.cells, maps.chunks, threshold, counts);
+    }
+  }
+  __threadfence();
+  __syncthreads();
+  scan_counts(counts, maps.chunks);
+  if (threadIdx.x == 0) {
+    state.threshold = threshold;
+    state.found = 1;
+  }
+}
+
+// One block per chunk.
+static __global__ void __launch_bounds__(kSelectThreads) select_emit_kernel(SelectMaps maps, SelectOutput out) {
+  RENDSEG_SHARED(BlockSelectScratch, scratch);
+  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
+  const SelectCount* counts = maps.counts + int64_t{image} * (maps.chunks + 1) + chunk;
+  const KeyThreshold threshold = maps.states[image].threshold;
+  const KeyRanks before{static_cast<uint32_t>(counts[0] >> 32), static_cast<uint32_t>(counts[0])};
+  const KeyRanks after{static_cast<uint32_t>(counts[1] >> 32), static_cast<uint32_t>(counts[1])};
+  if (before.below == after.below && min(before.equal, threshold.ties) == min(after.equal, threshold.ties)) return;
+  const ChunkKeys mine = load_chunk(maps.keys + int64_t{image} * maps.cells, maps.cells, chunk);
+  KeyRanks count{0, 0};
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    count.below += mine.key[row] < threshold.key;
+    count.equal += mine.key[row] == threshold.key;
+  }
+  count = {__reduce_add_sync(kAllLanes, count.below), __reduce_add_sync(kAllLanes, count.equal)};
+  KeyRanks ranks = ranks_before_warp(count, scratch);
+  if (count.below + count.equal == 0) return;
+  ranks.below += before.below;
+  ranks.equal += before.equal;
+  const uint32_t first = static_cast<uint32_t>(chunk * kChunkKeys) + (warp_id() * kRowsPerWarp) * kWarp + lane_id();
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    emit_row(mine.key[row], first + row * kWarp, threshold, ranks,
+             [&](uint32_t position, uint32_t index) { out.write(image, position, index); });
+  }
+}
+
+// One block per image, with its keys in shared memory.
+static __global__ void __launch_bounds__(1024)
+    select_small_kernel(const uint32_t* keys, uint32_t cells, SelectOutput out) {
+  RENDSEG_DYNAMIC_SHARED(memory);
+  RENDSEG_SHARED(BlockSelectScratch, scratch);
+  uint32_t* const held = reinterpret_cast<uint32_t*>(memory);
+  const int64_t image = blockIdx.x;
+  const uint32_t* map = keys + image * cells;
+  for (uint32_t i = threadIdx.x; i < cells; i += blockDim.x) held[i] = map[i];
+  __syncthreads();
+  const auto key_at = [&](uint32_t i) { return held[i]; };
+  const KeyThreshold threshold = block_radix_threshold(key_at, cells, static_cast<uint32_t>(out.k), scratch);
+  block_emit(key_at, cells, threshold, scratch,
+             [&](uint32_t position, uint32_t index) { out.write(image, position, index); });
+}
+
+template <typename Launch>
+void run_select(Launch& launch, const SelectArgs& args) {
+  const SelectOutput out{args.indices, args.coords, args.k, static_cast<uint32_t>(args.height),
+                         static_cast<uint32_t>(args.width)};
+  const uint32_t cells = static_cast<uint32_t>(args.cells);
+  if (args.cells <= kSmallMap) {
+    launch({args.images, args.cells <= 2048 ? 256 : 1024, args.cells * int64_t{sizeof(uint32_t)}}, select_small_kernel,
+           args.keys, cells, out);
+    return;
+  }
+  const SelectPlan plan(args.images, args.cells);
+  unsigned char* const base = static_cast<unsigned char*>(args.workspace);
+  const auto at = [&]<typename T>(T*, int64_t offset) { return reinterpret_cast<T*>(base + offset); };
+  uint32_t* const uint32 = nullptr;
+  uint32_t* const first_digits = args.histograms != nullptr ? args.histograms : at(uint32, plan.first_digits);
+  const SelectMaps maps{args.keys,
+                        first_digits,
+                        at(uint32, plan.second_digits),
+                        at(static_cast<SelectState*>(nullptr), plan.states),
+                        at(static_cast<SelectCount*>(nullptr), plan.counts),
+                        at(uint32, plan.candidate_keys),
+                        at(uint32, plan.candidate_chunks),
+                        cells,
+                        static_cast<uint32_t>(args.k),
+                        static_cast<uint32_t>(plan.chunks),
+                        static_cast<uint32_t>(plan.capacity)};
+  const LaunchShape shape{args.images * plan.chunks, kSelectThreads};
+  if (args.histograms == nullptr) {
+    launch(shape, select_histogram_kernel, args.keys, cells, maps.chunks, first_digits);
+  }
+  const bool single = args.cells <= kSinglePassMap;
+  launch(shape, select_threshold_kernel, maps, 0, single);
+  if (!single) launch(shape, select_threshold_kernel, maps, 1, true);
+  launch(shape, select_emit_kernel, maps, out);
+}
+
+}  // namespace rendseg
