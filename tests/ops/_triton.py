@@ -19,6 +19,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 # `pytestmark = TRITON` at the head of a test file.
 TRITON = [
     pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),  # NaN and infinity, from NumPy
     pytest.mark.skipif(
         INSTALLED and not INTERPRETED and DEVICE == "cpu",
         reason="torch finds no GPU: run with TRITON_INTERPRET=1 to interpret the kernels on the CPU",
