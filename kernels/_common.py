@@ -6,13 +6,17 @@ with ``**EXACT``, which keeps the compiler from fusing a product with a sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
 
 # Launch option: no fused multiply-add, so that every configuration of a kernel gives the same bits.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
@@ -59,6 +63,34 @@ def strides(tensor: Tensor) -> Sequence[int]:
 def on_device(tensor: Tensor) -> Any:
     """Context that makes the GPU of ``tensor`` the current one; does nothing for a CPU tensor (the interpreter)."""
     return torch.cuda.device_of(tensor)
+
+
+# Cases for kernels/_compile.py
+
+
+def tile_name(tile: Mapping[str, int], *keys: str) -> str:
+    """``"4x128"`` of the sizes of a tile that are more than one."""
+    return "x".join(str(tile[key]) for key in keys if tile[key] > 1)
+
+
+def compile_case(
+    kernel: Any, name: str, pointers: Mapping[str, str], options: Mapping[str, Any], ones: Sequence[str] = ()
+) -> CompileCase:
+    """A case of ``kernel``: its pointers, its compile-time arguments with ``num_warps``, integers that are 1.
+
+    All other arguments are 32-bit integers, and multiples of 16 where that is usual: sizes of the map and strides.
+    """
+    from ._compile import CompileCase
+
+    constexprs = {key: value for key, value in options.items() if key != "num_warps"} | dict.fromkeys(ones, 1)
+    integers = [key for key in kernel.arg_names if key not in pointers and key not in constexprs]
+    usual = [
+        key for key in integers if key in ("width", "in_width", "cells", "size") or re.fullmatch("[a-z]_[a-z]", key)
+    ]
+    signature = dict(pointers) | dict.fromkeys(integers, "i32")
+    return CompileCase(
+        name, kernel, signature, constexprs, num_warps=options["num_warps"], options=EXACT, divisible=tuple(usual)
+    )
 
 
 # Rounding

@@ -9,18 +9,22 @@ of atomic additions does not matter.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_grid, check_indices, divide
+from ._common import check_grid, check_indices, compile_case, divide
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
 
 SMALL = 16384
 DIGITS = 4
 BLOCK = 2048  # keys that a program looks at together
+WARPS = 8
 MAX_BLOCKS = 512  # programs for one image, whose counts each of them adds up
 
 # What a selected index becomes.
@@ -150,9 +154,7 @@ def point_at(points, n, i, inside, total, p_n, p_p, p_c, MODE: tl.constexpr):
 
 
 @triton.jit
-def _emit(
-    chosen, rank, i, n, indices, out, points, k, height, width, total, rows, p_n, p_p, p_c, MODE: tl.constexpr
-):
+def _emit(chosen, rank, i, n, indices, out, points, k, height, width, total, rows, p_n, p_p, p_c, MODE: tl.constexpr):
     """Writes what the chosen indices ``i`` become at place ``rank`` of image ``n``; see the kernels."""
     if MODE == 0:
         tl.store(indices + n * k + rank, i.to(tl.int64), mask=chosen)
@@ -217,9 +219,7 @@ def _write_kernel(
             equal_rank = equal_ahead + tl.cumsum(equal, 0)  # from 1, where equal
             chosen = (key < threshold) | ((equal > 0) & (equal_rank <= ties))
             rank = ahead + tl.minimum(equal_ahead, ties) + tl.cumsum(chosen.to(tl.int32), 0) - 1
-            _emit(
-                chosen, rank, i, n, indices, out, points, k, height, width, total, rows, p_n, p_p, p_c, MODE
-            )
+            _emit(chosen, rank, i, n, indices, out, points, k, height, width, total, rows, p_n, p_p, p_c, MODE)
             ahead += tl.sum((key < threshold).to(tl.int32), 0)
             equal_ahead += tl.sum(equal, 0)
 
@@ -266,6 +266,12 @@ def _select_kernel(
     _emit(chosen, rank, i, n, indices, out, points, k, height, width, total, rows, p_n, p_p, p_c, MODE)
 
 
+def _small_tile(size: int) -> dict[str, int]:
+    """Configuration of _select_kernel: 16 keys to a thread, or 32 in the largest."""
+    block = max(128, triton.next_power_of_2(size))
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
 class Selection:
     """Selection of the ``k`` smallest of ``size`` keys in each of ``images``; allocates what lies between the launches.
 
@@ -273,9 +279,7 @@ class Selection:
     ``histogram [N, 256]`` int32 with :func:`count_digit`; it says so beforehand by ``counts_first_digit``.
     """
 
-    def __init__(
-        self, images: int, size: int, k: int, device: torch.device, counts_first_digit: bool = False
-    ) -> None:
+    def __init__(self, images: int, size: int, k: int, device: torch.device, counts_first_digit: bool = False) -> None:
         check_indices(size, "cells or points")
         self.images, self.size, self.k = images, size, k
         self.keys = torch.empty((images, size), dtype=torch.int32, device=device)
@@ -316,11 +320,7 @@ class Selection:
             return
         tail: tuple[Any, ...] = (k, height, width, total, rows, *steps)
         if self.table is None:
-            block = max(128, triton.next_power_of_2(size))
-            warps = min(16, max(1, block // 512))
-            _select_kernel[(images,)](
-                self.keys, indices, out, points, size, *tail, MODE=mode, BLOCK=block, num_warps=warps
-            )
+            _select_kernel[(images,)](self.keys, indices, out, points, size, *tail, MODE=mode, **_small_tile(size))
             return
         tiles = triton.cdiv(size, BLOCK)
         per_program = triton.cdiv(tiles, MAX_BLOCKS)
@@ -330,8 +330,8 @@ class Selection:
         counts = torch.empty((images, blocks, 2), dtype=torch.int32, device=self.keys.device)
         sizes = (size, images, blocks, per_program, k)
         for digit in range(1 if self.counting else 0, DIGITS):
-            _digit_kernel[grid](self.keys, self.table, state, *sizes, DIGIT=digit, BLOCK=BLOCK, num_warps=8)
-        _count_kernel[grid](self.keys, self.table, state, counts, *sizes, BLOCK=BLOCK, num_warps=8)
+            _digit_kernel[grid](self.keys, self.table, state, *sizes, DIGIT=digit, BLOCK=BLOCK, num_warps=WARPS)
+        _count_kernel[grid](self.keys, self.table, state, counts, *sizes, BLOCK=BLOCK, num_warps=WARPS)
         _write_kernel[grid](
             self.keys,
             state,
@@ -347,5 +347,24 @@ class Selection:
             MODE=mode,
             BLOCK=BLOCK,
             BLOCKS=triton.next_power_of_2(blocks),
-            num_warps=8,
+            num_warps=WARPS,
         )
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default."""
+    keys = {"keys": "*i32", "histogram": "*i32", "state": "*i32"}
+    counts = {"keys": "*i32", "state": "*i32", "counts": "*i32", "indices": "*i64", "out": "*fp32"}
+    fixed = {"BLOCK": BLOCK, "num_warps": WARPS}
+    cases = [compile_case(_digit_kernel, f"select digit {d}", keys, fixed | {"DIGIT": d}) for d in range(DIGITS)]
+    cases.append(compile_case(_count_kernel, "select count", keys | {"counts": "*i32"}, fixed))
+    for mode, name in ((CELLS, "cells"), (POINTS, "points"), (DRAWS, "draws")):
+        points = {"points": "*i64" if mode == DRAWS else "*fp32"}
+        options = fixed | {"MODE": mode, "BLOCKS": MAX_BLOCKS}
+        cases.append(compile_case(_write_kernel, f"select write {name}", counts | points, options))
+        for size in (128, 1024, 4096, SMALL):
+            pointers = {"keys": "*i32", "indices": "*i64", "out": "*fp32"} | points
+            cases.append(
+                compile_case(_select_kernel, f"select {name} {size}", pointers, _small_tile(size) | {"MODE": mode})
+            )
+    return cases

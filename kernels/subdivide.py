@@ -9,7 +9,7 @@ depend on what is stored, so the modes agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from ._common import (
     channels_inside,
     check_grid,
     check_indices,
+    compile_case,
     known_class,
     margin_key,
     merge_top2,
@@ -34,10 +35,14 @@ from ._common import (
     plane_span,
     push_top2,
     strides,
+    tile_name,
     upsample_taps,
     wins,
 )
 from ._select import Selection, count_digit
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
 
 
 @triton.jit
@@ -251,11 +256,11 @@ def _subdivide_backward_kernel(
     tl.store(out + at, narrow(total, T), mask=mask)
 
 
-def _tile(channels: int, height: int, width: int, inside: bool) -> dict[str, Any]:
+def _tile(channels: int, width: int, inside: bool) -> dict[str, Any]:
     """Configuration by shape class: fine cells and channels of a tile, and warps."""
     if inside:
         block_c = 16 if channels <= 16 else 32
-        return {"BLOCK_Y": 4, "BLOCK_X": 512 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+        return {"BLOCK_Y": 2, "BLOCK_X": 512 // block_c, "BLOCK_C": block_c, "num_warps": 4}
     if width >= 128:
         return {"BLOCK_Y": 4, "BLOCK_X": 128, "BLOCK_C": 1, "num_warps": 4}
     return {"BLOCK_Y": 16, "BLOCK_X": 32, "BLOCK_C": 1, "num_warps": 4}
@@ -278,7 +283,7 @@ def _run(
         inside = channels_inside(logits) and class_index is None
     else:
         inside = channels_inside(logits) and channels_inside(fine)
-    tile = _tile(channels, height, width, inside)
+    tile = _tile(channels, width, inside)
     selection = Selection(n, height * width, min(num_points, height * width), logits.device, not inside)
     if n == 0:
         return selection.cells(height, width)
@@ -368,6 +373,14 @@ def _backward_span(size: int, scale_factor: int, align_corners: bool) -> int:
     return min(triton.cdiv(2 * (fine - 1), size - 1) + 1, fine)
 
 
+def _backward_tile(channels: int, inside: bool) -> dict[str, Any]:
+    """Configuration of the gradient: coarse cells and channels of a tile, and warps."""
+    if not inside:
+        return {"BLOCK": 256, "BLOCK_C": 1, "num_warps": 4}
+    block_c = 16 if channels <= 16 else 32
+    return {"BLOCK": 1024 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+
+
 def subdivide_backward_triton(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     """Gradient of the upsampling to ``[N, C, height, width]``, in the layout of ``grad``; deterministic."""
     check.strided(grad, "grad")
@@ -385,8 +398,8 @@ def subdivide_backward_triton(grad: Tensor, height: int, width: int, align_corne
     if out.numel() == 0:
         return out
     inside = channels_inside(grad) and channels_inside(out)
-    block_c = 1 if not inside else 16 if channels <= 16 else 32
-    block = 256 if block_c == 1 else 1024 // block_c
+    tile = _backward_tile(channels, inside)
+    block, block_c = tile["BLOCK"], tile["BLOCK_C"]
     tiles, groups = triton.cdiv(height * width, block), triton.cdiv(channels, block_c)
     spans = [plane_span(grad), plane_span(out), 4 * scale * (max(height, width) + block)]
     if align_corners:
@@ -407,9 +420,7 @@ def subdivide_backward_triton(grad: Tensor, height: int, width: int, align_corne
             SCALE=scale,
             ALIGN_CORNERS=align_corners,
             WIDE=max(spans) + block_c >= INT32_LIMIT,
-            BLOCK=block,
-            BLOCK_C=block_c,
-            num_warps=4,
+            **tile,
             **EXACT,
         )
     return out
@@ -420,3 +431,38 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "_subdivide_labels": subdivide_labels_triton,
     "_subdivide_backward": subdivide_backward_triton,
 }
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default."""
+    cases = []
+    for kind in ("fp32", "bf16", "fp16", "fp64"):
+        pointer = {"source": f"*{kind}", "fine": f"*{kind}", "labels": "*u8", "keys": "*i32"}
+        pointer |= {"histogram": "*i32", "class_index": "*i64"}
+        for mode in ("logits", "labels", "nothing", "class", "one channel"):
+            for channels, width, inside in ((19, 1024, False), (19, 64, False), (19, 1024, True), (8, 1024, True)):
+                if (kind == "fp16" and mode != "logits") or (inside and mode in ("class", "one channel")):
+                    continue
+                tile = _tile(channels, width, inside)
+                options = {
+                    "SCALE": 2,
+                    "ALIGN_CORNERS": False,
+                    "STORE": mode in ("logits", "one channel"),
+                    "LABEL": mode == "labels",
+                    "COUNT": not inside,
+                    "SINGLE": mode in ("class", "one channel"),
+                    "INDEXED": mode == "class",
+                    "WIDE": False,
+                }
+                name = f"subdivide {kind} {mode} {tile_name(tile, 'BLOCK_Y', 'BLOCK_X', 'BLOCK_C')}"
+                ones = ("s_c", "f_c") if inside else ("s_w", "f_w")
+                cases.append(compile_case(_subdivide_kernel, name, pointer, options | tile, ones))
+        for inside in (False, True):
+            for aligned in (False, True):
+                tile = _backward_tile(19, inside)
+                name = f"subdivide_backward {kind}{' aligned' * aligned} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
+                options = {"SCALE": 2, "ALIGN_CORNERS": aligned, "WIDE": False}
+                pointer = {"grad": f"*{kind}", "out": f"*{kind}"}
+                ones = ("g_c", "o_c") if inside else ("g_w", "o_w")
+                cases.append(compile_case(_subdivide_backward_kernel, name, pointer, options | tile, ones))
+    return cases

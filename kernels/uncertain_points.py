@@ -8,7 +8,7 @@ that loads run along the channels, and the channels of a cell are brought togeth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from rendseg.reference import _checks as check
 from rendseg.reference.point_sample import PADDING_MODES
 from rendseg.reference.uncertain_points import check_class_index, check_draws, draw_counts
 
+from . import _select
 from ._common import (
     EXACT,
     INT32_LIMIT,
@@ -26,6 +27,7 @@ from ._common import (
     channels_inside,
     check_grid,
     check_indices,
+    compile_case,
     known_class,
     margin_key,
     merge_top2,
@@ -34,8 +36,12 @@ from ._common import (
     plane_span,
     push_top2,
     strides,
+    tile_name,
 )
 from ._select import DRAWS, POINTS, Selection, count_digit, point_at
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
 
 
 @triton.jit
@@ -245,13 +251,14 @@ def _sample_kernel(
         count_digit(histogram + n * 256, key, inside, 0)
 
 
-def _tile(channels: int, inside: bool) -> dict[str, Any]:
-    """Configuration by shape class: cells and channels of a tile, and warps."""
+def _tile(channels: int, inside: bool, sampled: bool = False) -> dict[str, Any]:
+    """Configuration by shape class: cells (or points) and channels of a tile, and warps."""
     if not inside:
-        return {"BLOCK": 512, "BLOCK_C": 1, "num_warps": 4}
+        # Sampling: many small programs, for the latency of scattered loads.
+        return {"BLOCK": 128, "BLOCK_C": 1, "num_warps": 2} if sampled else {"BLOCK": 512, "BLOCK_C": 1, "num_warps": 4}
     if channels <= 16:
-        return {"BLOCK": 128, "BLOCK_C": 16, "num_warps": 4}
-    return {"BLOCK": 64, "BLOCK_C": 32, "num_warps": 4}
+        return {"BLOCK": 64, "BLOCK_C": 16, "num_warps": 4}
+    return {"BLOCK": 32, "BLOCK_C": 32, "num_warps": 4}
 
 
 def _margins(
@@ -356,9 +363,7 @@ def sample_uncertain_points_triton(
             mode = DRAWS
         else:
             points, mode = random_coords.detach(), POINTS
-        tile = _tile(channels, class_index is None and channels_inside(logits))
-        if tile["BLOCK_C"] == 1:  # many small programs, for the latency of scattered loads
-            tile |= {"BLOCK": 128, "num_warps": 2}
+        tile = _tile(channels, class_index is None and channels_inside(logits), sampled=True)
         selection = Selection(n, candidates, kept, logits.device, tile["BLOCK_C"] == 1)
         start = candidates if kept == 0 else 0
         tiles = triton.cdiv(total - start, tile["BLOCK"])
@@ -401,3 +406,51 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "uncertain_points": uncertain_points_triton,
     "sample_uncertain_points": sample_uncertain_points_triton,
 }
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default."""
+    cases = _select.compile_cases()
+    for kind in ("fp32", "bf16", "fp16", "fp64"):
+        logits = {"logits": f"*{kind}", "class_index": "*i64", "histogram": "*i32"}
+        for mode in ("keys", "margins", "class", "strided"):
+            for channels, inside in ((19, False), (19, True), (8, True)):
+                if (kind == "fp16" and mode != "keys") or (inside and mode in ("class", "strided")):
+                    continue
+                tile = _tile(channels, inside)
+                options = {
+                    "KEYS": mode != "margins",
+                    "COUNT": mode != "margins" and not inside,
+                    "SINGLE": mode == "class",
+                    "INDEXED": mode == "class",
+                    "FLAT": mode != "strided",
+                    "WIDE": False,
+                }
+                name = f"margin {kind} {mode} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
+                pointers = logits | {"out": "*fp32" if mode == "margins" else "*i32"}
+                ones = () if mode == "strided" else ("s_c",) if inside else ("s_w",)
+                cases.append(compile_case(_margin_kernel, name, pointers, options | tile, ones))
+        for mode, sample_mode in (("drawn", DRAWS), ("given", POINTS), ("class", DRAWS)):
+            for channels, inside in ((19, False), (19, True), (8, True)):
+                if (kind == "fp16" and mode != "drawn") or (inside and mode == "class"):
+                    continue
+                tile = _tile(channels, inside, sampled=True)
+                options = {
+                    "COUNT": not inside,
+                    "SINGLE": mode == "class",
+                    "INDEXED": mode == "class",
+                    "BORDER": False,
+                    "ALIGN_CORNERS": False,
+                    "MODE": sample_mode,
+                    "WIDE": False,
+                }
+                name = f"sample {kind} {mode} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
+                pointers = logits | {
+                    "points": "*i64" if sample_mode == DRAWS else "*fp32",
+                    "keys": "*i32",
+                    "out": "*fp32",
+                }
+                cases.append(
+                    compile_case(_sample_kernel, name, pointers, options | tile, ("s_c",) if inside else ("s_w",))
+                )
+    return cases
