@@ -67,8 +67,8 @@ class Compiled:
     seconds: float
 
 
-def compile_case(case: CompileCase, target: str) -> Compiled:
-    """Compile ``case`` for one of :data:`TARGETS`; nothing is launched, so no GPU is needed."""
+def build(case: CompileCase, target: str) -> Any:
+    """Triton's compiled kernel of ``case`` for one of :data:`TARGETS`; nothing is launched, so no GPU is needed."""
     names = list(case.kernel.arg_names)
     unknown = [name for name in (*case.signature, *case.constexprs, *case.divisible) if name not in names]
     missing = [name for name in names if name not in case.signature and name not in case.constexprs]
@@ -83,8 +83,13 @@ def compile_case(case: CompileCase, target: str) -> Compiled:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"enable_fp_fusion": False, **case.options, "num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def compile_case(case: CompileCase, target: str) -> Compiled:
+    """Compile ``case`` and read what the kernel takes."""
     start = time.perf_counter()
-    kernel = triton.compile(source, target=TARGETS[target], options=options)
+    kernel = build(case, target)
     seconds = time.perf_counter() - start
     registers, spills, stack = _read_cubin(kernel, target) if "cubin" in kernel.asm else _read_amdgcn(kernel)
     return Compiled(case.name, target, registers, int(kernel.metadata.shared), spills, stack, seconds)
