@@ -21,7 +21,7 @@ from ._common import check_grid, check_indices, compile_case, divide
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
-SMALL = 16384
+SMALL = 8192
 DIGITS = 4
 BLOCK = 2048  # keys that a program looks at together
 WARPS = 8
@@ -267,7 +267,7 @@ def _select_kernel(
 
 
 def _small_tile(size: int) -> dict[str, int]:
-    """Configuration of _select_kernel: 16 keys to a thread, or 32 in the largest."""
+    """Configuration of _select_kernel: 16 keys to a thread (32 spill)."""
     block = max(128, triton.next_power_of_2(size))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 

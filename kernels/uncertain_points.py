@@ -254,8 +254,8 @@ def _sample_kernel(
 def _tile(channels: int, inside: bool, sampled: bool = False) -> dict[str, Any]:
     """Configuration by shape class: cells (or points) and channels of a tile, and warps."""
     if not inside:
-        # Sampling: many small programs, for the latency of scattered loads.
-        return {"BLOCK": 128, "BLOCK_C": 1, "num_warps": 2} if sampled else {"BLOCK": 512, "BLOCK_C": 1, "num_warps": 4}
+        # Sampling: small programs, for the latency of scattered loads.
+        return {"BLOCK": 256, "BLOCK_C": 1, "num_warps": 4} if sampled else {"BLOCK": 512, "BLOCK_C": 1, "num_warps": 4}
     if channels <= 16:
         return {"BLOCK": 64, "BLOCK_C": 16, "num_warps": 4}
     return {"BLOCK": 32, "BLOCK_C": 32, "num_warps": 4}
