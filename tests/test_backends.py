@@ -30,7 +30,7 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
 def restore():
     state = (_backends._STATE.name, _backends._STATE.error)
     yield
-    _backends._STATE.name, _backends._STATE.error = state
+    _backends._apply(*state)
 
 
 def test_every_backend_says_whether_and_why_not() -> None:
