@@ -9,12 +9,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "../checks.h"
+#include "../encode_common.h"
 #include "encode_includes.h"
 #include "huge_pages.h"
 #include "isa.h"
@@ -29,62 +28,10 @@ namespace {
 
 using at::Tensor;
 
-// ---- Checks
-
-void check_codebook(const Tensor& x, int64_t channels, const Tensor& codewords, const Tensor* scale) {
-  check_strided(codewords, "codewords");
-  check_rank(codewords, "codewords", "[K, D]", 2);
-  check_feature_dtype(codewords, "codewords");
-  TORCH_CHECK_VALUE(codewords.size(0) > 0, "codewords must hold at least one codeword, got shape ", codewords.sizes());
-  TORCH_CHECK_VALUE(codewords.size(1) == channels, "codewords must have shape [K, D] with D = ", channels,
-                    " as in x, got ", codewords.sizes());
-  check_same_device(codewords, "codewords", x, "x");
-  if (scale == nullptr) return;
-  check_strided(*scale, "scale");
-  check_feature_dtype(*scale, "scale");
-  TORCH_CHECK_VALUE(scale->dim() == 1 && scale->size(0) == codewords.size(0),
-                    "scale must have shape [K] with K = ", codewords.size(0), " as in codewords, got ", scale->sizes());
-  check_same_device(*scale, "scale", x, "x");
-}
-
-void check_positions(const Tensor& x) {
-  check_strided(x, "x");
-  check_rank(x, "x", "[B, M, D]", 3);
-  check_feature_dtype(x, "x");
-}
-
-void check_map(const Tensor& x) {
-  check_strided(x, "x");
-  TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, "x must have shape [B, D, H, W] or [B, D, M], got ", x.sizes());
-  check_feature_dtype(x, "x");
-}
-
-void check_three(const Tensor& t, const char* name, const char* shape, int64_t a, int64_t b, int64_t c,
-                 const Tensor& x) {
-  check_strided(t, name);
-  check_feature_dtype(t, name);
-  TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == a && t.size(1) == b && t.size(2) == c, name, " must have shape ",
-                    shape, " = [", a, ", ", b, ", ", c, "], got ", t.sizes());
-  check_same_device(t, name, x, "x");
-}
-
 // ---- Tensors as the kernels want them
 
 template <typename T>
 constexpr at::ScalarType kWide = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
-
-bool any_double(std::initializer_list<const Tensor*> tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return t->scalar_type() == at::kDouble; });
-}
-
-at::ScalarType promoted(const Tensor& a, const Tensor& b, const Tensor& c) {
-  return c10::promoteTypes(c10::promoteTypes(a.scalar_type(), b.scalar_type()), c.scalar_type());
-}
-
-// Whether the H and W of x[B,D,H,W] can be walked with one stride.
-bool is_walkable(const Tensor& x) {
-  return x.dim() == 3 || x.size(2) <= 1 || x.size(3) <= 1 || x.stride(2) == x.size(3) * x.stride(3);
-}
 
 // x[B,D,H,W] or [B,D,M]
 EncodeView view_of_map(const Tensor& x) {
@@ -358,8 +305,6 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_backward_cpu(const Tensor& grad,   
 }
 
 // ---- encode
-
-int64_t positions_of(const Tensor& x) { return x.dim() == 3 ? x.size(2) : x.size(2) * x.size(3); }
 
 template <typename T>
 Tensor encode_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale) {
