@@ -1,0 +1,436 @@
+"""Encoding layer in Triton. Shapes: B images, M positions, D channels, K codewords.
+
+With r, the mean codeword, taken off both sides, which changes no residual (x' = x - r, c' = c - r):
+
+    ||x - c||^2         = ||x'||^2 - 2 x'.c' + ||c'||^2
+    sum_m a (x - c)     = sum_m a x' - c' sum_m a
+    dl/dx summed over k = a^T grad + 2 (sum_k s g) x' - 2 (s g)^T c',  g the gradient of the logits
+
+so that all work on D is matrix products, and an offset common to features and codewords costs no digits. What is left
+to cancel is the distance of a codeword from the mean: a residual is good to float32 of that distance, not of itself.
+
+A program takes one image and a chunk of its positions, a tile at a time: channels once for the products with the
+codewords, then, from the L2 cache, once more for the sums over positions. Each chunk sums into a row ``[K, D]`` of its
+own, and a second kernel adds the rows in their order: no atomics, the same bits every run. How positions are cut into
+chunks depends on the shape alone. Masked codewords (K is padded to a power of two) have logits of -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.encode import _check_aggregate, _check_encode, _check_scaled_l2, _result_dtype, _wide
+from ._compile import CompileCase
+
+# Which op a kernel works for.
+ENCODE, SCALED_L2, AGGREGATE = 0, 1, 2
+_ENCODE = tl.constexpr(ENCODE)
+_SCALED_L2 = tl.constexpr(SCALED_L2)
+_AGGREGATE = tl.constexpr(AGGREGATE)
+
+# Sizes that gain nothing from a compilation of their own where they are 1 or a multiple of 16.
+_SIZES = ["positions", "codes", "width", "tiles", "per_chunk", "chunks", "rows", "given_b", "grad_b"]
+
+
+@triton.jit
+def _finite(value):
+    """False for infinities and NaN, of which the difference to themselves is NaN."""
+    return value - value == 0.0
+
+
+@triton.jit(do_not_specialize=["codes"])
+def _encode_center_kernel(
+    codewords_ptr,
+    centered_ptr,
+    shift_ptr,
+    codes,
+    channels,
+    codewords_k,
+    codewords_d,
+    ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The mean codeword and what the codewords are beside it; a codeword that is not finite keeps that to itself.
+
+    codewords_ptr: ``[K, D]`` of any strides, float16, bfloat16, float32 or float64.
+    centered_ptr: ``[K, D]`` contiguous, float32 or float64, written.
+    shift_ptr: ``[D]`` float32 or float64, written.
+    """
+    k = tl.arange(0, BLOCK_K)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = (k < codes)[:, None] & (d < channels)[None, :]
+    at = k.to(tl.int64)[:, None] * codewords_k + d.to(tl.int64)[None, :] * codewords_d
+    value = tl.load(codewords_ptr + at, mask=live, other=0.0).to(ACC)
+    shift = tl.sum(tl.where(_finite(value), value, 0.0), axis=0) / codes
+    shift = tl.where(_finite(shift), shift, 0.0)
+    tl.store(shift_ptr + d, shift, mask=d < channels)
+    tl.store(centered_ptr + k[:, None] * channels + d[None, :], value - shift[None, :], mask=live)
+
+
+@triton.jit
+def _at_positions(m, width, stride_h, stride_w, FLAT: tl.constexpr, INDEX: tl.constexpr):
+    """Offsets of positions within an image; FLAT: one stride walks through rows and columns."""
+    if FLAT:
+        return m.to(INDEX) * stride_w
+    else:
+        return (m // width).to(INDEX) * stride_h + (m % width).to(INDEX) * stride_w
+
+
+@triton.jit
+def _codes(base, k, d, stride_k, stride_d, codes, channels, ACC: tl.constexpr):
+    """A tile ``[K, D]`` of a matrix of codewords, zero beyond its ends."""
+    live = (k < codes)[:, None] & (d < channels)[None, :]
+    return tl.load(base + k[:, None] * stride_k + d[None, :] * stride_d, mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
+def _features(base, shift_ptr, at, d, stride_d, has_position, channels, ACC: tl.constexpr, INDEX: tl.constexpr):
+    """A tile ``[M, D]`` of features without the mean codeword; zero beyond the channels, finite beyond positions."""
+    has_channel = d < channels
+    live = has_position[:, None] & has_channel[None, :]
+    value = tl.load(base + at[:, None] + (d.to(INDEX) * stride_d)[None, :], mask=live, other=0.0).to(ACC)
+    return value - tl.load(shift_ptr + d, mask=has_channel, other=0.0)[None, :]
+
+
+@triton.jit
+def _distance(squared_x, squared_c, product):
+    """``||x'||^2 - 2 x'.c' + ||c'||^2``: never below zero, and what infinities and NaN make of a sum of squares."""
+    base = squared_x[:, None] + squared_c[None, :]
+    return tl.where(_finite(base), tl.maximum(base - 2.0 * product, 0.0), base)
+
+
+@triton.jit
+def _softmax(logits, has_code, live):
+    """Over codewords; zero where not live."""
+    logits = tl.where(has_code[None, :], logits, -float("inf"))
+    weight = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return tl.where(live, weight / tl.sum(weight, axis=1)[:, None], 0.0)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _encode_kernel(
+    x_ptr,
+    given_ptr,
+    centered_ptr,
+    shift_ptr,
+    scale_ptr,
+    out_ptr,
+    sums_ptr,
+    positions,
+    channels,
+    codes,
+    width,
+    tiles,
+    per_chunk,
+    chunks,
+    x_b,
+    x_d,
+    x_h,
+    x_w,
+    given_b,
+    given_m,
+    given_k,
+    scale_k,
+    OP: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """encode, scaled_l2 or aggregate over the ``per_chunk`` tiles of one chunk of one image.
+
+    x_ptr: ``[B, D, H, W]`` of any strides, float16, bfloat16, float32 or float64.
+    given_ptr: ``[B, M, K]`` of any strides, the assignment; aggregate only.
+    centered_ptr: ``[K, D]`` contiguous, float32 or float64: c'.
+    shift_ptr: ``[D]`` float32 or float64: r.
+    scale_ptr: ``[K]`` of any stride; not read by aggregate.
+    out_ptr: ``[B, M, K]`` contiguous (scaled_l2), else ``[B, chunks, K, D]`` of float32 or float64: sums of a x'.
+    sums_ptr: ``[B, chunks, K]`` float32 or float64, written: sums of a; not by scaled_l2.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b = row // chunks
+    first = (row % chunks).to(tl.int32) * per_chunk
+    k = tl.arange(0, BLOCK_K)
+    has_code = k < codes
+    x = x_ptr + b * x_b
+    lanes = tl.arange(0, BLOCK_D)
+
+    if OP != _AGGREGATE:
+        scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+        squared_c = tl.zeros((BLOCK_K,), ACC)
+        for start in range(0, channels, BLOCK_D):
+            c = _codes(centered_ptr, k, start + lanes, channels, 1, codes, channels, ACC)
+            squared_c += tl.sum(c * c, axis=1)
+    total = tl.zeros((BLOCK_K,), ACC)
+
+    for tile in range(first, tl.minimum(first + per_chunk, tiles)):
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        has_position = m < positions
+        live = has_position[:, None] & has_code[None, :]
+        at = _at_positions(m, width, x_h, x_w, FLAT, INDEX)
+        if OP == _AGGREGATE:
+            where = b * given_b + m.to(tl.int64)[:, None] * given_m + k[None, :] * given_k
+            weight = tl.load(given_ptr + where, mask=live, other=0.0).to(ACC)
+        else:
+            product = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+            squared_x = tl.zeros((BLOCK_M,), ACC)
+            for start in range(0, channels, BLOCK_D):
+                d = start + lanes
+                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
+                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC)
+                product = tl.dot(values, tl.trans(c), product, input_precision=PRECISION, out_dtype=ACC)
+                squared_x += tl.sum(values * values, axis=1)
+            weight = scale[None, :] * _distance(squared_x, squared_c, product)
+        if OP == _SCALED_L2:
+            where = (b * positions + m)[:, None] * codes + k[None, :]
+            tl.store(out_ptr + where, weight.to(out_ptr.dtype.element_ty), mask=live)
+        else:
+            if OP == _ENCODE:
+                weight = _softmax(weight, has_code, live)
+            total += tl.sum(weight, axis=0)
+            turned = tl.trans(weight)
+            # The sums of the tile before were written by other threads, perhaps.
+            tl.debug_barrier()
+            for start in range(0, channels, BLOCK_D):
+                d = start + lanes
+                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
+                part = tl.dot(turned, values, input_precision=PRECISION, out_dtype=ACC)
+                here = has_code[:, None] & (d < channels)[None, :]
+                begun = here & (k * 0 + tile > first)[:, None]
+                target = out_ptr + row * codes * channels + k[:, None] * channels + d[None, :]
+                tl.store(target, part + tl.load(target, mask=begun, other=0.0), mask=here)
+    if OP != _SCALED_L2:
+        tl.store(sums_ptr + row * codes + k, total, mask=has_code)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _encode_reduce_kernel(
+    parts_ptr,
+    sums_ptr,
+    centered_ptr,
+    out_ptr,
+    channels,
+    entries,
+    chunks,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``sum_m a x' - c' sum_m a`` from the sums of the chunks; ``entries`` = K*D.
+
+    parts_ptr: ``[B, chunks, K, D]`` float32 or float64.
+    sums_ptr: ``[B, chunks, K]`` float32 or float64.
+    centered_ptr: ``[K, D]`` float32 or float64.
+    out_ptr: ``[B, K, D]`` contiguous, written.
+    """
+    blocks = tl.cdiv(entries, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    live = i < entries
+    code = i // channels
+    codes = entries // channels
+    moment = tl.zeros((ROWS, BLOCK), ACC)
+    weight = tl.zeros((ROWS, BLOCK), ACC)
+    for start in range(0, chunks, ROWS):
+        chunk = start + tl.arange(0, ROWS)
+        mask = (chunk < chunks)[:, None] & live[None, :]
+        row = (b * chunks + chunk)[:, None]
+        moment += tl.load(parts_ptr + row * entries + i[None, :], mask=mask, other=0.0)
+        weight += tl.load(sums_ptr + row * codes + code[None, :], mask=mask, other=0.0)
+    c = tl.load(centered_ptr + i, mask=live, other=0.0)
+    value = tl.sum(moment, axis=0) - c * tl.sum(weight, axis=0)
+    tl.store(out_ptr + b * entries + i, value.to(out_ptr.dtype.element_ty), mask=live)
+
+
+# ---- Launchers
+
+_ROWS, _BLOCK = 16, 64  # chunks and entries that a program of a reduction takes at a time
+_PROGRAMS = 264  # chunks of all images together, at least: two on each multiprocessor of the largest GPUs
+_SCRATCH = 1 << 26  # bytes of sums of chunks, at most, where one chunk per image allows it
+
+
+def _acc(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _precision(device: torch.device, dtype: torch.dtype) -> str:
+    """Three TF32 products for one of float32, where there is TF32; one alone would move logits by as much as 0.1."""
+    if dtype == torch.float64 or device.type != "cuda" or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.cuda.get_device_capability(device)[0] >= 8 else "ieee"
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile: positions, channels, codewords (all of them, padded)."""
+
+    positions: int
+    channels: int
+    codes: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.positions,
+            "BLOCK_D": self.channels,
+            "BLOCK_K": self.codes,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def _tile(channels: int, codes: int, wide: bool, backward: bool) -> _Tile:
+    """Tile of a shape; arrays of positions x codewords stay in registers, one in forward and three in backward."""
+    padded = max(16, triton.next_power_of_2(codes))
+    if wide:
+        m, d, warps = 32, 16, 4
+    elif padded <= 32:
+        m, d, warps = (64, 32, 4) if backward else (128, 32, 4)
+    elif padded <= 64:
+        m, d, warps = (64, 32, 4)
+    elif padded <= 128:
+        m, d, warps = (64, 32, 8)
+    else:
+        m, d, warps = (16, 16, 8)
+    return _Tile(m, min(d, max(16, triton.next_power_of_2(channels))), padded, warps, 2)
+
+
+def _chunks(images: int, positions: int, codes: int, channels: int, tile: _Tile, wide: bool) -> tuple[int, int, int]:
+    """(tiles of an image, tiles of a chunk, chunks of an image), of the shape alone."""
+    tiles = triton.cdiv(positions, tile.positions)
+    wanted = triton.cdiv(_PROGRAMS, images)
+    wanted = min(wanted, _SCRATCH // (images * codes * max(channels, 1) * (8 if wide else 4)))
+    per_chunk = triton.cdiv(tiles, max(1, min(wanted, tiles)))
+    return tiles, per_chunk, triton.cdiv(tiles, per_chunk)
+
+
+def _map_strides(x: Tensor) -> tuple[tuple[int, int, int, int], int, bool]:
+    """Strides (b, d, h, w), the width, and whether one stride walks through all positions."""
+    if x.dim() == 3:
+        return (x.stride(0), x.stride(1), 0, x.stride(2)), max(x.shape[2], 1), True
+    height, width = x.shape[2:]
+    b, d, h, w = x.stride()
+    if width == 1:
+        return (b, d, 0, h), height, True
+    return (b, d, h, w), width, height == 1 or h == width * w
+
+
+def _index(*tensors: Tensor) -> Any:
+    """The integers that count through one image."""
+    reach = max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
+    # A tile may reach beyond the last position and channel, where nothing is read.
+    return tl.int32 if reach < 2**30 else tl.int64
+
+
+def _center(codewords: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(c', r) of :func:`_encode_center_kernel`."""
+    codes, channels = codewords.shape
+    centered = torch.empty((codes, channels), dtype=wide, device=codewords.device)
+    shift = torch.empty(channels, dtype=wide, device=codewords.device)
+    block_k = triton.next_power_of_2(codes)
+    block_d = 32 if block_k <= 128 else 8
+    _encode_center_kernel[(triton.cdiv(channels, block_d),)](
+        codewords,
+        centered,
+        shift,
+        codes,
+        channels,
+        *codewords.stride(),
+        ACC=_acc(wide),
+        BLOCK_K=block_k,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return centered, shift
+
+
+def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given: Tensor | None) -> Tensor:
+    """encode, scaled_l2 or aggregate of ``x [B, D, H, W]`` or ``[B, D, M]``."""
+    inputs = [t for t in (x, codewords, scale, given) if t is not None]
+    dtype, wide = _result_dtype(*inputs), _wide(*inputs)
+    images, channels = x.shape[:2]
+    codes, positions = codewords.shape[0], x.shape[2:].numel()
+    shape = (images, positions, codes) if op == SCALED_L2 else (images, codes, channels)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    if not out.numel():
+        return out
+    if not positions or not channels:
+        return out.zero_()
+    centered, shift = _center(codewords, wide)
+    tile = _tile(channels, codes, wide == torch.float64, backward=False)
+    tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
+    if op == SCALED_L2:
+        per_chunk, chunks, parts, sums = 1, tiles, out, out
+    else:
+        parts = torch.empty((images, chunks, codes, channels), dtype=wide, device=x.device)
+        sums = torch.empty((images, chunks, codes), dtype=wide, device=x.device)
+    strides, width, flat = _map_strides(x)
+    _encode_kernel[(images * chunks,)](
+        x,
+        x if given is None else given,
+        centered,
+        shift,
+        x if scale is None else scale,
+        parts,
+        sums,
+        positions,
+        channels,
+        codes,
+        width,
+        tiles,
+        per_chunk,
+        chunks,
+        *strides,
+        *((0, 0, 0) if given is None else given.stride()),
+        0 if scale is None else scale.stride(0),
+        OP=op,
+        ACC=_acc(wide),
+        PRECISION=_precision(x.device, wide),
+        FLAT=flat,
+        INDEX=_index(x),
+        **tile.meta(),
+    )
+    if op == SCALED_L2:
+        return out
+    entries = codes * channels
+    _encode_reduce_kernel[(images * triton.cdiv(entries, _BLOCK),)](
+        parts, sums, centered, out, channels, entries, chunks, ACC=_acc(wide), ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
+    )
+    return out
+
+
+def encode_triton(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """``rendseg::encode``."""
+    _check_encode(x, codewords, scale)
+    return _forward(ENCODE, x, codewords, scale, None)
+
+
+def scaled_l2_triton(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """``rendseg::scaled_l2``."""
+    _check_scaled_l2(x, codewords, scale)
+    return _forward(SCALED_L2, x.transpose(1, 2), codewords, scale, None)
+
+
+def aggregate_triton(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
+    """``rendseg::aggregate``."""
+    _check_aggregate(assignment, x, codewords)
+    return _forward(AGGREGATE, x.transpose(1, 2), codewords, None, assignment)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "encode": encode_triton,
+    "scaled_l2": scaled_l2_triton,
+    "aggregate": aggregate_triton,
+}
