@@ -36,7 +36,7 @@ _SCALED_L2 = tl.constexpr(SCALED_L2)
 _AGGREGATE = tl.constexpr(AGGREGATE)
 
 # Sizes that gain nothing from a compilation of their own where they are 1 or a multiple of 16.
-_SIZES = ["positions", "codes", "width", "tiles", "per_chunk", "chunks", "rows", "given_b", "grad_b"]
+_SIZES = ["codes", "width", "tiles", "per_chunk", "chunks", "rows", "given_b", "grad_b"]
 
 
 @triton.jit
@@ -85,10 +85,18 @@ def _at_positions(m, width, stride_h, stride_w, FLAT: tl.constexpr, INDEX: tl.co
 
 
 @triton.jit
-def _codes(base, k, d, stride_k, stride_d, codes, channels, ACC: tl.constexpr):
+def _codes(base, k, d, stride_k, stride_d, codes, channels, ACC: tl.constexpr, INDEX: tl.constexpr):
     """A tile ``[K, D]`` of a matrix of codewords, zero beyond its ends."""
     live = (k < codes)[:, None] & (d < channels)[None, :]
-    return tl.load(base + k[:, None] * stride_k + d[None, :] * stride_d, mask=live, other=0.0).to(ACC)
+    at = (k.to(INDEX) * stride_k)[:, None] + (d.to(INDEX) * stride_d)[None, :]
+    return tl.load(base + at, mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
+def _given(base, m, k, stride_m, stride_k, live, ACC: tl.constexpr):
+    """A tile ``[M, K]`` of what is given for each position and codeword, zero where not live."""
+    at = m.to(tl.int64)[:, None] * stride_m + k.to(tl.int64)[None, :] * stride_k
+    return tl.load(base + at, mask=live, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -170,7 +178,7 @@ def _encode_kernel(
         scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
         squared_c = tl.zeros((BLOCK_K,), ACC)
         for start in range(0, channels, BLOCK_D):
-            c = _codes(centered_ptr, k, start + lanes, channels, 1, codes, channels, ACC)
+            c = _codes(centered_ptr, k, start + lanes, channels, 1, codes, channels, ACC, INDEX)
             squared_c += tl.sum(c * c, axis=1)
     total = tl.zeros((BLOCK_K,), ACC)
 
@@ -180,15 +188,14 @@ def _encode_kernel(
         live = has_position[:, None] & has_code[None, :]
         at = _at_positions(m, width, x_h, x_w, FLAT, INDEX)
         if OP == _AGGREGATE:
-            where = b * given_b + m.to(tl.int64)[:, None] * given_m + k[None, :] * given_k
-            weight = tl.load(given_ptr + where, mask=live, other=0.0).to(ACC)
+            weight = _given(given_ptr + b * given_b, m, k, given_m, given_k, live, ACC)
         else:
             product = tl.zeros((BLOCK_M, BLOCK_K), ACC)
             squared_x = tl.zeros((BLOCK_M,), ACC)
             for start in range(0, channels, BLOCK_D):
                 d = start + lanes
                 values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
-                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC)
+                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
                 product = tl.dot(values, tl.trans(c), product, input_precision=PRECISION, out_dtype=ACC)
                 squared_x += tl.sum(values * values, axis=1)
             weight = scale[None, :] * _distance(squared_x, squared_c, product)
@@ -251,6 +258,232 @@ def _encode_reduce_kernel(
     c = tl.load(centered_ptr + i, mask=live, other=0.0)
     value = tl.sum(moment, axis=0) - c * tl.sum(weight, axis=0)
     tl.store(out_ptr + b * entries + i, value.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _encode_backward_kernel(
+    x_ptr,
+    given_ptr,
+    grad_ptr,
+    centered_ptr,
+    shift_ptr,
+    scale_ptr,
+    x_grad_ptr,
+    given_grad_ptr,
+    parts_ptr,
+    sums_ptr,
+    positions,
+    channels,
+    codes,
+    width,
+    tiles,
+    per_chunk,
+    chunks,
+    rows,
+    x_b,
+    x_d,
+    x_h,
+    x_w,
+    given_b,
+    given_m,
+    given_k,
+    grad_b,
+    grad_k,
+    grad_d,
+    x_grad_b,
+    x_grad_d,
+    x_grad_h,
+    x_grad_w,
+    given_grad_b,
+    given_grad_m,
+    given_grad_k,
+    scale_k,
+    OP: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
+    GRAD_FLAT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradient of positions, and sums for those of codewords and scale, over one chunk of one image.
+
+    x_ptr: ``[B, D, H, W]`` of any strides, float16, bfloat16, float32 or float64.
+    given_ptr: ``[B, M, K]`` of any strides: the gradient of the result (scaled_l2) or the assignment (aggregate).
+    grad_ptr: ``[B, K, D]`` of any strides, the gradient of the result; not read by scaled_l2.
+    centered_ptr: ``[K, D]`` contiguous, float32 or float64: c'.
+    shift_ptr: ``[D]`` float32 or float64: r.
+    scale_ptr: ``[K]`` of any stride; not read by aggregate.
+    x_grad_ptr: ``[B, D, H, W]`` of any strides, written.
+    given_grad_ptr: ``[B, M, K]`` of any strides, written: the gradient of the assignment; aggregate only.
+    parts_ptr: ``[B * chunks, K, D]`` float32 or float64, written: sums of g x', g the gradient of the logits; not by
+        aggregate.
+    sums_ptr: ``[3, B * chunks, K]`` float32 or float64, written: sums of a, of g, and of g ||x - c||^2.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b = row // chunks
+    first = (row % chunks).to(tl.int32) * per_chunk
+    k = tl.arange(0, BLOCK_K)
+    has_code = k < codes
+    x = x_ptr + b * x_b
+    grad = grad_ptr + b * grad_b
+    x_grad = x_grad_ptr + b * x_grad_b
+    lanes = tl.arange(0, BLOCK_D)
+
+    squared_c = tl.zeros((BLOCK_K,), ACC)
+    grad_c = tl.zeros((BLOCK_K,), ACC)
+    for start in range(0, channels, BLOCK_D):
+        d = start + lanes
+        c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
+        if OP != _AGGREGATE:
+            squared_c += tl.sum(c * c, axis=1)
+        if OP != _SCALED_L2:
+            g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+            grad_c += tl.sum(g * c, axis=1)
+    if OP != _AGGREGATE:
+        scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+    sum_assigned = tl.zeros((BLOCK_K,), ACC)
+    sum_logits = tl.zeros((BLOCK_K,), ACC)
+    sum_scale = tl.zeros((BLOCK_K,), ACC)
+
+    for tile in range(first, tl.minimum(first + per_chunk, tiles)):
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        has_position = m < positions
+        live = has_position[:, None] & has_code[None, :]
+        at = _at_positions(m, width, x_h, x_w, FLAT, INDEX)
+        given = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+        if OP != _ENCODE:
+            given = _given(given_ptr + b * given_b, m, k, given_m, given_k, live, ACC)
+
+        product = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+        assigned_grad = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+        squared_x = tl.zeros((BLOCK_M,), ACC)
+        for start in range(0, channels, BLOCK_D):
+            d = start + lanes
+            values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
+            if OP != _AGGREGATE:
+                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
+                product = tl.dot(values, tl.trans(c), product, input_precision=PRECISION, out_dtype=ACC)
+                squared_x += tl.sum(values * values, axis=1)
+            if OP != _SCALED_L2:
+                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                assigned_grad = tl.dot(values, tl.trans(g), assigned_grad, input_precision=PRECISION, out_dtype=ACC)
+        assigned_grad -= grad_c[None, :]
+
+        assigned = given
+        logits_grad = given
+        if OP != _AGGREGATE:
+            distance = _distance(squared_x, squared_c, product)
+            if OP == _ENCODE:
+                assigned = _softmax(scale[None, :] * distance, has_code, live)
+                mean = tl.sum(assigned * tl.where(has_code[None, :], assigned_grad, 0.0), axis=1)
+                logits_grad = tl.where(live, assigned * (assigned_grad - mean[:, None]), 0.0)
+            sum_logits += tl.sum(logits_grad, axis=0)
+            sum_scale += tl.sum(tl.where(live, logits_grad * distance, 0.0), axis=0)
+        if OP == _AGGREGATE:
+            where = m.to(tl.int64)[:, None] * given_grad_m + k.to(tl.int64)[None, :] * given_grad_k
+            target = given_grad_ptr + b * given_grad_b + where
+            tl.store(target, assigned_grad.to(given_grad_ptr.dtype.element_ty), mask=live)
+        if OP != _SCALED_L2:
+            sum_assigned += tl.sum(assigned, axis=0)
+
+        target_at = _at_positions(m, width, x_grad_h, x_grad_w, GRAD_FLAT, INDEX)
+        if OP != _AGGREGATE:
+            turned = tl.trans(logits_grad)
+            pull = 2.0 * scale[None, :] * logits_grad
+            total_pull = tl.sum(pull, axis=1)
+            # The sums of the tile before were written by other threads, perhaps.
+            tl.debug_barrier()
+        for start in range(0, channels, BLOCK_D):
+            d = start + lanes
+            has_channel = d < channels
+            result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+            if OP != _AGGREGATE:
+                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
+                part = tl.dot(turned, values, input_precision=PRECISION, out_dtype=ACC)
+                here = has_code[:, None] & has_channel[None, :]
+                begun = here & (k * 0 + tile > first)[:, None]
+                target = parts_ptr + row * codes * channels + k[:, None] * channels + d[None, :]
+                tl.store(target, part + tl.load(target, mask=begun, other=0.0), mask=here)
+                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
+                result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
+                result += total_pull[:, None] * values
+            if OP != _SCALED_L2:
+                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
+            target = x_grad + target_at[:, None] + (d.to(INDEX) * x_grad_d)[None, :]
+            mask = has_position[:, None] & has_channel[None, :]
+            tl.store(target, result.to(x_grad_ptr.dtype.element_ty), mask=mask)
+    entry = row * codes + k
+    if OP != _SCALED_L2:
+        tl.store(sums_ptr + entry, sum_assigned, mask=has_code)
+    if OP != _AGGREGATE:
+        tl.store(sums_ptr + rows.to(tl.int64) * codes + entry, sum_logits, mask=has_code)
+        tl.store(sums_ptr + rows.to(tl.int64) * codes * 2 + entry, sum_scale, mask=has_code)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "grad_b"])
+def _encode_backward_reduce_kernel(
+    parts_ptr,
+    sums_ptr,
+    grad_ptr,
+    centered_ptr,
+    scale_ptr,
+    codewords_grad_ptr,
+    scale_grad_ptr,
+    channels,
+    entries,
+    chunks,
+    rows,
+    grad_b,
+    grad_k,
+    grad_d,
+    scale_k,
+    OP: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of codewords and scale from the sums of all chunks; ``entries`` = K*D, ``rows`` = B*chunks.
+
+    parts_ptr, sums_ptr: as :func:`_encode_backward_kernel` wrote them.
+    grad_ptr: ``[B, K, D]`` of any strides; not read by scaled_l2.
+    centered_ptr: ``[K, D]`` float32 or float64; not read by aggregate.
+    scale_ptr: ``[K]`` of any stride; not read by aggregate.
+    codewords_grad_ptr: ``[K, D]`` contiguous, written.
+    scale_grad_ptr: ``[K]`` contiguous, written; not by aggregate.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < entries
+    code = i // channels
+    codes = entries // channels
+    grad = grad_ptr + (code.to(tl.int64) * grad_k + (i % channels).to(tl.int64) * grad_d)[None, :]
+    is_scale = i < codes
+    logits = sums_ptr + rows.to(tl.int64) * codes
+    scales = logits + rows.to(tl.int64) * codes
+    moment = tl.zeros((ROWS, BLOCK), ACC)
+    weight = tl.zeros((ROWS, BLOCK), ACC)
+    carried = tl.zeros((ROWS, BLOCK), ACC)
+    slope = tl.zeros((ROWS, BLOCK), ACC)
+    for start in range(0, rows, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        mask = (row < rows) & live[None, :]
+        if OP != _SCALED_L2:
+            assigned = tl.load(sums_ptr + row * codes + code[None, :], mask=mask, other=0.0)
+            carried += assigned * tl.load(grad + row // chunks * grad_b, mask=mask, other=0.0).to(ACC)
+        if OP != _AGGREGATE:
+            moment += tl.load(parts_ptr + row * entries + i[None, :], mask=mask, other=0.0)
+            weight += tl.load(logits + row * codes + code[None, :], mask=mask, other=0.0)
+            slope += tl.load(scales + row * codes + i[None, :], mask=mask & is_scale[None, :], other=0.0)
+    value = -tl.sum(carried, axis=0)
+    if OP != _AGGREGATE:
+        scale = tl.load(scale_ptr + code * scale_k, mask=live, other=0.0).to(ACC)
+        c = tl.load(centered_ptr + i, mask=live, other=0.0)
+        value -= 2.0 * scale * (tl.sum(moment, axis=0) - c * tl.sum(weight, axis=0))
+        tl.store(scale_grad_ptr + i, tl.sum(slope, axis=0).to(scale_grad_ptr.dtype.element_ty), mask=is_scale)
+    tl.store(codewords_grad_ptr + i, value.to(codewords_grad_ptr.dtype.element_ty), mask=live)
 
 
 # ---- Launchers
@@ -411,6 +644,94 @@ def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given:
     return out
 
 
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+def _backward(
+    op: int, grad: Tensor | None, x: Tensor, codewords: Tensor, scale: Tensor | None, given: Tensor | None
+) -> Grads:
+    """Gradients of ``x [B, D, H, W]`` or ``[B, D, M]``, of codewords, and of scale, or else of the assignment.
+
+    ``given`` is the assignment, or for scaled_l2 the gradient of the result.
+    """
+    wide = _wide(*(t for t in (grad, x, codewords, scale, given) if t is not None))
+    images, channels = x.shape[:2]
+    codes, positions = codewords.shape[0], x.shape[2:].numel()
+    x_grad = torch.empty_like(x)
+    codewords_grad = torch.empty((codes, channels), dtype=codewords.dtype, device=x.device)
+    third = torch.empty_like(given if scale is None else scale)
+    if not images or not positions or not channels:
+        return x_grad.zero_(), codewords_grad.zero_(), third.zero_()
+    centered, shift = _center(codewords, wide)
+    tile = _tile(channels, codes, wide == torch.float64, backward=True)
+    tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
+    rows = images * chunks
+    # aggregate needs no sums of g x'
+    parts = torch.empty((0 if op == AGGREGATE else rows, codes, channels), dtype=wide, device=x.device)
+    sums = torch.empty((3, rows, codes), dtype=wide, device=x.device)
+    strides, width, flat = _map_strides(x)
+    grad_strides, _, grad_flat = _map_strides(x_grad)
+    given_strides = (0, 0, 0) if given is None else given.stride()
+    grad_e = x if grad is None else grad
+    grad_e_strides = (0, 0, 0) if grad is None else grad.stride()
+    scale_ = x if scale is None else scale
+    scale_stride = 0 if scale is None else scale.stride(0)
+    _encode_backward_kernel[(rows,)](
+        x,
+        x if given is None else given,
+        grad_e,
+        centered,
+        shift,
+        scale_,
+        x_grad,
+        third,
+        sums if op == AGGREGATE else parts,
+        sums,
+        positions,
+        channels,
+        codes,
+        width,
+        tiles,
+        per_chunk,
+        chunks,
+        rows,
+        *strides,
+        *given_strides,
+        *grad_e_strides,
+        *grad_strides,
+        *(third.stride() if op == AGGREGATE else (0, 0, 0)),
+        scale_stride,
+        OP=op,
+        ACC=_acc(wide),
+        PRECISION=_precision(x.device, wide),
+        FLAT=flat,
+        GRAD_FLAT=grad_flat,
+        INDEX=_index(x, x_grad) if grad is None else _index(x, x_grad, grad),
+        **tile.meta(),
+    )
+    _encode_backward_reduce_kernel[(triton.cdiv(codes * channels, _BLOCK),)](
+        sums if op == AGGREGATE else parts,
+        sums,
+        grad_e,
+        centered,
+        scale_,
+        codewords_grad,
+        third,
+        channels,
+        codes * channels,
+        chunks,
+        rows,
+        *grad_e_strides,
+        scale_stride,
+        OP=op,
+        ACC=_acc(wide),
+        ROWS=_ROWS,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return x_grad, codewords_grad, third
+
+
 def encode_triton(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """``rendseg::encode``."""
     _check_encode(x, codewords, scale)
@@ -429,8 +750,125 @@ def aggregate_triton(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor
     return _forward(AGGREGATE, x.transpose(1, 2), codewords, None, assignment)
 
 
+def encode_backward_triton(grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor) -> Grads:
+    """``rendseg::_encode_backward``: of x, codewords and scale; the assignment is computed anew."""
+    _check_encode(x, codewords, scale, grad)
+    return _backward(ENCODE, grad, x, codewords, scale, None)
+
+
+def scaled_l2_backward_triton(grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor) -> Grads:
+    """``rendseg::_scaled_l2_backward``: of x, codewords and scale."""
+    _check_scaled_l2(x, codewords, scale, grad)
+    x_grad, codewords_grad, scale_grad = _backward(SCALED_L2, None, x.transpose(1, 2), codewords, scale, grad)
+    return x_grad.transpose(1, 2), codewords_grad, scale_grad
+
+
+def aggregate_backward_triton(grad: Tensor, assignment: Tensor, x: Tensor, codewords: Tensor) -> Grads:
+    """``rendseg::_aggregate_backward``: of assignment, x and codewords."""
+    _check_aggregate(assignment, x, codewords, grad)
+    x_grad, codewords_grad, given_grad = _backward(AGGREGATE, grad, x.transpose(1, 2), codewords, None, assignment)
+    return given_grad, x_grad.transpose(1, 2), codewords_grad
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel as it is launched by default for 512 channels and 32 codewords, and with other numbers of them."""
+    cases = []
+    for dtype in ("fp32", "bf16"):
+        for channels_last in (False, True):
+            for op in (ENCODE, SCALED_L2, AGGREGATE):
+                cases += [_main_case(op, dtype, channels_last, 512, 32, backward) for backward in (False, True)]
+    for codes in (64, 128):
+        cases += [_main_case(ENCODE, "fp32", False, 512, codes, backward) for backward in (False, True)]
+    cases += [_main_case(ENCODE, "fp64", False, 512, 32, backward) for backward in (False, True)]
+    cases += [_main_case(ENCODE, "fp32", False, 19, 5, backward) for backward in (False, True)]
+    cases += [_main_case(ENCODE, "bf16", True, 512, 32, True, flat=False)]
+    for dtype in ("fp32", "bf16"):
+        cases.append(
+            CompileCase(
+                f"encode center {dtype}",
+                _encode_center_kernel,
+                {
+                    **{"codewords_ptr": f"*{dtype}", "centered_ptr": "*fp32", "shift_ptr": "*fp32"},
+                    **dict.fromkeys(("codes", "channels", "codewords_k"), "i32"),
+                },
+                dict(codewords_d=1, ACC=tl.float32, BLOCK_K=32, BLOCK_D=32),
+                options=_FUSED,
+                divisible=("channels", "codewords_k"),
+            )
+        )
+        pointers = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "centered_ptr": "*fp32"}
+        cases.append(
+            CompileCase(
+                f"encode reduce {dtype}",
+                _encode_reduce_kernel,
+                {**pointers, "out_ptr": f"*{dtype}", **dict.fromkeys(("channels", "entries", "chunks"), "i32")},
+                dict(ACC=tl.float32, ROWS=_ROWS, BLOCK=_BLOCK),
+                options=_FUSED,
+                divisible=("channels", "entries"),
+            )
+        )
+        others = dict.fromkeys(("grad_ptr", "scale_ptr", "codewords_grad_ptr", "scale_grad_ptr"), f"*{dtype}")
+        sizes = dict.fromkeys(("channels", "entries", "chunks", "rows", "grad_b", "grad_k"), "i32")
+        for op in (ENCODE, SCALED_L2, AGGREGATE):
+            cases.append(
+                CompileCase(
+                    f"{_NAMES[op]} backward reduce {dtype}",
+                    _encode_backward_reduce_kernel,
+                    {**pointers, **others, **sizes},
+                    dict(grad_d=1, scale_k=1, OP=op, ACC=tl.float32, ROWS=_ROWS, BLOCK=_BLOCK),
+                    options=_FUSED,
+                    divisible=("channels", "entries", "grad_k"),
+                )
+            )
+    return cases
+
+
+_NAMES = {ENCODE: "encode", SCALED_L2: "scaled_l2", AGGREGATE: "aggregate"}
+_FUSED = {"enable_fp_fusion": True}
+
+
+def _main_case(
+    op: int, dtype: str, channels_last: bool, channels: int, codes: int, backward: bool, flat: bool = True
+) -> CompileCase:
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    tile = _tile(channels, codes, dtype == "fp64", backward)
+    kernel = _encode_backward_kernel if backward else _encode_kernel
+    wides = {"centered_ptr", "shift_ptr", "parts_ptr", "sums_ptr"}
+    if op != SCALED_L2:
+        wides.add("out_ptr")
+    # One stride of each tensor is 1: that of channels in channels_last, that of positions in NCHW.
+    ones = {"given_k": 1, "given_grad_k": 1, "grad_d": 1, "scale_k": 1}
+    ones |= {"x_d": 1, "x_grad_d": 1} if channels_last else {"x_w": 1, "x_grad_w": 1}
+    options = dict(OP=op, ACC=tl.float64 if dtype == "fp64" else tl.float32, FLAT=flat, INDEX=tl.int32)
+    options |= dict(PRECISION="ieee" if dtype == "fp64" else "tf32x3")
+    options |= {name: value for name, value in tile.meta().items() if name.startswith("BLOCK")}
+    if backward:
+        options["GRAD_FLAT"] = flat
+    constants = options | {name: value for name, value in ones.items() if name in kernel.arg_names}
+    signature = {}
+    for name in kernel.arg_names:
+        if name not in constants:
+            signature[name] = "i32" if not name.endswith("_ptr") else f"*{wide if name in wides else dtype}"
+    strides = [name for name in signature if name.startswith(("x_", "given_", "grad_")) and name[-2:] != "_b"]
+    strides = [name for name in strides if not name.endswith("_ptr")]
+    return CompileCase(
+        f"{_NAMES[op]}{' backward' if backward else ''} {dtype} {'channels_last' if channels_last else 'nchw'}"
+        f" D={channels} K={codes}{'' if flat else ' rows and columns'}",
+        kernel,
+        signature,
+        constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options=_FUSED,
+        divisible=("channels", "positions", *strides) if channels % 16 == 0 else (),
+    )
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "encode": encode_triton,
     "scaled_l2": scaled_l2_triton,
     "aggregate": aggregate_triton,
+    "_encode_backward": encode_backward_triton,
+    "_scaled_l2_backward": scaled_l2_backward_triton,
+    "_aggregate_backward": aggregate_backward_triton,
 }
