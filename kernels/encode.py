@@ -36,7 +36,7 @@ _SCALED_L2 = tl.constexpr(SCALED_L2)
 _AGGREGATE = tl.constexpr(AGGREGATE)
 
 # Sizes that gain nothing from a compilation of their own where they are 1 or a multiple of 16.
-_SIZES = ["codes", "width", "tiles", "per_chunk", "chunks", "rows", "given_b", "grad_b"]
+_SIZES = ["codes", "width", "tiles", "per_chunk", "chunks", "rows"]
 
 
 @triton.jit
@@ -116,6 +116,40 @@ def _distance(squared_x, squared_c, product):
 
 
 @triton.jit
+def _add_sums(
+    target,
+    weight,
+    x,
+    shift_ptr,
+    at,
+    stride_d,
+    has_position,
+    k,
+    channels,
+    codes,
+    begun,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Adds the sums over a tile of ``weight [M, K]`` times x' to a matrix ``[K, D]``, or begins them there.
+
+    Transposed, so that 64 channels are the rows of a product, as tensor cores of sm_90 want them, and the weights its
+    other operand, which lies in shared memory. One stage: features are turned on their way through registers, which
+    keeps loads whole in either layout.
+    """
+    for start in tl.range(0, channels, BLOCK_S, num_stages=1):
+        d = start + tl.arange(0, BLOCK_S)
+        values = _features(x, shift_ptr, at, d, stride_d, has_position, channels, ACC, INDEX)
+        part = tl.dot(tl.trans(values), weight, input_precision=PRECISION, out_dtype=ACC)
+        live = (d < channels)[:, None] & (k < codes)[None, :]
+        here = target + k[None, :] * channels + d[:, None]
+        before = tl.load(here, mask=live & (k * 0 + begun > 0)[None, :], other=0.0)
+        tl.store(here, before + part, mask=live)
+
+
+@triton.jit
 def _softmax(logits, has_code, live):
     """Over codewords; zero where not live."""
     logits = tl.where(has_code[None, :], logits, -float("inf"))
@@ -154,6 +188,7 @@ def _encode_kernel(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """encode, scaled_l2 or aggregate over the ``per_chunk`` tiles of one chunk of one image.
@@ -206,17 +241,25 @@ def _encode_kernel(
             if OP == _ENCODE:
                 weight = _softmax(weight, has_code, live)
             total += tl.sum(weight, axis=0)
-            turned = tl.trans(weight)
             # The sums of the tile before were written by other threads, perhaps.
             tl.debug_barrier()
-            for start in range(0, channels, BLOCK_D):
-                d = start + lanes
-                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
-                part = tl.dot(turned, values, input_precision=PRECISION, out_dtype=ACC)
-                here = has_code[:, None] & (d < channels)[None, :]
-                begun = here & (k * 0 + tile > first)[:, None]
-                target = out_ptr + row * codes * channels + k[:, None] * channels + d[None, :]
-                tl.store(target, part + tl.load(target, mask=begun, other=0.0), mask=here)
+            _add_sums(
+                out_ptr + row * codes * channels,
+                weight,
+                x,
+                shift_ptr,
+                at,
+                x_d,
+                has_position,
+                k,
+                channels,
+                codes,
+                tile > first,
+                ACC,
+                PRECISION,
+                INDEX,
+                BLOCK_S,
+            )
     if OP != _SCALED_L2:
         tl.store(sums_ptr + row * codes + k, total, mask=has_code)
 
@@ -306,6 +349,7 @@ def _encode_backward_kernel(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The gradient of positions, and sums for those of codewords and scale, over one chunk of one image.
@@ -391,22 +435,14 @@ def _encode_backward_kernel(
 
         target_at = _at_positions(m, width, x_grad_h, x_grad_w, GRAD_FLAT, INDEX)
         if OP != _AGGREGATE:
-            turned = tl.trans(logits_grad)
             pull = 2.0 * scale[None, :] * logits_grad
             total_pull = tl.sum(pull, axis=1)
-            # The sums of the tile before were written by other threads, perhaps.
-            tl.debug_barrier()
         for start in range(0, channels, BLOCK_D):
             d = start + lanes
             has_channel = d < channels
             result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
             if OP != _AGGREGATE:
                 values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
-                part = tl.dot(turned, values, input_precision=PRECISION, out_dtype=ACC)
-                here = has_code[:, None] & has_channel[None, :]
-                begun = here & (k * 0 + tile > first)[:, None]
-                target = parts_ptr + row * codes * channels + k[:, None] * channels + d[None, :]
-                tl.store(target, part + tl.load(target, mask=begun, other=0.0), mask=here)
                 c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
                 result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
                 result += total_pull[:, None] * values
@@ -416,6 +452,27 @@ def _encode_backward_kernel(
             target = x_grad + target_at[:, None] + (d.to(INDEX) * x_grad_d)[None, :]
             mask = has_position[:, None] & has_channel[None, :]
             tl.store(target, result.to(x_grad_ptr.dtype.element_ty), mask=mask)
+        if OP != _AGGREGATE:
+            # In a loop of its own: with that above, more operands would have to stay in registers than there are.
+            # The sums of the tile before were written by other threads, perhaps.
+            tl.debug_barrier()
+            _add_sums(
+                parts_ptr + row * codes * channels,
+                logits_grad,
+                x,
+                shift_ptr,
+                at,
+                x_d,
+                has_position,
+                k,
+                channels,
+                codes,
+                tile > first,
+                ACC,
+                PRECISION,
+                INDEX,
+                BLOCK_S,
+            )
     entry = row * codes + k
     if OP != _SCALED_L2:
         tl.store(sums_ptr + entry, sum_assigned, mask=has_code)
@@ -424,7 +481,7 @@ def _encode_backward_kernel(
         tl.store(sums_ptr + rows.to(tl.int64) * codes * 2 + entry, sum_scale, mask=has_code)
 
 
-@triton.jit(do_not_specialize=["rows", "chunks", "grad_b"])
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _encode_backward_reduce_kernel(
     parts_ptr,
     sums_ptr,
@@ -506,10 +563,11 @@ def _precision(device: torch.device, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class _Tile:
-    """A tile: positions, channels, codewords (all of them, padded)."""
+    """A tile: positions, channels (of the sums over positions: sum_channels), codewords (all of them, padded)."""
 
     positions: int
     channels: int
+    sum_channels: int
     codes: int
     num_warps: int
     num_stages: int
@@ -518,6 +576,7 @@ class _Tile:
         return {
             "BLOCK_M": self.positions,
             "BLOCK_D": self.channels,
+            "BLOCK_S": self.sum_channels,
             "BLOCK_K": self.codes,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -528,16 +587,15 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool) -> _Tile:
     """Tile of a shape; arrays of positions x codewords stay in registers, one in forward and three in backward."""
     padded = max(16, triton.next_power_of_2(codes))
     if wide:
-        m, d, warps = 32, 16, 4
-    elif padded <= 32:
-        m, d, warps = (64, 32, 4) if backward else (128, 32, 4)
+        m, d, s, warps = 32, 16, 16, 4
     elif padded <= 64:
-        m, d, warps = (64, 32, 4)
+        m, d, s, warps = 64, 32, 64, 4
     elif padded <= 128:
-        m, d, warps = (64, 32, 8)
+        m, d, s, warps = 64, 32, 64, 8
     else:
-        m, d, warps = (16, 16, 8)
-    return _Tile(m, min(d, max(16, triton.next_power_of_2(channels))), padded, warps, 2)
+        m, d, s, warps = 16, 16, 16, 8
+    most = max(16, triton.next_power_of_2(channels))
+    return _Tile(m, min(d, most), min(s, most), padded, warps, 2)
 
 
 def _chunks(images: int, positions: int, codes: int, channels: int, tile: _Tile, wide: bool) -> tuple[int, int, int]:
@@ -648,20 +706,27 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 def _backward(
-    op: int, grad: Tensor | None, x: Tensor, codewords: Tensor, scale: Tensor | None, given: Tensor | None
-) -> Grads:
-    """Gradients of ``x [B, D, H, W]`` or ``[B, D, M]``, of codewords, and of scale, or else of the assignment.
+    op: int,
+    grad: Tensor | None,
+    x: Tensor,
+    x_grad: Tensor,
+    codewords: Tensor,
+    scale: Tensor | None,
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of codewords, and of scale or else of the assignment.
 
-    ``given`` is the assignment, or for scaled_l2 the gradient of the result.
+    That of ``x [B, D, H, W]`` or ``[B, D, M]`` goes to ``x_grad``; ``given`` is the assignment, or for scaled_l2 the
+    gradient of the result.
     """
     wide = _wide(*(t for t in (grad, x, codewords, scale, given) if t is not None))
     images, channels = x.shape[:2]
     codes, positions = codewords.shape[0], x.shape[2:].numel()
-    x_grad = torch.empty_like(x)
     codewords_grad = torch.empty((codes, channels), dtype=codewords.dtype, device=x.device)
     third = torch.empty_like(given if scale is None else scale)
     if not images or not positions or not channels:
-        return x_grad.zero_(), codewords_grad.zero_(), third.zero_()
+        x_grad.zero_()
+        return codewords_grad.zero_(), third.zero_()
     centered, shift = _center(codewords, wide)
     tile = _tile(channels, codes, wide == torch.float64, backward=True)
     tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
@@ -729,7 +794,7 @@ def _backward(
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    return x_grad, codewords_grad, third
+    return codewords_grad, third
 
 
 def encode_triton(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
@@ -753,21 +818,24 @@ def aggregate_triton(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor
 def encode_backward_triton(grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor) -> Grads:
     """``rendseg::_encode_backward``: of x, codewords and scale; the assignment is computed anew."""
     _check_encode(x, codewords, scale, grad)
-    return _backward(ENCODE, grad, x, codewords, scale, None)
+    x_grad = torch.empty_like(x)
+    return x_grad, *_backward(ENCODE, grad, x, x_grad, codewords, scale, None)
 
 
 def scaled_l2_backward_triton(grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor) -> Grads:
     """``rendseg::_scaled_l2_backward``: of x, codewords and scale."""
     _check_scaled_l2(x, codewords, scale, grad)
-    x_grad, codewords_grad, scale_grad = _backward(SCALED_L2, None, x.transpose(1, 2), codewords, scale, grad)
-    return x_grad.transpose(1, 2), codewords_grad, scale_grad
+    x_grad = torch.empty_like(x)
+    return x_grad, *_backward(SCALED_L2, None, x.transpose(1, 2), x_grad.transpose(1, 2), codewords, scale, grad)
 
 
 def aggregate_backward_triton(grad: Tensor, assignment: Tensor, x: Tensor, codewords: Tensor) -> Grads:
     """``rendseg::_aggregate_backward``: of assignment, x and codewords."""
     _check_aggregate(assignment, x, codewords, grad)
-    x_grad, codewords_grad, given_grad = _backward(AGGREGATE, grad, x.transpose(1, 2), codewords, None, assignment)
-    return given_grad, x_grad.transpose(1, 2), codewords_grad
+    x_grad = torch.empty_like(x)
+    positions, target = x.transpose(1, 2), x_grad.transpose(1, 2)
+    codewords_grad, assignment_grad = _backward(AGGREGATE, grad, positions, target, codewords, None, assignment)
+    return assignment_grad, x_grad, codewords_grad
 
 
 def compile_cases() -> list[CompileCase]:
@@ -849,7 +917,7 @@ def _main_case(
     for name in kernel.arg_names:
         if name not in constants:
             signature[name] = "i32" if not name.endswith("_ptr") else f"*{wide if name in wides else dtype}"
-    strides = [name for name in signature if name.startswith(("x_", "given_", "grad_")) and name[-2:] != "_b"]
+    strides = [name for name in signature if name.startswith(("x_", "given_", "grad_"))]
     strides = [name for name in strides if not name.endswith("_ptr")]
     return CompileCase(
         f"{_NAMES[op]}{' backward' if backward else ''} {dtype} {'channels_last' if channels_last else 'nchw'}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from _triton import DEVICE, TRITON, implementation, to_device
+from _triton import DEVICE, INTERPRETED, TRITON, implementation, to_device
 from cases_encode import bad_inputs, make, rows, samples
 from test_encode import close, compute_dtype, leaves
 from torch import Tensor
@@ -51,10 +51,9 @@ def check_op(op: str, inputs: tuple[Tensor, ...]) -> None:
     assert got.is_contiguous()
     close(got, getattr(reference, op)(*wide), compute_dtype(*inputs))
     got_grads, wanted_grads = run(f"_{op}_backward", grad, *inputs), FORMULAS[op](grad.double(), *wide)
-    layouts = FORMULAS[op](grad.to("meta"), *(t.to("meta") for t in inputs))
-    for i, (g, w, t, like) in enumerate(zip(got_grads, wanted_grads, inputs, layouts, strict=True)):
+    for i, (g, w, t) in enumerate(zip(got_grads, wanted_grads, inputs, strict=True)):
         assert g.dtype == t.dtype
-        assert g.stride() == like.stride()
+        assert g.stride() == torch.empty_like(t if t.dim() > 2 else t.contiguous()).stride()
         close(g, w, compute_dtype(*inputs), f"gradient of argument {i}")
 
 
@@ -110,7 +109,11 @@ def test_assignment_and_gradients_of_any_strides() -> None:
 
 
 def test_more_positions_than_65535() -> None:
-    check_op("encode", make(1, 2, (70_001,), 3))
+    inputs = make(1, 2, (66_001,), 3)
+    if INTERPRETED:  # the gradients would take half a minute
+        close(run("encode", *inputs), reference.encode(*(t.double() for t in inputs)), torch.float32)
+    else:
+        check_op("encode", inputs)
 
 
 def test_codewords_of_every_tile() -> None:
@@ -224,7 +227,7 @@ def _all_results(x: Tensor, c: Tensor, s: Tensor) -> list[Tensor]:
 
 
 def test_the_same_bits_every_run() -> None:
-    inputs = make(2, 70, (33, 27), 32)
+    inputs = make(2, 40, (17, 13), 12)
     for a, b in zip(_all_results(*inputs), _all_results(*inputs), strict=True):
         assert torch.equal(a, b)
 
