@@ -48,31 +48,59 @@ def _finite(value):
 @triton.jit(do_not_specialize=["codes"])
 def _encode_center_kernel(
     codewords_ptr,
+    grad_ptr,
     centered_ptr,
     shift_ptr,
+    squares_ptr,
+    products_ptr,
     codes,
     channels,
     codewords_k,
     codewords_d,
+    grad_b,
+    grad_k,
+    grad_d,
+    GRAD: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The mean codeword and what the codewords are beside it; a codeword that is not finite keeps that to itself.
 
+    One program, or with GRAD one for each image, of which the first writes what all share.
+
     codewords_ptr: ``[K, D]`` of any strides, float16, bfloat16, float32 or float64.
-    centered_ptr: ``[K, D]`` contiguous, float32 or float64, written.
-    shift_ptr: ``[D]`` float32 or float64, written.
+    grad_ptr: ``[B, K, D]`` of any strides, the gradient of the result; read with GRAD only.
+    centered_ptr: ``[K, D]`` contiguous, float32 or float64, written: c'.
+    shift_ptr: ``[D]`` float32 or float64, written: r.
+    squares_ptr: ``[K]`` float32 or float64, written: ``||c'||^2``.
+    products_ptr: ``[B, K]`` float32 or float64, written with GRAD: ``grad . c'``.
     """
+    b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live = (k < codes)[:, None] & (d < channels)[None, :]
-    at = k.to(tl.int64)[:, None] * codewords_k + d.to(tl.int64)[None, :] * codewords_d
-    value = tl.load(codewords_ptr + at, mask=live, other=0.0).to(ACC)
-    shift = tl.sum(tl.where(_finite(value), value, 0.0), axis=0) / codes
-    shift = tl.where(_finite(shift), shift, 0.0)
-    tl.store(shift_ptr + d, shift, mask=d < channels)
-    tl.store(centered_ptr + k[:, None] * channels + d[None, :], value - shift[None, :], mask=live)
+    has_code = k < codes
+    wide_k = k.to(tl.int64)[:, None]
+    squares = tl.zeros((BLOCK_K,), ACC)
+    products = tl.zeros((BLOCK_K,), ACC)
+    for start in range(0, channels, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        has_channel = d < channels
+        live = has_code[:, None] & has_channel[None, :]
+        wide_d = d.to(tl.int64)[None, :]
+        at = wide_k * codewords_k + wide_d * codewords_d
+        value = tl.load(codewords_ptr + at, mask=live, other=0.0).to(ACC)
+        shift = tl.sum(tl.where(_finite(value), value, 0.0), axis=0) / codes
+        shift = tl.where(_finite(shift), shift, 0.0)
+        centered = tl.where(live, value - shift[None, :], 0.0)
+        squares += tl.sum(centered * centered, axis=1)
+        if GRAD:
+            at = b * grad_b + wide_k * grad_k + wide_d * grad_d
+            products += tl.sum(tl.load(grad_ptr + at, mask=live, other=0.0).to(ACC) * centered, axis=1)
+        tl.store(shift_ptr + d, shift, mask=has_channel & (d * 0 + b == 0))
+        tl.store(centered_ptr + k[:, None] * channels + d[None, :], centered, mask=live & (k * 0 + b == 0)[:, None])
+    tl.store(squares_ptr + k, squares, mask=has_code & (k * 0 + b == 0))
+    if GRAD:
+        tl.store(products_ptr + b * codes + k, products, mask=has_code)
 
 
 @triton.jit
@@ -150,6 +178,13 @@ def _add_sums(
 
 
 @triton.jit
+def _add_total(target, weight, k, has_code, begun):
+    """Adds the sums over a tile of ``weight [M, K]`` to ``[K]``, or begins them there; registers are scarcer."""
+    before = tl.load(target + k, mask=has_code & (k * 0 + begun > 0), other=0.0)
+    tl.store(target + k, before + tl.sum(weight, axis=0), mask=has_code)
+
+
+@triton.jit
 def _softmax(logits, has_code, live):
     """Over codewords; zero where not live."""
     logits = tl.where(has_code[None, :], logits, -float("inf"))
@@ -163,6 +198,7 @@ def _encode_kernel(
     given_ptr,
     centered_ptr,
     shift_ptr,
+    squares_ptr,
     scale_ptr,
     out_ptr,
     sums_ptr,
@@ -197,6 +233,7 @@ def _encode_kernel(
     given_ptr: ``[B, M, K]`` of any strides, the assignment; aggregate only.
     centered_ptr: ``[K, D]`` contiguous, float32 or float64: c'.
     shift_ptr: ``[D]`` float32 or float64: r.
+    squares_ptr: ``[K]`` float32 or float64: ``||c'||^2``; not read by aggregate.
     scale_ptr: ``[K]`` of any stride; not read by aggregate.
     out_ptr: ``[B, M, K]`` contiguous (scaled_l2), else ``[B, chunks, K, D]`` of float32 or float64: sums of a x'.
     sums_ptr: ``[B, chunks, K]`` float32 or float64, written: sums of a; not by scaled_l2.
@@ -208,14 +245,6 @@ def _encode_kernel(
     has_code = k < codes
     x = x_ptr + b * x_b
     lanes = tl.arange(0, BLOCK_D)
-
-    if OP != _AGGREGATE:
-        scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
-        squared_c = tl.zeros((BLOCK_K,), ACC)
-        for start in range(0, channels, BLOCK_D):
-            c = _codes(centered_ptr, k, start + lanes, channels, 1, codes, channels, ACC, INDEX)
-            squared_c += tl.sum(c * c, axis=1)
-    total = tl.zeros((BLOCK_K,), ACC)
 
     for tile in range(first, tl.minimum(first + per_chunk, tiles)):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -233,6 +262,8 @@ def _encode_kernel(
                 c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
                 product = tl.dot(values, tl.trans(c), product, input_precision=PRECISION, out_dtype=ACC)
                 squared_x += tl.sum(values * values, axis=1)
+            scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+            squared_c = tl.load(squares_ptr + k, mask=has_code, other=0.0)
             weight = scale[None, :] * _distance(squared_x, squared_c, product)
         if OP == _SCALED_L2:
             where = (b * positions + m)[:, None] * codes + k[None, :]
@@ -240,9 +271,9 @@ def _encode_kernel(
         else:
             if OP == _ENCODE:
                 weight = _softmax(weight, has_code, live)
-            total += tl.sum(weight, axis=0)
             # The sums of the tile before were written by other threads, perhaps.
             tl.debug_barrier()
+            _add_total(sums_ptr + row * codes, weight, k, has_code, tile > first)
             _add_sums(
                 out_ptr + row * codes * channels,
                 weight,
@@ -260,8 +291,6 @@ def _encode_kernel(
                 INDEX,
                 BLOCK_S,
             )
-    if OP != _SCALED_L2:
-        tl.store(sums_ptr + row * codes + k, total, mask=has_code)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -310,6 +339,8 @@ def _encode_backward_kernel(
     grad_ptr,
     centered_ptr,
     shift_ptr,
+    squares_ptr,
+    products_ptr,
     scale_ptr,
     x_grad_ptr,
     given_grad_ptr,
@@ -359,6 +390,8 @@ def _encode_backward_kernel(
     grad_ptr: ``[B, K, D]`` of any strides, the gradient of the result; not read by scaled_l2.
     centered_ptr: ``[K, D]`` contiguous, float32 or float64: c'.
     shift_ptr: ``[D]`` float32 or float64: r.
+    squares_ptr: ``[K]`` float32 or float64: ``||c'||^2``; not read by aggregate.
+    products_ptr: ``[B, K]`` float32 or float64: ``grad . c'``; not read by scaled_l2.
     scale_ptr: ``[K]`` of any stride; not read by aggregate.
     x_grad_ptr: ``[B, D, H, W]`` of any strides, written.
     given_grad_ptr: ``[B, M, K]`` of any strides, written: the gradient of the assignment; aggregate only.
@@ -376,31 +409,15 @@ def _encode_backward_kernel(
     x_grad = x_grad_ptr + b * x_grad_b
     lanes = tl.arange(0, BLOCK_D)
 
-    squared_c = tl.zeros((BLOCK_K,), ACC)
-    grad_c = tl.zeros((BLOCK_K,), ACC)
-    for start in range(0, channels, BLOCK_D):
-        d = start + lanes
-        c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
-        if OP != _AGGREGATE:
-            squared_c += tl.sum(c * c, axis=1)
-        if OP != _SCALED_L2:
-            g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
-            grad_c += tl.sum(g * c, axis=1)
-    if OP != _AGGREGATE:
-        scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
-    sum_assigned = tl.zeros((BLOCK_K,), ACC)
-    sum_logits = tl.zeros((BLOCK_K,), ACC)
-    sum_scale = tl.zeros((BLOCK_K,), ACC)
+    sums_a = sums_ptr + row * codes
+    sums_g = sums_a + rows.to(tl.int64) * codes
+    sums_s = sums_g + rows.to(tl.int64) * codes
 
     for tile in range(first, tl.minimum(first + per_chunk, tiles)):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         has_position = m < positions
         live = has_position[:, None] & has_code[None, :]
         at = _at_positions(m, width, x_h, x_w, FLAT, INDEX)
-        given = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-        if OP != _ENCODE:
-            given = _given(given_ptr + b * given_b, m, k, given_m, given_k, live, ACC)
-
         product = tl.zeros((BLOCK_M, BLOCK_K), ACC)
         assigned_grad = tl.zeros((BLOCK_M, BLOCK_K), ACC)
         squared_x = tl.zeros((BLOCK_M,), ACC)
@@ -414,48 +431,34 @@ def _encode_backward_kernel(
             if OP != _SCALED_L2:
                 g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
                 assigned_grad = tl.dot(values, tl.trans(g), assigned_grad, input_precision=PRECISION, out_dtype=ACC)
-        assigned_grad -= grad_c[None, :]
+        # The sums of the tile before were written by other threads, perhaps.
+        tl.debug_barrier()
 
-        assigned = given
-        logits_grad = given
-        if OP != _AGGREGATE:
-            distance = _distance(squared_x, squared_c, product)
-            if OP == _ENCODE:
-                assigned = _softmax(scale[None, :] * distance, has_code, live)
-                mean = tl.sum(assigned * tl.where(has_code[None, :], assigned_grad, 0.0), axis=1)
-                logits_grad = tl.where(live, assigned * (assigned_grad - mean[:, None]), 0.0)
-            sum_logits += tl.sum(logits_grad, axis=0)
-            sum_scale += tl.sum(tl.where(live, logits_grad * distance, 0.0), axis=0)
+        if OP != _ENCODE:  # both names, for whichever it is
+            assigned = _given(given_ptr + b * given_b, m, k, given_m, given_k, live, ACC)
+            logits_grad = assigned
+        if OP != _SCALED_L2:
+            grad_c = tl.load(products_ptr + b * codes + k, mask=has_code, other=0.0)
+            assigned_grad = tl.where(live, assigned_grad - grad_c[None, :], 0.0)
         if OP == _AGGREGATE:
             where = m.to(tl.int64)[:, None] * given_grad_m + k.to(tl.int64)[None, :] * given_grad_k
             target = given_grad_ptr + b * given_grad_b + where
             tl.store(target, assigned_grad.to(given_grad_ptr.dtype.element_ty), mask=live)
+        else:
+            squared_c = tl.load(squares_ptr + k, mask=has_code, other=0.0)
+            distance = _distance(squared_x, squared_c, product)
+            if OP == _ENCODE:
+                scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+                assigned = _softmax(scale[None, :] * distance, has_code, live)
+                mean = tl.sum(assigned * assigned_grad, axis=1)
+                logits_grad = assigned * (assigned_grad - mean[:, None])
+            _add_total(sums_g, logits_grad, k, has_code, tile > first)
+            _add_total(sums_s, tl.where(live, logits_grad * distance, 0.0), k, has_code, tile > first)
         if OP != _SCALED_L2:
-            sum_assigned += tl.sum(assigned, axis=0)
+            _add_total(sums_a, assigned, k, has_code, tile > first)
 
-        target_at = _at_positions(m, width, x_grad_h, x_grad_w, GRAD_FLAT, INDEX)
         if OP != _AGGREGATE:
-            pull = 2.0 * scale[None, :] * logits_grad
-            total_pull = tl.sum(pull, axis=1)
-        for start in range(0, channels, BLOCK_D):
-            d = start + lanes
-            has_channel = d < channels
-            result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-            if OP != _AGGREGATE:
-                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
-                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
-                result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
-                result += total_pull[:, None] * values
-            if OP != _SCALED_L2:
-                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
-                result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
-            target = x_grad + target_at[:, None] + (d.to(INDEX) * x_grad_d)[None, :]
-            mask = has_position[:, None] & has_channel[None, :]
-            tl.store(target, result.to(x_grad_ptr.dtype.element_ty), mask=mask)
-        if OP != _AGGREGATE:
-            # In a loop of its own: with that above, more operands would have to stay in registers than there are.
-            # The sums of the tile before were written by other threads, perhaps.
-            tl.debug_barrier()
+            # In a loop of its own: with what follows, more operands would have to stay in registers than there are.
             _add_sums(
                 parts_ptr + row * codes * channels,
                 logits_grad,
@@ -473,12 +476,26 @@ def _encode_backward_kernel(
                 INDEX,
                 BLOCK_S,
             )
-    entry = row * codes + k
-    if OP != _SCALED_L2:
-        tl.store(sums_ptr + entry, sum_assigned, mask=has_code)
-    if OP != _AGGREGATE:
-        tl.store(sums_ptr + rows.to(tl.int64) * codes + entry, sum_logits, mask=has_code)
-        tl.store(sums_ptr + rows.to(tl.int64) * codes * 2 + entry, sum_scale, mask=has_code)
+        target_at = _at_positions(m, width, x_grad_h, x_grad_w, GRAD_FLAT, INDEX)
+        if OP != _AGGREGATE:
+            scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+            pull = 2.0 * scale[None, :] * logits_grad
+            total_pull = tl.sum(pull, axis=1)
+        for start in tl.range(0, channels, BLOCK_D, num_stages=1):  # registers again
+            d = start + lanes
+            has_channel = d < channels
+            result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+            if OP != _AGGREGATE:
+                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
+                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
+                result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
+                result += total_pull[:, None] * values
+            if OP != _SCALED_L2:
+                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
+            target = x_grad + target_at[:, None] + (d.to(INDEX) * x_grad_d)[None, :]
+            mask = has_position[:, None] & has_channel[None, :]
+            tl.store(target, result.to(x_grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks"])
@@ -587,15 +604,17 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool) -> _Tile:
     """Tile of a shape; arrays of positions x codewords stay in registers, one in forward and three in backward."""
     padded = max(16, triton.next_power_of_2(codes))
     if wide:
-        m, d, s, warps = 32, 16, 16, 4
+        m, d, s, warps, stages = 32, 16, 16, 4, 1
+    elif padded <= 32:
+        m, d, s, warps, stages = 64, 32, 64, 4, 1 if backward else 2
     elif padded <= 64:
-        m, d, s, warps = 64, 32, 64, 4
+        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
     elif padded <= 128:
-        m, d, s, warps = 64, 32, 64, 8
+        m, d, s, warps, stages = (16, 16, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
     else:
-        m, d, s, warps = 16, 16, 16, 8
+        m, d, s, warps, stages = 16, 16, 16, 8, 1
     most = max(16, triton.next_power_of_2(channels))
-    return _Tile(m, min(d, most), min(s, most), padded, warps, 2)
+    return _Tile(m, min(d, most), min(s, most), padded, warps, stages)
 
 
 def _chunks(images: int, positions: int, codes: int, channels: int, tile: _Tile, wide: bool) -> tuple[int, int, int]:
@@ -625,26 +644,38 @@ def _index(*tensors: Tensor) -> Any:
     return tl.int32 if reach < 2**30 else tl.int64
 
 
-def _center(codewords: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(c', r) of :func:`_encode_center_kernel`."""
+def _center(codewords: Tensor, wide: torch.dtype, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(c', r, ||c'||^2, grad . c') of :func:`_encode_center_kernel`."""
     codes, channels = codewords.shape
-    centered = torch.empty((codes, channels), dtype=wide, device=codewords.device)
-    shift = torch.empty(channels, dtype=wide, device=codewords.device)
-    block_k = triton.next_power_of_2(codes)
-    block_d = 32 if block_k <= 128 else 8
-    _encode_center_kernel[(triton.cdiv(channels, block_d),)](
+    images = 1 if grad is None else grad.shape[0]
+    centered, shift, squares, products = (
+        torch.empty(shape, dtype=wide, device=codewords.device)
+        for shape in ((codes, channels), (channels,), (codes,), (images, codes))
+    )
+    block_k, block_d = _center_tile(codes, channels)
+    _encode_center_kernel[(images,)](
         codewords,
+        codewords if grad is None else grad,
         centered,
         shift,
+        squares,
+        products,
         codes,
         channels,
         *codewords.stride(),
+        *((0, 0, 0) if grad is None else grad.stride()),
+        GRAD=grad is not None,
         ACC=_acc(wide),
         BLOCK_K=block_k,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8,
     )
-    return centered, shift
+    return centered, shift, squares, products
+
+
+def _center_tile(codes: int, channels: int) -> tuple[int, int]:
+    block_k = triton.next_power_of_2(codes)
+    return block_k, max(1, min(triton.next_power_of_2(channels), 4096 // block_k))
 
 
 def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given: Tensor | None) -> Tensor:
@@ -659,7 +690,7 @@ def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given:
         return out
     if not positions or not channels:
         return out.zero_()
-    centered, shift = _center(codewords, wide)
+    centered, shift, squares, _ = _center(codewords, wide, None)
     tile = _tile(channels, codes, wide == torch.float64, backward=False)
     tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
     if op == SCALED_L2:
@@ -673,6 +704,7 @@ def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given:
         x if given is None else given,
         centered,
         shift,
+        squares,
         x if scale is None else scale,
         parts,
         sums,
@@ -727,7 +759,7 @@ def _backward(
     if not images or not positions or not channels:
         x_grad.zero_()
         return codewords_grad.zero_(), third.zero_()
-    centered, shift = _center(codewords, wide)
+    centered, shift, squares, products = _center(codewords, wide, grad)
     tile = _tile(channels, codes, wide == torch.float64, backward=True)
     tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
     rows = images * chunks
@@ -747,6 +779,8 @@ def _backward(
         grad_e,
         centered,
         shift,
+        squares,
+        products,
         scale_,
         x_grad,
         third,
@@ -851,19 +885,24 @@ def compile_cases() -> list[CompileCase]:
     cases += [_main_case(ENCODE, "fp32", False, 19, 5, backward) for backward in (False, True)]
     cases += [_main_case(ENCODE, "bf16", True, 512, 32, True, flat=False)]
     for dtype in ("fp32", "bf16"):
-        cases.append(
-            CompileCase(
-                f"encode center {dtype}",
-                _encode_center_kernel,
-                {
-                    **{"codewords_ptr": f"*{dtype}", "centered_ptr": "*fp32", "shift_ptr": "*fp32"},
-                    **dict.fromkeys(("codes", "channels", "codewords_k"), "i32"),
-                },
-                dict(codewords_d=1, ACC=tl.float32, BLOCK_K=32, BLOCK_D=32),
-                options=_FUSED,
-                divisible=("channels", "codewords_k"),
+        block_k, block_d = _center_tile(32, 512)
+        scratch = ("centered_ptr", "shift_ptr", "squares_ptr", "products_ptr")
+        for grad in (False, True):
+            cases.append(
+                CompileCase(
+                    f"encode center{' backward' if grad else ''} {dtype}",
+                    _encode_center_kernel,
+                    {
+                        **dict.fromkeys(("codewords_ptr", "grad_ptr"), f"*{dtype}"),
+                        **dict.fromkeys(scratch, "*fp32"),
+                        **dict.fromkeys(("codes", "channels", "codewords_k", "grad_b", "grad_k"), "i32"),
+                    },
+                    dict(codewords_d=1, grad_d=1, GRAD=grad, ACC=tl.float32, BLOCK_K=block_k, BLOCK_D=block_d),
+                    num_warps=8,
+                    options=_FUSED,
+                    divisible=("channels", "codewords_k", "grad_b", "grad_k"),
+                )
             )
-        )
         pointers = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "centered_ptr": "*fp32"}
         cases.append(
             CompileCase(
@@ -901,7 +940,7 @@ def _main_case(
     wide = "fp64" if dtype == "fp64" else "fp32"
     tile = _tile(channels, codes, dtype == "fp64", backward)
     kernel = _encode_backward_kernel if backward else _encode_kernel
-    wides = {"centered_ptr", "shift_ptr", "parts_ptr", "sums_ptr"}
+    wides = {"centered_ptr", "shift_ptr", "squares_ptr", "products_ptr", "parts_ptr", "sums_ptr"}
     if op != SCALED_L2:
         wides.add("out_ptr")
     # One stride of each tensor is 1: that of channels in channels_last, that of positions in NCHW.
