@@ -610,7 +610,7 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool) -> _Tile:
     elif padded <= 64:
         m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
     elif padded <= 128:
-        m, d, s, warps, stages = (16, 16, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
+        m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
     most = max(16, triton.next_power_of_2(channels))
