@@ -5,12 +5,14 @@ The choice is one process-wide setting (not per thread), so that ``torch.compile
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
-import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -30,10 +32,17 @@ class BackendStatus:
     remedy: str = ""
 
 
+KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# (operator, dispatch key) that rendseg.ops filled with Triton because the compiled library has no kernel there.
+FALLBACKS: set[tuple[str, str]] = set()
+
+
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether the compiled library registered a kernel of ``op`` for ``"cpu"`` or ``"cuda"``."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return bool(_extension.LOADED and key and torch._C._dispatch_has_kernel_for_dispatch_key(f"rendseg::{op}", key))
+    key = KEYS.get(device_type)
+    if not _extension.LOADED or key is None or (op, key) in FALLBACKS:
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"rendseg::{op}", key))
 
 
 def _cpp() -> BackendStatus:
@@ -74,24 +83,67 @@ def cuda_missing() -> tuple[str, str]:
     return "", ""
 
 
-def triton_ops() -> tuple[str, ...]:
-    """The op files in ``kernels/``: the operators that have Triton kernels."""
+@cache
+def triton_ops() -> dict[str, str]:
+    """Operators that have a Triton kernel, and their file in ``kernels/``.
+
+    These are the keys of ``IMPLEMENTATIONS`` in each file, read from its text: importing it would need Triton.
+    """
     from . import kernels
 
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_")))
+    found: dict[str, str] = {}
+    for path in sorted(p for folder in kernels.__path__ for p in Path(folder).glob("[!_]*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            named = any(isinstance(target, ast.Name) and target.id == "IMPLEMENTATIONS" for target in targets)
+            if named and isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
+                found.update({str(key.value): path.stem for key in node.value.keys if isinstance(key, ast.Constant)})
+    return found
+
+
+def triton_installed() -> bool:
+    """Whether the package is there; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton will interpret its kernels on the CPU. The variable must be set before Python starts."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _triton() -> BackendStatus:
     if not triton_ops():
-        cause = "this version of rendseg has no Triton kernels yet"
-        return BackendStatus("triton", False, (), cause, 'use set_backend("auto"), "cpp" or "reference"')
-    if importlib.util.find_spec("triton") is None:
+        cause = "this installation of rendseg holds no Triton kernels"
+        return BackendStatus("triton", False, (), cause, "install rendseg again")
+    if not triton_installed():
         return BackendStatus("triton", False, (), "the package triton is not installed", "pip install triton")
-    if not torch.cuda.is_available():
+    devices = ("cpu",) if interpreted() else ()
+    if torch.cuda.is_available():
+        devices += ("cuda",)
+    if not devices:
         return BackendStatus(
-            "triton", False, (), "torch finds no GPU", "run on a machine with a GPU, or use the other backends"
+            "triton",
+            False,
+            (),
+            "torch finds no GPU",
+            "run on a machine with a GPU; or start Python with TRITON_INTERPRET=1, which interprets the kernels on the "
+            "CPU, slowly, for tests",
         )
-    return BackendStatus("triton", True, ("cuda",))
+    return BackendStatus("triton", True, devices)
+
+
+def serving(op: str, device_type: str) -> str:
+    """Which backend runs ``op`` on tensors of a device under the setting in force; empty when it would be refused."""
+    chosen = _STATE.name
+    if chosen == "reference":
+        return "reference"
+    if chosen == "triton":
+        return "triton" if op in triton_ops() and device_type in backends["triton"].devices else ""
+    if has_kernel(op, device_type):
+        return "cpp"
+    if chosen == "cpp":
+        return ""
+    return "triton" if device_type == "cuda" and triton_installed() and op in triton_ops() else "reference"
 
 
 class _Backends(Mapping[str, BackendStatus]):
@@ -142,6 +194,14 @@ def _require(name: str, source: str) -> None:
 
 
 _STATE = _State()
+# Called with every change of the setting: rendseg.ops routes the operators to Triton and back.
+ON_CHANGE: list[Callable[[str], None]] = []
+
+
+def _apply(name: str, error: str) -> None:
+    _STATE.name, _STATE.error = name, error
+    for notify in ON_CHANGE:
+        notify("auto" if error else name)
 
 
 def current_backend() -> str:
@@ -152,11 +212,13 @@ def current_backend() -> str:
 def set_backend(name: str) -> None:
     """Choose the implementation of every op in this process.
 
-    ``"auto"`` takes the fastest that is usable for each device. Asking for one that cannot be used raises
-    ``RuntimeError`` with the cause and the remedy; the setting in force is then kept.
+    ``"auto"`` takes the fastest that is usable for each device: compiled kernels, else Triton on a GPU, else the
+    reference. ``"triton"`` routes every operator to Triton, compiled kernels or not; one that has no Triton kernel then
+    raises. Asking for a backend that cannot be used raises ``RuntimeError`` with the cause and the remedy; the setting
+    in force is then kept.
     """
     _require(name, "name")
-    _STATE.name, _STATE.error = name, ""
+    _apply(name, "")
 
 
 @contextmanager
@@ -167,4 +229,4 @@ def backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _STATE.name, _STATE.error = previous, error
+        _apply(previous, error)

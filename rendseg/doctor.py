@@ -130,11 +130,10 @@ def _usable() -> list[str]:
 
 def _table() -> list[str]:
     """Operator by backend. Private operators are gradients and steps of the public ones."""
-    from .kernels import __path__ as kernel_path
     from .ops.schemas import SCHEMAS
 
-    triton = {f.stem for folder in kernel_path for f in Path(folder).glob("*.py")}
-    header = ("operator", "cpp cpu", "cpp cuda", "triton", "reference")
+    triton = _backends.triton_ops()
+    header = ("operator", "cpp cpu", "cpp cuda", "triton", "reference", "on a GPU")
     rows = []
     for schema in SCHEMAS:
         op = schema.split("(", 1)[0]
@@ -143,12 +142,13 @@ def _table() -> list[str]:
                 op,
                 "yes" if _backends.has_kernel(op, "cpu") else "-",
                 "yes" if _backends.has_kernel(op, "cuda") else "-",
-                "yes" if op.strip("_").removesuffix("_backward") in triton else "-",
+                "yes" if op in triton else "-",
                 "yes",
+                _backends.serving(op, "cuda") or "refused",
             )
         )
     width = max(len(row[0]) for row in rows) + 2
-    lines = ["Operators (yes: a kernel is here; -: the reference serves it)"]
+    lines = ["Operators (yes: a kernel is here; last column: what serves a CUDA tensor under the backend in force)"]
     for row in (header, *rows):
         lines.append("  " + row[0].ljust(width) + "".join(cell.ljust(11) for cell in row[1:]).rstrip())
     lines.append(f"  {'refine'.ljust(width)}composed of those above; _refine_mlp is its fused path for stock heads")

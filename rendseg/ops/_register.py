@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _extension
+from . import _triton
 from .schemas import SCHEMAS
 
 # The library that declared the operators lives as long as this object, so it is never collected.
@@ -19,7 +20,11 @@ if not _extension.LOADED:
         _tags = (torch.Tag.nondeterministic_seeded,) if _schema.startswith("sample_uncertain_points") else ()
         _LIBRARY.define(_schema, tags=_tags)
 
+# (operator, device type) with a compiled kernel; with a Triton kernel because there is none compiled; with a Triton
+# kernel because backend("triton") is in force.
 _COMPILED: set[tuple[str, str]] = set()
+_FALLBACK: set[tuple[str, str]] = set()
+_FORCED: set[tuple[str, str]] = set()
 
 
 def register(
@@ -32,8 +37,9 @@ def register(
 ) -> None:
     """Register the Python side of ``rendseg::<name>``.
 
-    ``reference`` serves every device for which no compiled kernel exists; ``fake`` gives shapes and dtypes and makes
-    the same checks; ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``.
+    ``reference`` serves every device for which neither a compiled nor a Triton kernel exists; ``fake`` gives shapes and
+    dtypes and makes the same checks; ``backward`` and ``setup_context`` are those of
+    ``torch.library.register_autograd``.
     """
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
@@ -42,6 +48,10 @@ def register(
     for device_type in ("cpu", "cuda"):
         if _backends.has_kernel(name, device_type):
             _COMPILED.add((name, device_type))
+    if (name, "cuda") not in _COMPILED and _backends.triton_installed() and name in _backends.triton_ops():
+        _LIBRARY.impl(name, _triton.or_reference(name, reference), "CUDA")
+        _backends.FALLBACKS.add((name, "CUDA"))
+        _FALLBACK.add((name, "cuda"))
 
 
 def impl(name: str, function: Callable[..., Any], key: str) -> None:
@@ -66,4 +76,41 @@ def use_reference(name: str, tensor: Tensor) -> bool:
             f'backend "cpp" has no kernel of {name} for device {tensor.device}: this build holds none. '
             'Use set_backend("auto") or move the tensors to the CPU'
         )
+    if chosen == "triton" and (name, tensor.device.type) not in _FORCED:
+        raise RuntimeError(_triton.missing(name, tensor.device))
     return False
+
+
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel, and not the reference, serves ``rendseg::<name>`` for ``tensor`` under the setting in force."""
+    chosen, key = _backends._STATE.name, (name, tensor.device.type)
+    if chosen == "triton":
+        return key in _FORCED
+    return chosen != "reference" and (key in _COMPILED or (chosen == "auto" and key in _FALLBACK))
+
+
+class _Route:
+    """The overrides of ``backend("triton")``: installed when it is asked for, taken away afterwards."""
+
+    def __init__(self) -> None:
+        self.library: Any = None
+
+    def __call__(self, chosen: str) -> None:
+        if chosen == "triton" and self.library is None:
+            self.library = torch.library.Library("rendseg", "IMPL")
+            for schema in SCHEMAS:
+                name = schema.split("(", 1)[0]
+                for device_type in _backends.backends["triton"].devices:
+                    key = _backends.KEYS[device_type]
+                    self.library.impl(name, _triton.forced(name), key, allow_override=True)
+                    if name in _backends.triton_ops():
+                        _FORCED.add((name, device_type))
+        elif chosen != "triton" and self.library is not None:
+            _FORCED.clear()
+            self.library._destroy()  # what was there before serves again
+            self.library = None
+
+
+_ROUTE = _Route()
+_backends.ON_CHANGE.append(_ROUTE)
+_ROUTE("auto" if _backends._STATE.error else _backends._STATE.name)

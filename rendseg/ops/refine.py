@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends
 from ..reference import _checks as check
 from ..reference.refine import Head, check_head_output, check_refine, check_refine_mlp, every_cell, resolve_steps
 from ..reference.refine import refine as reference
 from ..reference.refine import refine_mlp as reference_mlp
 from ..reference.subdivide import label_dtype
-from ._register import register, use_reference
+from ._register import has_kernel, register, use_reference
 from .point_sample import point_sample
 from .scatter_points import scatter_points, scatter_points_
 
@@ -171,7 +170,7 @@ def _loop(
 def _stock_head(head: Head, coarse: Tensor, maps: list[Tensor], labels: bool) -> dict[str, Any] | None:
     """The layers of a head that the one-call form can run exactly as calling it would, else ``None``."""
     describe = getattr(head, "refine_parameters", None)
-    if describe is None or coarse.device.type not in _FUSED_DEVICES:
+    if describe is None or not has_kernel("_refine_mlp", coarse):
         return None
     stock = describe()
     if stock is None:
@@ -240,5 +239,3 @@ def _reference_kernel(coarse: Tensor, *rest: Any) -> Tensor:
 
 
 register("_refine_mlp", reference=_reference_kernel, fake=_fake)
-
-_FUSED_DEVICES = tuple(device for device in ("cpu", "cuda") if _backends.has_kernel("_refine_mlp", device))

@@ -1,0 +1,180 @@
+"""Compiles Triton kernels without a GPU, and reads registers, shared memory and spills from the result.
+
+Every ``kernels/<op>.py`` lists in ``compile_cases()`` what it launches by default; ``tests/test_triton_compile.py``
+asserts that nothing spills, and ``python -m rendseg.kernels._compile`` prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one configuration that a launcher uses by default.
+
+    ``signature`` maps run-time arguments to Triton types (``"*fp32"``, ``"i64"``), ``constexprs`` the others to values;
+    a run-time argument may stand in ``constexprs`` too, as Triton does with an integer that is 1. ``options`` are the
+    further launch options; without ``enable_fp_fusion`` among them products are rounded before they are added.
+    Pointers, and the integers named in ``divisible``, are taken to be multiples of 16.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    options: Mapping[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes of the machine. On AMD, ``registers`` counts vector registers with accumulators."""
+
+    name: str
+    target: str
+    registers: int
+    shared_bytes: int
+    spills: int  # bytes on NVIDIA, registers on AMD
+    stack_bytes: int  # spills included; a device assert takes some too
+    seconds: float
+
+
+def compile_case(case: CompileCase, target: str) -> Compiled:
+    """Compile ``case`` for one of :data:`TARGETS`; nothing is launched, so no GPU is needed."""
+    names = list(case.kernel.arg_names)
+    unknown = [name for name in (*case.signature, *case.constexprs, *case.divisible) if name not in names]
+    missing = [name for name in names if name not in case.signature and name not in case.constexprs]
+    if unknown or missing:
+        raise ValueError(f"{case.name}: the kernel has no argument {unknown}, the case leaves out {missing}")
+    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs=dict(case.constexprs),
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"enable_fp_fusion": False, **case.options, "num_warps": case.num_warps, "num_stages": case.num_stages}
+    start = time.perf_counter()
+    kernel = triton.compile(source, target=TARGETS[target], options=options)
+    seconds = time.perf_counter() - start
+    registers, spills, stack = _read_cubin(kernel, target) if "cubin" in kernel.asm else _read_amdgcn(kernel)
+    return Compiled(case.name, target, registers, int(kernel.metadata.shared), spills, stack, seconds)
+
+
+def _read_cubin(kernel: Any, target: str) -> tuple[int, int, int]:
+    """Registers, bytes spilled and bytes of stack."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+        if not found:
+            raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
+        registers, stack, local = (int(number) for number in found.groups())
+        if not stack and not local:
+            return registers, 0, 0
+        # A stack is no spill yet: the arguments of a failed assert lie there. The assembler tells the two apart.
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(kernel.asm["ptx"])
+        arch = re.search(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.M)
+        fused = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
+        ptxas = get_ptxas(int(TARGETS[target].arch)).path
+        log = _run(ptxas, "-v", *fused, f"--gpu-name={arch[1] if arch else target}", str(ptx), "-o", str(cubin))
+        spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+        if not spilled:
+            raise RuntimeError(f"ptxas says nothing of spills: {log}")
+        return registers, sum(int(number) for number in spilled), stack + local
+
+
+def _read_amdgcn(kernel: Any) -> tuple[int, int, int]:
+    """Vector registers, registers spilled and bytes of private memory."""
+    text = kernel.asm["amdgcn"]
+
+    def read(key: str) -> int:
+        found = re.search(rf"^\s*(?:-\s*)?\.{key}:\s+(\d+)", text, re.M)
+        if not found:
+            raise RuntimeError(f"the code object has no {key}")
+        return int(found[1])
+
+    spills = read("vgpr_spill_count") + read("sgpr_spill_count")
+    return read("vgpr_count"), spills, read("private_segment_fixed_size")
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def kernel_files() -> list[str]:
+    """The names in ``kernels/`` that hold kernels of an operator."""
+    from rendseg import kernels
+
+    return sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_"))
+
+
+def cases_of(file: str) -> list[CompileCase]:
+    """``compile_cases()`` of ``kernels/<file>.py``."""
+    return list(importlib.import_module(f"rendseg.kernels.{file}").compile_cases())
+
+
+def table(rows: Iterable[Compiled]) -> str:
+    """One line per kernel."""
+    rows = list(rows)
+    width = max((len(row.name) for row in rows), default=6)
+    lines = [f"{'kernel':<{width}}  target  registers  shared  spills  seconds"]
+    for row in rows:
+        lines.append(
+            f"{row.name:<{width}}  {row.target:<6}  {row.registers:>9}  {row.shared_bytes:>6}  {row.spills:>6}"
+            f"  {row.seconds:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile; the exit status is 1 when something spills."""
+    parser = argparse.ArgumentParser(prog="python -m rendseg.kernels._compile", description=__doc__)
+    parser.add_argument("files", nargs="*", help="names in kernels/, without .py; default: all")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: sm_90")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th on")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line in place of the table")
+    options = parser.parse_args(arguments)
+    index, count = (int(number) for number in options.part.split("/"))
+    cases = [case for file in options.files or kernel_files() for case in cases_of(file)]
+    rows = [compile_case(case, target) for target in options.target or ["sm_90"] for case in cases[index::count]]
+    print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
+    return int(any(row.spills for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

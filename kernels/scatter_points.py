@@ -1,0 +1,282 @@
+"""Writing refined points back in Triton. Shapes: N images, C classes, H W grid, P points.
+
+Values are moved as integers of their width, never computed with, so that one kernel serves every dtype of a width. An
+index outside the map stops the kernel on a device assert, and is never written to; on the CPU (in the interpreter) it
+raises ``IndexError`` before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import _checks as check
+from ..reference.scatter_points import _check_range, check_indices, check_scatter_points
+from ._compile import CompileCase
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The assert is live in every launch; without the checks of integer overflow that Triton would add for it.
+_OPTIONS: dict[str, Any] = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": False}
+_SIZES = ["points", "cells", "width"]  # not worth a compilation per value
+
+
+@triton.jit
+def _tile(
+    indices_ptr, points, channels, cells, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """(image, points and channels of this program, their cells, which of them exist); neighbours in memory last."""
+    point_tiles = tl.cdiv(points, BLOCK_P)
+    channel_tiles = tl.cdiv(channels, BLOCK_C)
+    pid = tl.program_id(0)
+    p = pid % point_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = pid // point_tiles % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = (pid // point_tiles // channel_tiles).to(tl.int64)
+    has_point = p < points
+    p = p.to(tl.int64)
+    index = tl.load(indices_ptr + n * points + p, mask=has_point, other=0)
+    inside = (index >= 0) & (index < cells)
+    tl.device_assert(inside, "scatter_points: indices must lie in [0, H*W)")
+    has_point = has_point & inside
+    has_channel = c < channels
+    c = c.to(tl.int64)
+    if CHANNELS_LAST:
+        return n, p[:, None], c[None, :], index[:, None], has_point[:, None] & has_channel[None, :]
+    else:
+        return n, p[None, :], c[:, None], index[None, :], has_point[None, :] & has_channel[:, None]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _scatter_points_kernel(
+    map_ptr,
+    indices_ptr,
+    values_ptr,
+    points,
+    channels,
+    cells,
+    width,
+    map_n,
+    map_c,
+    map_h,
+    map_w,
+    values_n,
+    values_c,
+    values_p,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``map[n, c, indices[n, p]] = values[n, c, p]``.
+
+    map_ptr: ``[N, C, H, W]`` of any strides without overlap, int16, int32 or int64 (bits), written.
+    indices_ptr: ``[N, P]`` contiguous, int64.
+    values_ptr: ``[N, C, P]`` of any strides, of the type of the map.
+    """
+    n, p, c, index, live = _tile(indices_ptr, points, channels, cells, CHANNELS_LAST, BLOCK_P, BLOCK_C)
+    value = tl.load(values_ptr + n * values_n + c * values_c + p * values_p, mask=live, other=0)
+    target = map_ptr + n * map_n + c * map_c + (index // width) * map_h + (index % width) * map_w
+    tl.store(target, value, mask=live)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _scatter_points_backward_kernel(
+    grad_ptr,
+    indices_ptr,
+    rest_ptr,
+    values_ptr,
+    points,
+    channels,
+    cells,
+    width,
+    grad_n,
+    grad_c,
+    grad_h,
+    grad_w,
+    rest_n,
+    rest_c,
+    rest_h,
+    rest_w,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``values[n, c, p] = grad[n, c, indices[n, p]]``, and zero there in ``rest``, which holds a copy of ``grad``.
+
+    grad_ptr: ``[N, C, H, W]`` of any strides, int16, int32 or int64 (bits).
+    indices_ptr: ``[N, P]`` contiguous, int64.
+    rest_ptr: ``[N, C, H, W]`` of any strides without overlap, of the type of ``grad``, written.
+    values_ptr: ``[N, C, P]`` contiguous, of the type of ``grad``, written.
+    """
+    n, p, c, index, live = _tile(indices_ptr, points, channels, cells, CHANNELS_LAST, BLOCK_P, BLOCK_C)
+    row, col = index // width, index % width
+    value = tl.load(grad_ptr + n * grad_n + c * grad_c + row * grad_h + col * grad_w, mask=live, other=0)
+    tl.store(values_ptr + n * channels * points + c * points + p, value, mask=live)
+    # All bits zero is 0.0 in every dtype.
+    tl.store(rest_ptr + n * rest_n + c * rest_c + row * rest_h + col * rest_w, tl.zeros_like(value), mask=live)
+
+
+def _blocks(channels: int, channels_last: bool) -> tuple[int, int]:
+    """Points and channels of a tile."""
+    block_c = min(64 if channels_last else 8, triton.next_power_of_2(channels))
+    return min(256, 1024 // block_c), block_c
+
+
+def _grid(points: int, channels: int, images: int, block_p: int, block_c: int) -> tuple[int]:
+    return (images * triton.cdiv(points, block_p) * triton.cdiv(channels, block_c),)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def _share_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors have an element in common."""
+    (begin_a, end_a), (begin_b, end_b) = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    return begin_a < end_b and begin_b < end_a
+
+
+def _refuse_overlap(logits: Tensor, values: Tensor) -> None:
+    """In PyTorch's words, before anything is written."""
+    if torch._debug_has_internal_overlap(logits) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )
+    dense = not torch._debug_has_internal_overlap(logits) and not torch._debug_has_internal_overlap(values)
+    if dense and logits.numel() and values.numel() and _share_bytes(logits, values):
+        raise RuntimeError(
+            "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single "
+            "memory location. Please clone() the tensor before performing the operation."
+        )
+
+
+def _check_on_cpu(indices: Tensor, cells: int) -> None:
+    if not indices.is_cuda:  # the device asserts, without a wait for it
+        _check_range(indices, cells)
+
+
+def _scatter(logits: Tensor, indices: Tensor, values: Tensor) -> None:
+    images, channels, height, width = logits.shape
+    points = indices.shape[1]
+    if not values.numel():
+        return
+    channels_last = channels > 1 and logits.stride(1) == 1
+    block_p, block_c = _blocks(channels, channels_last)
+    _scatter_points_kernel[_grid(points, channels, images, block_p, block_c)](
+        _bits(logits),
+        indices.contiguous(),
+        _bits(values),
+        points,
+        channels,
+        height * width,
+        width,
+        *logits.stride(),
+        *values.stride(),
+        CHANNELS_LAST=channels_last,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        num_warps=4,
+        **_OPTIONS,
+    )
+
+
+def scatter_points_inplace_triton(logits: Tensor, indices: Tensor, values: Tensor) -> None:
+    """``rendseg::scatter_points_``: writes into ``logits``."""
+    check_scatter_points(logits, indices, values)
+    _refuse_overlap(logits, values)
+    _check_on_cpu(indices, logits.shape[2] * logits.shape[3])
+    _scatter(logits, indices, values)
+
+
+def scatter_points_triton(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """``rendseg::scatter_points``: a copy in the layout of ``logits``, written to."""
+    check_scatter_points(logits, indices, values)
+    _check_on_cpu(indices, logits.shape[2] * logits.shape[3])
+    out = torch.empty_like(logits).copy_(logits)
+    _scatter(out, indices, values)
+    return out
+
+
+def scatter_points_backward_triton(grad: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """``rendseg::_scatter_points_backward``: the gradients of ``logits`` and of ``values``."""
+    check.logits(grad, "grad")
+    check_indices(indices, grad, "grad")
+    images, channels, height, width = grad.shape
+    _check_on_cpu(indices, height * width)
+    points = indices.shape[1]
+    rest = torch.empty_like(grad).copy_(grad)
+    values = torch.empty((images, channels, points), dtype=grad.dtype, device=grad.device)
+    if values.numel():
+        channels_last = channels > 1 and grad.stride(1) == 1
+        block_p, block_c = _blocks(channels, channels_last)
+        _scatter_points_backward_kernel[_grid(points, channels, images, block_p, block_c)](
+            _bits(grad),
+            indices.contiguous(),
+            _bits(rest),
+            _bits(values),
+            points,
+            channels,
+            height * width,
+            width,
+            *grad.stride(),
+            *rest.stride(),
+            CHANNELS_LAST=channels_last,
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            num_warps=4,
+            **_OPTIONS,
+        )
+    return rest, values
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both kernels, both layouts, many channels and few, for elements of 4 and 2 bytes."""
+    cases = []
+    sizes = dict.fromkeys(("points", "channels", "cells", "width"), "i32")
+    for bits in ("i32", "i16"):
+        for channels_last, channels in ((True, 160), (True, 19), (False, 19), (False, 1)):
+            block_p, block_c = _blocks(channels, channels_last)
+            blocks = dict(CHANNELS_LAST=channels_last, BLOCK_P=block_p, BLOCK_C=block_c)
+            one = "c" if channels_last else "w"
+            strides = {
+                prefix: {f"{prefix}_{a}": "i32" for a in "nchw" if a != one} for prefix in ("map", "grad", "rest")
+            }
+            name = f"{bits} {'channels_last' if channels_last else 'nchw'} C={channels}"
+            cases.append(
+                CompileCase(
+                    f"scatter_points {name}",
+                    _scatter_points_kernel,
+                    {"map_ptr": f"*{bits}", "indices_ptr": "*i64", "values_ptr": f"*{bits}", **sizes}
+                    | strides["map"]
+                    | {"values_n": "i32", "values_c": "i32"},
+                    blocks | {f"map_{one}": 1, "values_p": 1},
+                    options=_OPTIONS,
+                    divisible=("channels", *strides["map"]) if channels % 16 == 0 else (),
+                )
+            )
+            cases.append(
+                CompileCase(
+                    f"scatter_points backward {name}",
+                    _scatter_points_backward_kernel,
+                    {"grad_ptr": f"*{bits}", "rest_ptr": f"*{bits}", "values_ptr": f"*{bits}", "indices_ptr": "*i64"}
+                    | sizes
+                    | strides["grad"]
+                    | strides["rest"],
+                    blocks | {f"grad_{one}": 1, f"rest_{one}": 1},
+                    options=_OPTIONS,
+                    divisible=("channels", *strides["grad"], *strides["rest"]) if channels % 16 == 0 else (),
+                )
+            )
+    return cases
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "scatter_points": scatter_points_triton,
+    "scatter_points_": scatter_points_inplace_triton,
+    "_scatter_points_backward": scatter_points_backward_triton,
+}
