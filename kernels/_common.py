@@ -1,0 +1,219 @@
+"""What several Triton kernels share: rounding, taps, the running two largest, sort keys; and how to launch.
+
+The arithmetic is that of ``csrc/math/``: every operation is rounded, so kernels that use these functions are launched
+with ``**EXACT``, which keeps the compiler from fusing a product with a sum.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
+
+# Launch option: no fused multiply-add, so that every configuration of a kernel gives the same bits.
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+
+INT32_LIMIT = 2**31
+# Most cells or points of an image that 32-bit indices hold, with room for the tail of a tile.
+INDEX_LIMIT = INT32_LIMIT - 2**16
+
+# Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1).
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+# Host side
+
+
+def plane_span(tensor: Tensor) -> int:
+    """One more than the largest offset inside one plane of ``tensor[N, C, H, W]``, in elements."""
+    return (tensor.shape[2] - 1) * tensor.stride(2) + (tensor.shape[3] - 1) * tensor.stride(3) + 1
+
+
+def channels_inside(tensor: Tensor) -> bool:
+    """Whether the channels of ``tensor[N, C, H, W]`` are its fastest dimension, as in ``channels_last``."""
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1 and tensor.stride(3) != 1
+
+
+def check_grid(programs: int) -> int:
+    """``programs`` if a one-dimensional grid can hold them."""
+    if programs >= INT32_LIMIT:
+        raise ValueError(f"the Triton kernels launch fewer than 2**31 programs, this size needs {programs}")
+    return programs
+
+
+def check_indices(count: int, what: str) -> None:
+    """Refuses sizes that the 32-bit indices of the kernels cannot hold."""
+    if count > INDEX_LIMIT:
+        raise ValueError(f"the Triton kernels hold at most {INDEX_LIMIT} {what} of an image, got {count}")
+
+
+def strides(tensor: Tensor) -> Sequence[int]:
+    """The strides of ``tensor[N, C, H, W]``; those of dimensions of size one are 0, since nothing is read there."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Context that makes the GPU of ``tensor`` the current one; does nothing for a CPU tensor (the interpreter)."""
+    return torch.cuda.device_of(tensor)
+
+
+# Cases for kernels/_compile.py
+
+
+def tile_name(tile: Mapping[str, int], *keys: str) -> str:
+    """``"4x128"`` of the sizes of a tile that are more than one."""
+    return "x".join(str(tile[key]) for key in keys if tile[key] > 1)
+
+
+def compile_case(
+    kernel: Any, name: str, pointers: Mapping[str, str], options: Mapping[str, Any], ones: Sequence[str] = ()
+) -> CompileCase:
+    """A case of ``kernel``: its pointers, its compile-time arguments with ``num_warps``, integers that are 1.
+
+    All other arguments are 32-bit integers, and multiples of 16 where that is usual: sizes of the map and strides.
+    """
+    from ._compile import CompileCase
+
+    constexprs = {key: value for key, value in options.items() if key != "num_warps"} | dict.fromkeys(ones, 1)
+    integers = [key for key in kernel.arg_names if key not in pointers and key not in constexprs]
+    usual = [
+        key for key in integers if key in ("width", "in_width", "cells", "size") or re.fullmatch("[a-z]_[a-z]", key)
+    ]
+    signature = dict(pointers) | dict.fromkeys(integers, "i32")
+    return CompileCase(
+        name, kernel, signature, constexprs, num_warps=options["num_warps"], options=EXACT, divisible=tuple(usual)
+    )
+
+
+# Rounding
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """``value`` rounded to nearest even to ``dtype``."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's own conversion does not round to even, and may carry
+        bits = value.to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        value = tl.where(value == value, even.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def divide(a, b):
+    """``a / b`` rounded as IEEE says, which ``/`` is not in float32."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+# The two largest of a set of values, and which is the largest
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of the two; NaN if either is."""
+    if a.dtype == tl.float64:  # no machine instruction
+        return tl.where((a > b) | (a != a), a, b)
+    else:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def wins(value, first):
+    """Whether ``value``, of a later class, takes the argmax: a larger number does, and so does the first NaN."""
+    return (value > first) | ((value != value) & (first == first))
+
+
+@triton.jit
+def push_top2(first, second, value):
+    """The two largest after one more value; ``first`` is NaN as soon as one value is. They start as -infinity."""
+    return larger(first, value), tl.maximum(second, tl.minimum(first, value))
+
+
+@triton.jit
+def merge_top2(first, second, label):
+    """Brings the two largest of each lane together along axis 1; ``label`` is distinct in every lane.
+
+    The label is that of the first NaN, else the lowest among the equal largest. (Not one tl.reduce with a function of
+    its own, which the interpreter runs an element at a time.)
+    """
+    unknown = first != first
+    any_unknown = tl.max(unknown.to(tl.int32), 1) > 0
+    known = tl.where(unknown, float("-inf"), first)
+    top = tl.max(known, 1)
+    wins_argmax = tl.where(any_unknown[:, None], unknown, known == top[:, None])
+    winner = tl.min(tl.where(wins_argmax, label, 0x7FFFFFFF), 1)
+    runner_up = tl.max(tl.where(label == winner[:, None], second, known), 1)
+    return tl.where(any_unknown, float("nan"), top), runner_up, winner
+
+
+@triton.jit
+def known_class(margin, chosen, channels):
+    """``margin``, or NaN everywhere if the class ``chosen`` of the image does not exist."""
+    return tl.where((chosen >= 0) & (chosen < channels), margin, float("nan"))
+
+
+# Sort keys: csrc/math/radix_key.h
+
+
+@triton.jit
+def margin_key(margin):
+    """31 bits that grow with certainty: NaN is 0, a margin ``m >= 0`` is its bits + 1, whatever the sign of zero."""
+    bits = margin.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(margin == margin, bits + 1, 0)
+
+
+# Bilinear taps
+
+
+@triton.jit
+def upsample_taps(position, in_size, SCALE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """Taps of output cell ``position`` along one axis (csrc/math/upsample.h): ``lower, upper`` and their weights.
+
+    Integers of the type of ``position``, which must hold ``SCALE * in_size**2`` with aligned corners.
+    """
+    if ALIGN_CORNERS:
+        numerator = position * (in_size - 1)
+        denominator = tl.maximum(in_size * SCALE - 1 + tl.zeros_like(position), 1)
+    else:
+        numerator = tl.maximum(2 * position + (1 - SCALE), 0)
+        denominator = 2 * SCALE + tl.zeros_like(position)
+    if ALIGN_CORNERS:
+        lower = numerator // denominator
+    else:
+        lower = numerator // (2 * SCALE)
+    upper_weight = divide((numerator - lower * denominator).to(ACC), denominator.to(ACC))
+    return lower, tl.minimum(lower + 1, in_size - 1), 1.0 - upper_weight, upper_weight
+
+
+@triton.jit
+def axis_taps(coord, size, BORDER: tl.constexpr, ALIGN_CORNERS: tl.constexpr):
+    """Taps of a coordinate along one axis (csrc/math/bilinear.h): cells ``cell`` and ``cell + 1``.
+
+    Returns ``cell, near, far, has_near, has_far``: the weights of the two, and whether each lies on the map. Without a
+    neighbour on the map ``cell`` is -2, as for NaN.
+    """
+    from_corner = (2.0 * coord - 1.0) + 1.0
+    last = (size - 1 + tl.zeros_like(coord)).to(coord.dtype)
+    if ALIGN_CORNERS:
+        position = from_corner * (last * 0.5)
+    else:
+        position = from_corner * ((last + 1.0) * 0.5) - 0.5
+    if BORDER:
+        position = tl.where(position > 0.0, position, 0.0)
+        position = tl.where(position < last, position, last)
+    floor = tl.floor(position)
+    far = position - floor
+    has_near = (floor >= 0.0) & (floor <= last)
+    has_far = (floor >= -1.0) & (floor < last)
+    cell = tl.where(has_near | has_far, floor, -2.0).to(tl.int32)
+    return cell, 1.0 - far, far, has_near, has_far
