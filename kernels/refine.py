@@ -2,7 +2,7 @@
 
 Shapes: N images, C classes, P points of an image, ``I`` inputs and ``O`` outputs of a layer. A step is ``subdivide``,
 one ``point_sample`` of the features and one of the coarse logits, then a launch per layer of the head: a program makes
-``BLOCK_P`` points by ``BLOCK_O`` outputs in chunks of ``BLOCK_K`` inputs, and the last layer writes into the map itself.
+``BLOCK_P`` points by ``BLOCK_O`` outputs in chunks of ``BLOCK_K`` inputs, and the last layer writes into the map.
 
 Triton cannot index registers, so what lies between two layers goes through memory. It is small (points times width,
 which a GPU's L2 mostly holds) and written by one launch and read by the next, which orders the two on every GPU without
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from rendseg.reference.refine import check_refine_mlp, every_cell, refine_mlp
 from rendseg.reference.subdivide import label_dtype
 
-from ._common import EXACT, check_grid, narrow, on_device, wins
+from ._common import EXACT, INTERPRETED, check_grid, narrow, on_device, wins
 from .point_sample import point_sample_triton
 from .subdivide import subdivide_labels_triton, subdivide_triton
 
@@ -35,7 +36,17 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _add_product(
-    total, x, weight, inputs, x_k, w_i, has_point, has_output, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
+    total,
+    x,
+    weight,
+    inputs,
+    x_k,
+    w_i,
+    has_point,
+    has_output,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """``total + x @ weight`` over ``inputs`` inputs; ``x`` points at rows ``[P, 1]``, ``weight`` at columns ``[1, O]``.
 
@@ -47,9 +58,17 @@ def _add_product(
         has_input = k < inputs
         k = k.to(tl.int64)
         a = tl.load(x + k[None, :] * x_k, mask=has_point[:, None] & has_input[None, :], other=0.0)
-        b = tl.load(weight + k[:, None] * w_i, mask=has_input[:, None] & has_output[None, :], other=0.0)
+        if PACKED:  # without a mask along the outputs a load takes several of them
+            b = tl.load(weight + k[:, None] * w_i, mask=has_input[:, None], other=0.0)
+        else:
+            b = tl.load(weight + k[:, None] * w_i, mask=has_input[:, None] & has_output[None, :], other=0.0)
         if a.dtype != T:
             a = narrow(a.to(tl.float32), T)
+        if (
+            INTERPRETED and T == tl.bfloat16
+        ):  # the interpreter multiplies the bits; in float32 the products are the same
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
@@ -77,6 +96,7 @@ def _layer(
     w_o,
     w_i,
     JOINED: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -88,11 +108,12 @@ def _layer(
     column = o.to(tl.int64)[None, :] * w_o
     total = tl.zeros([p.shape[0], o.shape[0]], tl.float32)
     x += n * x_n + row * x_p
-    total = _add_product(total, x, weight + column, inputs, x_k, w_i, has_point, has_output, PRECISION, BLOCK_K)
+    total = _add_product(total, x, weight + column, inputs, x_k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K)
     if JOINED:
         coarse += n * c_n + row * c_p
+        coarse_weight += column
         total = _add_product(
-            total, coarse, coarse_weight + column, classes, c_k, w_i, has_point, has_output, PRECISION, BLOCK_K
+            total, coarse, coarse_weight, classes, c_k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K
         )
     total += tl.load(bias + o, mask=has_output, other=0.0).to(tl.float32)[None, :]
     return narrow(total, T).to(tl.float32)
@@ -123,6 +144,7 @@ def _refine_layer_kernel(
     out_c,
     out_cell,
     JOINED: tl.constexpr,
+    PACKED: tl.constexpr,
     RELU: tl.constexpr,
     INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,7 +155,8 @@ def _refine_layer_kernel(
     """One layer of the head on every point, to a buffer or, as the last of the head, into the cells of the logits.
 
     x: [N, I, P] of any strides, float32, float16 or bfloat16. coarse: [N, C, P] likewise, read if JOINED.
-    weight: [O, I] float32, float16 or bfloat16, any strides. coarse_weight: [O, C] of the same dtype and strides.
+    weight: [O, I] float32, float16 or bfloat16, any strides; if PACKED, readable and zero up to whole tiles of outputs.
+    coarse_weight: [O, C] of the same dtype and strides, likewise; read if JOINED.
     bias: [O] of the same dtype, contiguous. indices: [N, P] int64 contiguous, the cells of the points; read if INDEXED.
     out: [N, O, cells] floating, any strides, written at the cells, or at the points without INDEXED.
     """
@@ -165,6 +188,7 @@ def _refine_layer_kernel(
         w_o,
         w_i,
         JOINED,
+        PACKED,
         PRECISION,
         BLOCK_K,
     )
@@ -200,6 +224,7 @@ def _refine_labels_kernel(
     w_i,
     out_n,
     JOINED: tl.constexpr,
+    PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -242,6 +267,7 @@ def _refine_labels_kernel(
             w_o,
             w_i,
             JOINED,
+            PACKED,
             PRECISION,
             BLOCK_K,
         )
@@ -264,9 +290,13 @@ def _refine_labels_kernel(
     tl.store(out + n * out_n + cell, label.to(out.dtype.element_ty), mask=has_point)
 
 
-def _tile(outputs: int, half: bool) -> dict[str, int]:
-    """Configuration by shape class: points, outputs and inputs of a tile, warps and stages of the loads."""
-    block_o = min(128 if half else 64, max(16, triton.next_power_of_2(outputs)))
+def _tile(outputs: int, half: bool, labels: bool = False) -> dict[str, int]:
+    """Configuration by shape class: points, outputs and inputs of a tile, warps and stages of the loads.
+
+    The argmax takes half the outputs at a time, because it keeps its own tiles of them in registers.
+    """
+    widest = (128 if half else 64) // (2 if labels else 1)
+    block_o = min(widest, max(16, triton.next_power_of_2(outputs)))
     return {"BLOCK_P": 64, "BLOCK_O": block_o, "BLOCK_K": 64 if half else 32, "num_warps": 4, "num_stages": 3}
 
 
@@ -297,27 +327,29 @@ class _Head:
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             joined = coarse_each_layer or i == 0
             weight = weight.detach()
-            if self.half and weight.stride(0) % 8 and weight.shape[0] % 8 == 0:
-                # Rows of odd lengths, as with 19 classes, start anywhere: by columns a load takes several values.
-                weight = weight.t().contiguous().t()
+            outputs = weight.shape[0]
+            if self.half:
+                # Rows of odd lengths, as with 19 classes, start anywhere: by whole columns a load takes several values.
+                weight = F.pad(weight.t(), (0, -outputs % _tile(outputs, True)["BLOCK_O"])).contiguous().t()
             inputs = weight.shape[1] - (classes if joined else 0)
             hidden = weight.narrow(1, classes if joined and coarse_first else 0, inputs)
             points = weight.narrow(1, 0 if coarse_first else inputs, classes) if joined else hidden
-            self.layers.append((hidden, points, bias.detach().contiguous(), joined))
+            self.layers.append((hidden, points, bias.detach().contiguous(), joined, outputs))
 
     def __call__(self, x: Tensor, coarse: Tensor, indices: Tensor | None, out: Tensor) -> None:
         """Features ``x [N, I, P]`` and ``coarse [N, C, P]`` to the cells of ``out``: logits or labels."""
         images, _, points = x.shape
         labels = not out.is_floating_point()
         cell_indices = coarse if indices is None else indices
-        for i, (weight, coarse_weight, bias, joined) in enumerate(self.layers):
+        for i, (weight, coarse_weight, bias, joined, outputs) in enumerate(self.layers):
             last = i + 1 == len(self.layers)
-            outputs, inputs = weight.shape
-            tile = _tile(outputs, self.half)
+            inputs = weight.shape[1]
+            tile = _tile(outputs, self.half, last and labels)
             tiles = images * triton.cdiv(points, tile["BLOCK_P"])
             shared = (x, coarse, weight, coarse_weight, bias, cell_indices)
             strides = (*x.stride(), *coarse.stride(), *weight.stride())
-            options = {"JOINED": joined, "INDEXED": last and indices is not None, "PRECISION": self.precision}
+            options = {"JOINED": joined, "PACKED": self.half, "INDEXED": last and indices is not None}
+            options |= {"PRECISION": self.precision}
             if last and labels:
                 _refine_labels_kernel[(check_grid(tiles),)](
                     *shared, out, points, inputs, self.classes, *strides, out.stride(0), **options, **tile, **EXACT
@@ -429,19 +461,19 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_trit
 
 
 def _case(
-    kernel: Any, name: str, kind: str, outputs: int, options: dict[str, Any], columns: bool, **given: int
+    kernel: Any, name: str, kind: str, outputs: int, options: dict[str, Any], ones: tuple[str, ...]
 ) -> CompileCase:
     """A case as launched with 256 inputs: sizes and strides are multiples of 16, except those of the classes."""
     from ._compile import CompileCase
 
-    tile = _tile(outputs, kind != "fp32")
+    half = kind != "fp32"
+    tile = _tile(outputs, half, "RELU" not in options)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     pointers = {key: f"*{kind}" for key in ("x", "coarse", "weight", "coarse_weight", "bias", "out")}
-    pointers |= {"indices": "*i64"} | ({"out": "*u8"} if "RELU" not in options else {})
-    # Hidden layers read rows; weights lie by columns where rows are odd, as with 19 classes.
-    constexprs = options | tile | given | {"w_o" if columns else "w_i": 1, "c_p": 1}
+    pointers |= {"indices": "*i64"} | ({} if "RELU" in options else {"out": "*u8"})
+    constexprs = options | {"PACKED": half} | tile | dict.fromkeys(("w_o" if half else "w_i", "c_p", *ones), 1)
     integers = [key for key in kernel.arg_names if key not in pointers and key not in constexprs]
-    odd = {"classes", "w_o", "out_c"} | ({"outputs", "w_i"} if outputs == 19 else set())
+    odd = {"classes", "w_o"} | ({"outputs"} if outputs % 16 else set())
     return CompileCase(
         name,
         kernel,
@@ -458,17 +490,18 @@ def compile_cases() -> list[CompileCase]:
     """Every kernel in every configuration that is used by default: first, middle and last layers of the usual head."""
     cases = []
     for kind, precision in (("fp32", "tf32"), ("fp32", "tf32x3"), ("bf16", "ieee"), ("fp16", "ieee")):
-        columns = kind != "fp32"
-        options = {"JOINED": True, "RELU": True, "INDEXED": False, "PRECISION": precision}
         name = f"{kind} {precision}"
-        hidden = {"x_k": 1}
-        layer = (_refine_layer_kernel, f"refine_layer {name}")
-        cases.append(_case(layer[0], f"{layer[1]} first", kind, 256, options, columns, x_p=1, out_c=1))
-        cases.append(_case(layer[0], f"{layer[1]} 256", kind, 256, options, columns, out_c=1, **hidden))
-        last = options | {"RELU": False, "INDEXED": True}
+        labels = {"JOINED": True, "INDEXED": True, "PRECISION": precision}
+        logits = labels | {"RELU": False}
+        hidden = labels | {"RELU": True, "INDEXED": False}
+        layer = _refine_layer_kernel
+        cases.append(_case(layer, f"refine_layer {name} first", kind, 256, hidden, ("x_p", "out_c")))
+        cases.append(_case(layer, f"refine_layer {name} middle", kind, 256, hidden, ("x_k", "out_c")))
         for classes in (19, 150):
-            cases.append(_case(layer[0], f"{layer[1]} logits {classes}", kind, classes, last, False, **hidden))
-            labels = {key: value for key, value in last.items() if key != "RELU"}
-            kernel = _refine_labels_kernel
-            cases.append(_case(kernel, f"refine_labels {name} {classes}", kind, classes, labels, False, **hidden))
+            cases.append(
+                _case(layer, f"refine_layer {name} logits {classes}", kind, classes, logits, ("x_k", "out_cell"))
+            )
+            cases.append(
+                _case(_refine_labels_kernel, f"refine_labels {name} {classes}", kind, classes, labels, ("x_k",))
+            )
     return cases
