@@ -1,0 +1,507 @@
+"""The inference loop with a stock point head: PointRend (Kirillov et al. 2020), section 3.1.
+
+Shapes: N images, C classes, P points of an image, ``I`` inputs and ``O`` outputs of a layer. A step is ``subdivide``,
+one ``point_sample`` of the features and one of the coarse logits, then a launch per layer of the head: a program makes
+``BLOCK_P`` points by ``BLOCK_O`` outputs in chunks of ``BLOCK_K`` inputs, and the last layer writes into the map.
+
+Triton cannot index registers, so what lies between two layers goes through memory. It is small (points times width,
+which a GPU's L2 mostly holds) and written by one launch and read by the next, which orders the two on every GPU without
+a barrier of our own. The coarse logits are a second operand of each layer, so nothing is ever concatenated.
+
+Every sum runs over its inputs in an order that the shapes fix, and every cell is written once: no atomics, the same
+bits every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rendseg.reference.refine import check_refine_mlp, every_cell, refine_mlp
+from rendseg.reference.subdivide import label_dtype
+
+from ._common import EXACT, INTERPRETED, check_grid, narrow, on_device, wins
+from .point_sample import point_sample_triton
+from .subdivide import subdivide_labels_triton, subdivide_triton
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
+
+
+@triton.jit
+def _add_product(
+    total,
+    x,
+    weight,
+    inputs,
+    x_k,
+    w_i,
+    has_point,
+    has_output,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``total + x @ weight`` over ``inputs`` inputs; ``x`` points at rows ``[P, 1]``, ``weight`` at columns ``[1, O]``.
+
+    Whatever lies outside is zero in both factors, so that no NaN comes of it.
+    """
+    T: tl.constexpr = weight.dtype.element_ty
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        has_input = k < inputs
+        k = k.to(tl.int64)
+        a = tl.load(x + k[None, :] * x_k, mask=has_point[:, None] & has_input[None, :], other=0.0)
+        if PACKED:  # without a mask along the outputs a load takes several of them
+            b = tl.load(weight + k[:, None] * w_i, mask=has_input[:, None], other=0.0)
+        else:
+            b = tl.load(weight + k[:, None] * w_i, mask=has_input[:, None] & has_output[None, :], other=0.0)
+        if a.dtype != T:
+            a = narrow(a.to(tl.float32), T)
+        if (
+            INTERPRETED and T == tl.bfloat16
+        ):  # the interpreter multiplies the bits; in float32 the products are the same
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _layer(
+    x,
+    coarse,
+    weight,
+    coarse_weight,
+    bias,
+    n,
+    p,
+    o,
+    points,
+    inputs,
+    classes,
+    outputs,
+    x_n,
+    x_k,
+    x_p,
+    c_n,
+    c_k,
+    c_p,
+    w_o,
+    w_i,
+    JOINED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Outputs ``o`` at points ``p`` of image ``n``, rounded to the dtype of the head, as float32."""
+    T: tl.constexpr = weight.dtype.element_ty
+    has_point = p < points
+    has_output = o < outputs
+    row = p.to(tl.int64)[:, None]
+    column = o.to(tl.int64)[None, :] * w_o
+    total = tl.zeros([p.shape[0], o.shape[0]], tl.float32)
+    x += n * x_n + row * x_p
+    total = _add_product(total, x, weight + column, inputs, x_k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K)
+    if JOINED:
+        coarse += n * c_n + row * c_p
+        coarse_weight += column
+        total = _add_product(
+            total, coarse, coarse_weight, classes, c_k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K
+        )
+    total += tl.load(bias + o, mask=has_output, other=0.0).to(tl.float32)[None, :]
+    return narrow(total, T).to(tl.float32)
+
+
+@triton.jit
+def _refine_layer_kernel(
+    x,
+    coarse,
+    weight,
+    coarse_weight,
+    bias,
+    indices,
+    out,
+    points,
+    inputs,
+    classes,
+    outputs,
+    x_n,
+    x_k,
+    x_p,
+    c_n,
+    c_k,
+    c_p,
+    w_o,
+    w_i,
+    out_n,
+    out_c,
+    out_cell,
+    JOINED: tl.constexpr,
+    PACKED: tl.constexpr,
+    RELU: tl.constexpr,
+    INDEXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One layer of the head on every point, to a buffer or, as the last of the head, into the cells of the logits.
+
+    x: [N, I, P] of any strides, float32, float16 or bfloat16. coarse: [N, C, P] likewise, read if JOINED.
+    weight: [O, I] float32, float16 or bfloat16, any strides; if PACKED, readable and zero up to whole tiles of outputs.
+    coarse_weight: [O, C] of the same dtype and strides, likewise; read if JOINED.
+    bias: [O] of the same dtype, contiguous. indices: [N, P] int64 contiguous, the cells of the points; read if INDEXED.
+    out: [N, O, cells] floating, any strides, written at the cells, or at the points without INDEXED.
+    """
+    program = tl.program_id(0)
+    o_tiles = tl.cdiv(outputs, BLOCK_O)
+    p_tiles = tl.cdiv(points, BLOCK_P)
+    o = program % o_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    p = program // o_tiles % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = (program // o_tiles // p_tiles).to(tl.int64)
+    value = _layer(
+        x,
+        coarse,
+        weight,
+        coarse_weight,
+        bias,
+        n,
+        p,
+        o,
+        points,
+        inputs,
+        classes,
+        outputs,
+        x_n,
+        x_k,
+        x_p,
+        c_n,
+        c_k,
+        c_p,
+        w_o,
+        w_i,
+        JOINED,
+        PACKED,
+        PRECISION,
+        BLOCK_K,
+    )
+    if RELU:
+        value = tl.where(value < 0.0, 0.0, value)  # keeps NaN, as torch.relu
+    has_point = p < points
+    cell = p.to(tl.int64)
+    if INDEXED:
+        cell = tl.load(indices + n * points + p, mask=has_point, other=0)
+    at = n * out_n + cell[:, None] * out_cell + o.to(tl.int64)[None, :] * out_c
+    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=has_point[:, None] & (o < outputs)[None, :])
+
+
+@triton.jit
+def _refine_labels_kernel(
+    x,
+    coarse,
+    weight,
+    coarse_weight,
+    bias,
+    indices,
+    out,
+    points,
+    inputs,
+    classes,
+    x_n,
+    x_k,
+    x_p,
+    c_n,
+    c_k,
+    c_p,
+    w_o,
+    w_i,
+    out_n,
+    JOINED: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The last layer of the head, of which only the argmax is kept: the lowest class on ties, the first NaN over all.
+
+    x, coarse, weight, coarse_weight, bias, indices: as in the layer kernel; coarse gives the dtype of the logits.
+    out: [N, cells] uint8 or int16, written at the cells, or at the points without INDEXED.
+    """
+    LOGITS: tl.constexpr = coarse.dtype.element_ty
+    program = tl.program_id(0)
+    p_tiles = tl.cdiv(points, BLOCK_P)
+    p = program % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = (program // p_tiles).to(tl.int64)
+    best = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    label = tl.zeros([BLOCK_P], tl.int32)
+    for first in range(0, classes, BLOCK_O):
+        o = first + tl.arange(0, BLOCK_O)
+        value = _layer(
+            x,
+            coarse,
+            weight,
+            coarse_weight,
+            bias,
+            n,
+            p,
+            o,
+            points,
+            inputs,
+            classes,
+            classes,
+            x_n,
+            x_k,
+            x_p,
+            c_n,
+            c_k,
+            c_p,
+            w_o,
+            w_i,
+            JOINED,
+            PACKED,
+            PRECISION,
+            BLOCK_K,
+        )
+        value = narrow(value, LOGITS).to(tl.float32)
+        value = tl.where((o < classes)[None, :], value, float("-inf"))
+        unknown = value != value
+        any_unknown = tl.max(unknown.to(tl.int32), 1) > 0
+        known = tl.where(unknown, float("-inf"), value)
+        top = tl.max(known, 1)
+        won = tl.where(any_unknown[:, None], unknown, known == top[:, None])
+        winner = tl.min(tl.where(won, o[None, :], 0x7FFFFFFF), 1)
+        top = tl.where(any_unknown, float("nan"), top)
+        later = wins(top, best)
+        best = tl.where(later, top, best)
+        label = tl.where(later, winner, label)
+    has_point = p < points
+    cell = p.to(tl.int64)
+    if INDEXED:
+        cell = tl.load(indices + n * points + p, mask=has_point, other=0)
+    tl.store(out + n * out_n + cell, label.to(out.dtype.element_ty), mask=has_point)
+
+
+def _tile(outputs: int, half: bool, labels: bool = False) -> dict[str, int]:
+    """Configuration by shape class: points, outputs and inputs of a tile, warps and stages of the loads.
+
+    The argmax takes half the outputs at a time, because it keeps its own tiles of them in registers.
+    """
+    widest = (128 if half else 64) // (2 if labels else 1)
+    block_o = min(widest, max(16, triton.next_power_of_2(outputs)))
+    return {"BLOCK_P": 64, "BLOCK_O": block_o, "BLOCK_K": 64 if half else 32, "num_warps": 4, "num_stages": 3}
+
+
+def _precision(device: torch.device, dtype: torch.dtype) -> str:
+    """How products of float32 are made: in tf32 only where PyTorch lets the convolutions of a head that is called."""
+    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip:
+        return "ieee"
+    if torch.cuda.get_device_capability(device)[0] < 8:  # no tf32
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+
+
+class _Head:
+    """The layers, and how they are launched."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        classes: int,
+        coarse_each_layer: bool,
+        coarse_first: bool,
+    ) -> None:
+        self.classes = classes
+        self.half = weights[0].dtype != torch.float32
+        self.precision = _precision(weights[0].device, weights[0].dtype)
+        self.layers = []
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            joined = coarse_each_layer or i == 0
+            weight = weight.detach()
+            outputs = weight.shape[0]
+            if self.half:
+                # Rows of odd lengths, as with 19 classes, start anywhere: by whole columns a load takes several values.
+                weight = F.pad(weight.t(), (0, -outputs % _tile(outputs, True)["BLOCK_O"])).contiguous().t()
+            inputs = weight.shape[1] - (classes if joined else 0)
+            hidden = weight.narrow(1, classes if joined and coarse_first else 0, inputs)
+            points = weight.narrow(1, 0 if coarse_first else inputs, classes) if joined else hidden
+            self.layers.append((hidden, points, bias.detach().contiguous(), joined, outputs))
+
+    def __call__(self, x: Tensor, coarse: Tensor, indices: Tensor | None, out: Tensor) -> None:
+        """Features ``x [N, I, P]`` and ``coarse [N, C, P]`` to the cells of ``out``: logits or labels."""
+        images, _, points = x.shape
+        labels = not out.is_floating_point()
+        cell_indices = coarse if indices is None else indices
+        for i, (weight, coarse_weight, bias, joined, outputs) in enumerate(self.layers):
+            last = i + 1 == len(self.layers)
+            inputs = weight.shape[1]
+            tile = _tile(outputs, self.half, last and labels)
+            tiles = images * triton.cdiv(points, tile["BLOCK_P"])
+            shared = (x, coarse, weight, coarse_weight, bias, cell_indices)
+            strides = (*x.stride(), *coarse.stride(), *weight.stride())
+            options = {"JOINED": joined, "PACKED": self.half, "INDEXED": last and indices is not None}
+            options |= {"PRECISION": self.precision}
+            if last and labels:
+                _refine_labels_kernel[(check_grid(tiles),)](
+                    *shared, out, points, inputs, self.classes, *strides, out.stride(0), **options, **tile, **EXACT
+                )
+                return
+            if last:
+                target, to = out, (out.stride(0), out.stride(1), _cell_stride(out))
+            else:  # the outputs of a point side by side, as the next layer reads them
+                target = torch.empty((images, points, outputs), dtype=weight.dtype, device=x.device).transpose(1, 2)
+                to = target.stride()
+            _refine_layer_kernel[(check_grid(tiles * triton.cdiv(outputs, tile["BLOCK_O"])),)](
+                *shared,
+                target,
+                points,
+                inputs,
+                self.classes,
+                outputs,
+                *strides,
+                *to,
+                RELU=not last,
+                **options,
+                **tile,
+                **EXACT,
+            )
+            x = target
+
+
+def _cell_stride(logits: Tensor) -> int:
+    """From one cell to the next of ``logits[N, C, H, W]``, contiguous or channels_last."""
+    height, width = logits.shape[2:]
+    return logits.stride(3) if width > 1 else logits.stride(2) if height > 1 else 1
+
+
+def refine_mlp_triton(
+    coarse: Tensor,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    steps: int,
+    num_points: int,
+    coarse_source: str,
+    scale_factor: int,
+    align_corners: bool,
+    padding_mode: str,
+    coarse_each_layer: bool,
+    coarse_first: bool,
+    labels: bool,
+) -> Tensor:
+    """``rendseg::_refine_mlp``: logits ``[N, C, H, W]`` in the layout of ``coarse``, or labels ``[N, H, W]``.
+
+    For labels the logits of the last step are never stored. float64 runs the reference, operator by operator.
+    """
+    classes = coarse.shape[1] if coarse.dim() > 1 else 0
+    layers = (coarse_source, scale_factor, padding_mode, coarse_each_layer, labels)
+    check_refine_mlp(coarse, features, weights, biases, steps, num_points, *layers)
+    coarse = coarse.detach()
+    features = [feature.detach() for feature in features]
+    if steps == 0:
+        return coarse.argmax(1).to(label_dtype(classes)) if labels else coarse.clone()
+    layout = torch._prims_common.suggest_memory_format(coarse)
+    if coarse.dtype == torch.float64:
+        out = refine_mlp(
+            coarse,
+            features,
+            weights,
+            biases,
+            steps,
+            num_points,
+            coarse_source,
+            scale_factor,
+            align_corners,
+            padding_mode,
+            coarse_each_layer,
+            coarse_first,
+            labels,
+        )
+        return out if labels else out.contiguous(memory_format=layout)
+    images = coarse.shape[0]
+    with on_device(coarse):
+        head = _Head(weights, biases, classes, coarse_each_layer, coarse_first)
+        current = coarse
+        for step in range(steps):
+            want_labels = labels and step + 1 == steps
+            previous, indices = current, None
+            height, width = previous.shape[2] * scale_factor, previous.shape[3] * scale_factor
+            if num_points < height * width:
+                function = subdivide_labels_triton if want_labels else subdivide_triton
+                current, indices, coords = function(previous, num_points, scale_factor, align_corners)
+            else:  # every cell is recomputed: nothing is upsampled or selected
+                coords = every_cell(coarse, height, width)
+                if want_labels:
+                    current = coarse.new_empty((images, height, width), dtype=label_dtype(classes))
+                else:
+                    size = (images, classes, height, width)
+                    current = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
+            if images == 0:
+                continue
+            source = coarse if coarse_source == "original" else previous
+            head(
+                point_sample_triton(features, coords, padding_mode=padding_mode),
+                point_sample_triton([source], coords, padding_mode=padding_mode),
+                indices,
+                current,
+            )
+    return current
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_triton}
+
+
+def _case(
+    kernel: Any, name: str, kind: str, outputs: int, options: dict[str, Any], ones: tuple[str, ...]
+) -> CompileCase:
+    """A case as launched with 256 inputs: sizes and strides are multiples of 16, except those of the classes."""
+    from ._compile import CompileCase
+
+    half = kind != "fp32"
+    tile = _tile(outputs, half, "RELU" not in options)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    pointers = {key: f"*{kind}" for key in ("x", "coarse", "weight", "coarse_weight", "bias", "out")}
+    pointers |= {"indices": "*i64"} | ({} if "RELU" in options else {"out": "*u8"})
+    constexprs = options | {"PACKED": half} | tile | dict.fromkeys(("w_o" if half else "w_i", "c_p", *ones), 1)
+    integers = [key for key in kernel.arg_names if key not in pointers and key not in constexprs]
+    odd = {"classes", "w_o"} | ({"outputs"} if outputs % 16 else set())
+    return CompileCase(
+        name,
+        kernel,
+        pointers | dict.fromkeys(integers, "i32"),
+        constexprs,
+        num_warps=warps,
+        num_stages=stages,
+        options=EXACT,
+        divisible=tuple(key for key in integers if key not in odd),
+    )
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default: first, middle and last layers of the usual head."""
+    cases = []
+    for kind, precision in (("fp32", "tf32"), ("fp32", "tf32x3"), ("bf16", "ieee"), ("fp16", "ieee")):
+        name = f"{kind} {precision}"
+        labels = {"JOINED": True, "INDEXED": True, "PRECISION": precision}
+        logits = labels | {"RELU": False}
+        hidden = labels | {"RELU": True, "INDEXED": False}
+        layer = _refine_layer_kernel
+        cases.append(_case(layer, f"refine_layer {name} first", kind, 256, hidden, ("x_p", "out_c")))
+        cases.append(_case(layer, f"refine_layer {name} middle", kind, 256, hidden, ("x_k", "out_c")))
+        for classes in (19, 150):
+            cases.append(
+                _case(layer, f"refine_layer {name} logits {classes}", kind, classes, logits, ("x_k", "out_cell"))
+            )
+            cases.append(
+                _case(_refine_labels_kernel, f"refine_labels {name} {classes}", kind, classes, labels, ("x_k",))
+            )
+    return cases
