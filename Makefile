@@ -68,19 +68,21 @@ format: $(VENV)/.installed
 SANITIZER := $(shell command -v compute-sanitizer || ls $${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer 2>/dev/null)
 # Without torch's cache of memory each tensor has bounds of its own. initcheck must see every write, so it checks all kernels.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --report-api-errors no
-gpu-check: $(VENV)/.installed
-	RENDSEG_CUDA=1 RENDSEG_REQUIRE_EXTENSION=1 $(PY) setup.py build_ext --inplace
-	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: the CUDA extension is built, but \
+# .venv where there is one, else the Python on PATH: a machine with a GPU may have its packages and no network.
+GPU_PY ?= $(if $(wildcard $(PY)),$(PY),python3)
+gpu-check:
+	RENDSEG_CUDA=1 RENDSEG_REQUIRE_EXTENSION=1 $(GPU_PY) setup.py build_ext --inplace
+	@$(GPU_PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: the CUDA extension is built, but \
 	torch finds NO GPU on this machine: nothing was run, nothing was checked.")'
-	$(PY) csrc/check_resources.py --table
-	$(PY) -m pytest tests/ -m gpu $(PYTEST_ARGS)
+	$(GPU_PY) csrc/check_resources.py --table
+	$(GPU_PY) -m pytest tests/ -m gpu $(PYTEST_ARGS)
 	@if test -n "$(SANITIZER)"; then set -ex; \
-	  $(SANITIZE) --tool memcheck --kernel-name kns=rendseg $(PY) tests/gpu/sanitize.py; \
-	  $(SANITIZE) --tool racecheck --kernel-name kns=rendseg $(PY) tests/gpu/sanitize.py; \
-	  $(SANITIZE) --tool initcheck $(PY) tests/gpu/sanitize.py; \
+	  $(SANITIZE) --tool memcheck --kernel-name kns=rendseg $(GPU_PY) tests/gpu/sanitize.py; \
+	  $(SANITIZE) --tool racecheck --kernel-name kns=rendseg $(GPU_PY) tests/gpu/sanitize.py; \
+	  $(SANITIZE) --tool initcheck $(GPU_PY) tests/gpu/sanitize.py; \
 	else echo "gpu-check: compute-sanitizer is NOT here (PATH, CUDA_HOME/bin): memory errors and races were not looked for"; fi
 	@for file in bench/[a-z]*.py; do echo "== $$file"; \
-	  $(PY) $$file --device cuda --output "$${OUT:-bench/results}" $(BENCH_ARGS) || exit 1; done
+	  $(GPU_PY) $$file --device cuda --output "$${OUT:-bench/results}" $(BENCH_ARGS) || exit 1; done
 
 clean:
 	rm -rf build dist cmake-build rendseg/*.so rendseg/_build_facts.py *.egg-info $(VENV)/.built

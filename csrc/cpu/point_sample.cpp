@@ -29,8 +29,8 @@
 #include <immintrin.h>
 #endif
 
-#include "../checks.h"
 #include "../math/bilinear.h"
+#include "../point_sample_common.h"
 #include "huge_pages.h"
 #include "isa.h"
 #include "point_sample_types.h"
@@ -118,13 +118,7 @@ void sort_by_key(std::vector<Keyed>& items, std::vector<Keyed>& spare) {
   }
 }
 
-// What every map of a call shares.
-struct Call {
-  bool nearest, border, align_corners;
-  int64_t images, points;
-};
-
-SampleGrid grid_of(const at::Tensor& map, const Call& call) {
+SampleGrid grid_of(const at::Tensor& map, const SampleCall& call) {
   return {static_cast<int32_t>(map.size(2)),
           static_cast<int32_t>(map.size(3)),
           map.stride(2),
@@ -180,7 +174,8 @@ void read_lines(const void* data, int64_t bytes) {
 
 // map[N,C,H,W] at coords[N,P,2] into out[N,:,P], which points at the first channel of the map.
 template <typename T>
-void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& call, T* out, int64_t out_stride_n) {
+void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const SampleCall& call, T* out,
+                   int64_t out_stride_n) {
   using A = acc_t<T>;
   const int64_t channels = map.size(1), points = call.points;
   const SampleGrid grid = grid_of(map, call);
@@ -228,11 +223,6 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const Call& ca
       }
     }
   });
-}
-
-at::MemoryFormat gradient_format(const at::Tensor& map) {
-  return !map.is_contiguous() && map.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
-                                                                                   : at::MemoryFormat::Contiguous;
 }
 
 // A zero tensor in the layout of `map`. A large one is memory that the system hands out already zero, in huge pages
@@ -301,7 +291,8 @@ class CellRuns {
 
 // grad[N,C,P] of any strides into the zeroed result[N,C,H,W].
 template <typename T>
-void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, const Call& call, at::Tensor& result) {
+void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, const SampleCall& call,
+                            at::Tensor& result) {
   using A = acc_t<T>;
   const int64_t channels = result.size(1), points = call.points;
   const SampleGrid grid = grid_of(result, call);
@@ -373,8 +364,8 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
 // d loss / d coords, added to result[N,P,2]: with d_t = sum over channels of grad * (value of tap t), the slope in x is
 // (d_ne - d_nw) * south weight + (d_se - d_sw) * north weight, and likewise in y.
 template <typename T>
-void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const acc_t<T>* coords, const Call& call,
-                            acc_t<T>* result) {
+void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const acc_t<T>* coords,
+                            const SampleCall& call, acc_t<T>* result) {
   using A = acc_t<T>;
   const int64_t channels = map.size(1), points = call.points;
   const SampleGrid grid = grid_of(map, call);
@@ -425,62 +416,6 @@ void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const
           }
         }
       });
-}
-
-void check_option(c10::string_view value, const char* name, c10::string_view first, c10::string_view second) {
-  TORCH_CHECK_VALUE(value == first || value == second, name, " must be one of ", first, ", ", second, ", got '", value,
-                    "'");
-}
-
-void check_coords(const at::Tensor& coords, const at::Tensor& of, const char* of_name, bool grid) {
-  check_strided(coords, "coords");
-  TORCH_CHECK_VALUE(
-      (coords.dim() == 3 || (grid && coords.dim() == 4)) && coords.size(-1) == 2 && coords.size(0) == of.size(0),
-      "coords must have shape ", grid ? "[N, P, 2] or [N, Hg, Wg, 2]" : "[N, P, 2]", " with N = ", of.size(0),
-      " as in ", of_name, ", got ", coords.sizes());
-  TORCH_CHECK_TYPE(coords.scalar_type() == at::kFloat || coords.scalar_type() == at::kDouble,
-                   "coords must be float32 or float64 (half precision cannot address a large map), got ",
-                   coords.scalar_type());
-  check_same_device(coords, "coords", of, of_name);
-}
-
-Call check_call(at::TensorList input, const at::Tensor& coords, c10::string_view mode, c10::string_view padding_mode,
-                bool align_corners) {
-  check_option(mode, "mode", "bilinear", "nearest");
-  check_option(padding_mode, "padding_mode", "zeros", "border");
-  TORCH_CHECK_VALUE(!input.empty(), "input must hold at least one tensor, got an empty list");
-  for (size_t i = 0; i < input.size(); ++i) {
-    const at::Tensor& map = input[i];
-    const std::string name = input.size() == 1 ? "input" : "input[" + std::to_string(i) + "]";
-    check_logits(map, name.c_str());
-    TORCH_CHECK_VALUE(
-        map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(), name,
-        " must have H and W below 2^31, got shape ", map.sizes());
-    TORCH_CHECK_VALUE(map.size(0) == input[0].size(0), name, " must have N = ", input[0].size(0),
-                      " as in input[0], got shape ", map.sizes());
-    TORCH_CHECK_TYPE(map.scalar_type() == input[0].scalar_type(), name, " must have the dtype of input[0] (",
-                     input[0].scalar_type(), "), got ", map.scalar_type());
-    check_same_device(map, name.c_str(), input[0], "input[0]");
-  }
-  check_coords(coords, input[0], "input", true);
-  return {mode == "nearest", padding_mode == "border", align_corners, coords.size(0),
-          coords.dim() == 3 ? coords.size(1) : coords.size(1) * coords.size(2)};
-}
-
-at::Tensor coords_for(const at::Tensor& coords, at::ScalarType feature) {
-  return coords.to(feature == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-}
-
-int64_t total_channels(at::TensorList input) {
-  int64_t channels = 0;
-  for (const at::Tensor& map : input) channels += map.size(1);
-  return channels;
-}
-
-std::vector<int64_t> output_sizes(at::TensorList input, const at::Tensor& coords) {
-  std::vector<int64_t> sizes{coords.size(0), total_channels(input)};
-  for (int64_t d = 1; d + 1 < coords.dim(); ++d) sizes.push_back(coords.size(d));
-  return sizes;
 }
 
 }  // namespace
@@ -540,9 +475,9 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
 
 at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10::string_view mode,
                             c10::string_view padding_mode, bool align_corners) {
-  const Call call = check_call(input, coords, mode, padding_mode, align_corners);
+  const SampleCall call = check_point_sample(input, coords, mode, padding_mode, align_corners);
   at::Tensor out =
-      at::empty(output_sizes(input, coords), input[0].options().memory_format(at::MemoryFormat::Contiguous));
+      at::empty(sample_sizes(input, coords), input[0].options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   const int64_t stride_n = total_channels(input) * call.points;
   const at::Tensor xy = coords_for(coords, input[0].scalar_type());
@@ -562,13 +497,8 @@ std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as
                                                   at::TensorList input, const at::Tensor& coords, c10::string_view mode,
                                                   c10::string_view padding_mode, bool align_corners, bool input_grad,
                                                   bool coords_grad) {
-  const Call call = check_call(input, coords, mode, padding_mode, align_corners);
-  check_strided(grad, "grad");
-  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(output_sizes(input, coords)), "grad must have shape ",
-                    at::IntArrayRef(output_sizes(input, coords)), " as the output, got ", grad.sizes());
-  TORCH_CHECK_TYPE(grad.scalar_type() == input[0].scalar_type(), "grad must have the dtype of input (",
-                   input[0].scalar_type(), "), got ", grad.scalar_type());
-  check_same_device(grad, "grad", input[0], "input");
+  const SampleCall call = check_point_sample(input, coords, mode, padding_mode, align_corners);
+  check_sample_grad(grad, input, coords);
   std::vector<at::Tensor> result;
   for (const at::Tensor& map : input) {
     result.push_back(input_grad ? zero_gradient(map) : at::empty({0}, map.options()));
@@ -598,15 +528,8 @@ std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as
 }
 
 at::Tensor point_labels_cpu(const at::Tensor& labels, const at::Tensor& coords, int64_t ignore_index) {
-  check_strided(labels, "labels");
-  check_rank(labels, "labels", "[N, H, W]", 3);
+  check_point_labels(labels, coords);
   const at::ScalarType dtype = labels.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kByte || dtype == at::kChar || dtype == at::kShort || dtype == at::kInt || dtype == at::kLong,
-      "labels must be an integer tensor (labels never pass through float), got ", dtype);
-  TORCH_CHECK_VALUE(labels.size(1) > 0 && labels.size(2) > 0,
-                    "labels must have at least one cell (H*W > 0), got shape ", labels.sizes());
-  check_coords(coords, labels, "labels", false);
   const int64_t images = coords.size(0), points = coords.size(1), height = labels.size(1), width = labels.size(2);
   at::Tensor out = at::empty({images, points}, labels.options().dtype(at::kLong));
   if (out.numel() == 0) return out;

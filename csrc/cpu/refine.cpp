@@ -1,7 +1,6 @@
 // _refine_mlp on the CPU: the whole inference loop of PointRend (Kirillov et al. 2020), section 3.1, with a stock point
 // head, in one call. Blocks of points are gathered, sent through every layer and scattered while they are in cache.
 #include <ATen/Parallel.h>
-#include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
@@ -19,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../checks.h"
+#include "../refine_common.h"
 #include "huge_pages.h"
 #include "isa.h"
 #include "point_sample.h"
@@ -57,62 +56,6 @@ namespace avx512 = baseline;
 #endif
 
 namespace {
-
-struct RefineOptions {
-  int64_t steps, num_points;
-  bool current_source;  // the coarse features come from the map being refined, not from the original one
-  int64_t scale_factor;
-  bool align_corners, border, coarse_each_layer, coarse_first, labels;
-};
-
-void check_refine(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
-                  const RefineOptions& o, c10::string_view coarse_source, c10::string_view padding_mode) {
-  check_logits(coarse, "coarse");
-  check_num_points(o.num_points);
-  TORCH_CHECK_VALUE(coarse_source == "original" || coarse_source == "current",
-                    "coarse_source must be one of original, current, got '", coarse_source, "'");
-  TORCH_CHECK_VALUE(padding_mode == "zeros" || padding_mode == "border",
-                    "padding_mode must be one of zeros, border, got '", padding_mode, "'");
-  TORCH_CHECK_VALUE(o.scale_factor >= 2, "scale_factor must be at least 2, got ", o.scale_factor);
-  TORCH_CHECK_VALUE(o.steps >= 0, "steps must not be negative, got ", o.steps);
-  const int64_t classes = coarse.size(1);
-  TORCH_CHECK_VALUE(!o.labels || classes <= 32768, "output=\"labels\" holds at most 32768 classes, got ", classes);
-  TORCH_CHECK_VALUE(!features.empty(), "features must hold at least one tensor, got an empty list");
-  int64_t channels = 0;
-  for (size_t i = 0; i < features.size(); ++i) {
-    const std::string name = "features[" + std::to_string(i) + "]";
-    check_logits(features[i], name.c_str());
-    TORCH_CHECK_VALUE(features[i].size(0) == coarse.size(0), name, " must have N = ", coarse.size(0),
-                      " as in coarse, got shape ", features[i].sizes());
-    TORCH_CHECK_TYPE(features[i].scalar_type() == features[0].scalar_type(), name,
-                     " must have the dtype of features[0] (", features[0].scalar_type(), "), got ",
-                     features[i].scalar_type());
-    check_same_device(features[i], name.c_str(), coarse, "coarse");
-    channels += features[i].size(1);
-  }
-  TORCH_CHECK_VALUE(!weights.empty() && weights.size() == biases.size(),
-                    "weights and biases must hold one tensor per layer, got ", weights.size(), " and ", biases.size());
-  const at::ScalarType dtype = weights[0].scalar_type();
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const std::string name = "weights[" + std::to_string(i) + "]", bias = "biases[" + std::to_string(i) + "]";
-    const int64_t in = i == 0                ? channels + classes
-                       : o.coarse_each_layer ? weights[i - 1].size(0) + classes
-                                             : weights[i - 1].size(0);
-    check_strided(weights[i], name.c_str());
-    check_feature_dtype(weights[i], name.c_str());
-    TORCH_CHECK_VALUE(weights[i].dim() == 2 && weights[i].size(1) == in && weights[i].size(0) > 0, name,
-                      " must have shape [O, I] with I = ", in, ", got ", weights[i].sizes());
-    TORCH_CHECK_VALUE(i + 1 < weights.size() || weights[i].size(0) == classes, name,
-                      " must have shape [C, I] with C = ", classes, " as in coarse, got ", weights[i].sizes());
-    TORCH_CHECK_VALUE(biases[i].dim() == 1 && biases[i].size(0) == weights[i].size(0), bias,
-                      " must have shape [O] with O = ", weights[i].size(0), ", got ", biases[i].sizes());
-    TORCH_CHECK_TYPE(weights[i].scalar_type() == dtype && biases[i].scalar_type() == dtype, name, " and ", bias,
-                     " must have the dtype of weights[0] (", dtype, "), got ", weights[i].scalar_type(), " and ",
-                     biases[i].scalar_type());
-    check_same_device(weights[i], name.c_str(), coarse, "coarse");
-    check_same_device(biases[i], bias.c_str(), coarse, "coarse");
-  }
-}
 
 // The head, packed for the instruction set in force. A is float or double.
 template <typename A>
@@ -346,7 +289,7 @@ template <typename A>
 at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
                        const RefineOptions& o) {
   const PackedHead<A> head(weights, biases);
-  const int64_t n = coarse.size(0), classes = coarse.size(1);
+  const int64_t n = coarse.size(0);
   at::Tensor current = coarse;
   for (int64_t step = 0; step < o.steps; ++step) {
     const bool labels = o.labels && step + 1 == o.steps;
@@ -358,17 +301,15 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
       std::tie(next, indices, coords) =
           labels ? subdivide_labels_cpu(current, o.num_points, o.scale_factor, o.align_corners)
                  : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, std::nullopt, true);
-    } else if (labels) {
-      next = at::empty({n, height, width}, coarse.options().dtype(classes <= 256 ? at::kByte : at::kShort));
     } else {
-      next = at::empty({n, classes, height, width}, coarse.options().memory_format(coarse.suggest_memory_format()));
+      next = empty_step(coarse, labels, height, width);
     }
     Target target{next.mutable_data_ptr(), coarse.scalar_type(), at::ScalarType::Undefined, next.stride(0), 0, 1};
     if (labels) {
       target.labels = next.scalar_type();
     } else {
       target.stride_c = next.stride(1);
-      target.stride_cell = width > 1 ? next.stride(3) : height > 1 ? next.stride(2) : 1;
+      target.stride_cell = cell_stride(next);
     }
     if (n > 0) {
       refine_points<A>(head, features, o.current_source ? current : coarse, indices, coords, count, height, width, o,
@@ -395,16 +336,9 @@ at::Tensor refine_mlp_cpu(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorList
                               coarse_first,
                               labels};
   check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
-  if (steps == 0) {
-    if (!labels) return coarse.clone();
-    return coarse.argmax(1).to(coarse.size(1) <= 256 ? at::kByte : at::kShort);
-  }
-  const bool wide = features[0].scalar_type() == at::kDouble;
-  TORCH_CHECK_TYPE((weights[0].scalar_type() == at::kDouble) == wide && (coarse.scalar_type() == at::kDouble) == wide,
-                   "coarse, features and weights must all be float64 or none, got ", coarse.scalar_type(), ", ",
-                   features[0].scalar_type(), " and ", weights[0].scalar_type());
-  return wide ? refine_loop<double>(coarse, features, weights, biases, options)
-              : refine_loop<float>(coarse, features, weights, biases, options);
+  if (steps == 0) return unrefined(coarse, labels);
+  return refine_is_wide(coarse, features, weights) ? refine_loop<double>(coarse, features, weights, biases, options)
+                                                   : refine_loop<float>(coarse, features, weights, biases, options);
 }
 
 TORCH_LIBRARY_IMPL(rendseg, CPU, m) { m.impl("_refine_mlp", TORCH_FN(refine_mlp_cpu)); }

@@ -17,9 +17,9 @@
 #include <immintrin.h>
 #endif
 
-#include "../checks.h"
 #include "../math/radix_key.h"
 #include "../math/upsample.h"
+#include "../subdivide_common.h"
 #include "huge_pages.h"
 #include "isa.h"
 #include "select.h"
@@ -120,22 +120,11 @@ void subdivide_kernel(SubdivideArgs& a) {
   });
 }
 
-void check_scale_factor(const at::Tensor& logits, int64_t scale_factor) {
-  TORCH_CHECK_VALUE(scale_factor >= 1, "scale_factor must be at least 1, got ", scale_factor);
-  constexpr int64_t kMost = int64_t{1} << 31;
-  TORCH_CHECK_VALUE(scale_factor < kMost && logits.size(2) * scale_factor < kMost &&
-                        logits.size(3) * scale_factor < kMost &&
-                        logits.size(2) * scale_factor * logits.size(3) * scale_factor < 2 * kMost,
-                    "scale_factor must give fewer than 2^32 cells, got ", scale_factor, " for shape ", logits.sizes());
-}
-
-enum class Wanted { kLogits, kNothing, kLabels };
-
 // Upsampled map (logits or labels) and the selection from it.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& logits, int64_t num_points,
                                                               int64_t scale, bool align_corners,
                                                               const std::optional<at::Tensor>& class_index,
-                                                              Wanted wanted) {
+                                                              SubdivideWanted wanted) {
   const int64_t n = logits.size(0), c = logits.size(1), h = logits.size(2), w = logits.size(3);
   const int64_t height = h * scale, width = w * scale, cells = height * width;
   const int64_t k = std::min(num_points, cells);
@@ -144,10 +133,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& 
   at::Tensor indices = at::empty({n, k}, options.dtype(at::kLong));
   at::Tensor coords = at::empty({n, k, 2}, options.dtype(at::kFloat));
   at::Tensor result;
-  if (wanted == Wanted::kLogits) {
+  if (wanted == SubdivideWanted::kLogits) {
     result = at::empty({n, c, height, width}, options.memory_format(format));
-  } else if (wanted == Wanted::kLabels) {
-    const at::TensorOptions label_options = options.dtype(c <= 256 ? at::kByte : at::kShort);
+  } else if (wanted == SubdivideWanted::kLabels) {
+    const at::TensorOptions label_options = options.dtype(label_dtype(logits));
     // One channel has one label, so the kernel need not write it.
     result = c == 1 ? at::zeros({n, height, width}, label_options) : at::empty({n, height, width}, label_options);
   } else {
@@ -167,11 +156,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& 
   a.dtype = logits.scalar_type();
   a.source = source.const_data_ptr();
   a.channels_last = format == at::MemoryFormat::ChannelsLast && c > 1;
-  a.fine = wanted == Wanted::kLogits ? result.mutable_data_ptr() : nullptr;
+  a.fine = wanted == SubdivideWanted::kLogits ? result.mutable_data_ptr() : nullptr;
   a.stream = a.fine != nullptr && !a.channels_last && result.nbytes() >= kStreamBytes &&
              width * result.element_size() % 64 == 0 && reinterpret_cast<uintptr_t>(a.fine) % 64 == 0;
   a.keys = reinterpret_cast<uint32_t*>(keys.mutable_data_ptr<int32_t>());
-  a.labels = wanted == Wanted::kLabels && c > 1 ? result.mutable_data_ptr() : nullptr;
+  a.labels = wanted == SubdivideWanted::kLabels && c > 1 ? result.mutable_data_ptr() : nullptr;
   a.wide_labels = c > 256;
   a.single = c == 1 || channel.defined();
   a.channel = channel.defined() ? channel.const_data_ptr<int64_t>() : nullptr;
@@ -203,21 +192,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_cpu(const at::Tensor& l
                                                              int64_t scale_factor, bool align_corners,
                                                              const std::optional<at::Tensor>& class_index,
                                                              bool return_logits) {
-  check_logits(logits);
-  check_num_points(num_points);
-  check_class_index(class_index, logits);
-  check_scale_factor(logits, scale_factor);
+  check_subdivide(logits, num_points, class_index, scale_factor);
   return subdivide_impl(logits, num_points, scale_factor, align_corners, class_index,
-                        return_logits ? Wanted::kLogits : Wanted::kNothing);
+                        return_logits ? SubdivideWanted::kLogits : SubdivideWanted::kNothing);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_labels_cpu(const at::Tensor& logits, int64_t num_points,
                                                                     int64_t scale_factor, bool align_corners) {
-  check_logits(logits);
-  check_num_points(num_points);
-  check_scale_factor(logits, scale_factor);
-  TORCH_CHECK_VALUE(logits.size(1) <= 32768, "output=\"labels\" holds at most 32768 classes, got ", logits.size(1));
-  return subdivide_impl(logits, num_points, scale_factor, align_corners, std::nullopt, Wanted::kLabels);
+  check_subdivide(logits, num_points, std::nullopt, scale_factor);
+  check_label_classes(logits);
+  return subdivide_impl(logits, num_points, scale_factor, align_corners, std::nullopt, SubdivideWanted::kLabels);
 }
 
 TORCH_LIBRARY_IMPL(rendseg, CPU, m) {

@@ -30,6 +30,7 @@ struct LaunchShape {
   unsigned char* const name = rendseg_dynamic_
 #define RENDSEG_DEVICE_ASSERT(condition, text) assert((condition) && text)
 #define RENDSEG_UNROLL _Pragma("unroll")
+#define RENDSEG_NO_UNROLL _Pragma("unroll 1")
 
 namespace rendseg {
 using half_t = __half;
@@ -37,6 +38,7 @@ using bfloat16_t = __nv_bfloat16;
 }  // namespace rendseg
 #else
 #include "cuda_on_cpu.h"  // found by -I tests/emulation
+#define RENDSEG_NO_UNROLL
 #endif
 
 namespace rendseg {
@@ -62,7 +64,11 @@ __device__ inline T narrow(Acc<T> x) {
   if constexpr (std::is_same_v<T, half_t>) {
     return __float2half_rn(x);
   } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+#if defined(__CUDACC__)
+    return __floats2bfloat162_rn(x, 0.0f).x;  // converting two is an instruction of full rate, one is not
+#else
     return __float2bfloat16_rn(x);
+#endif
   } else {
     return x;
   }
@@ -92,6 +98,21 @@ __device__ inline Vec<T, N> load_vec(const T* from) {
 template <typename T, int N>
 __device__ inline void store_vec(T* to, const Vec<T, N>& values) {
   *reinterpret_cast<Vec<T, N>*>(to) = values;
+}
+
+// Both rounded as narrow() does.
+template <typename T>
+__device__ inline Vec<T, 2> narrow_pair(Acc<T> low, Acc<T> high) {
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<T, half_t>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return {{pair.x, pair.y}};
+  } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return {{pair.x, pair.y}};
+  }
+#endif
+  return {{narrow<T>(low), narrow<T>(high)}};
 }
 
 // For what nobody reads again soon: does not push other data out of L2.

@@ -1,7 +1,7 @@
 // CUDA kernels of uncertainty and uncertain_points: one pass over the logits makes the margin of every cell, and for
 // the selection its key and the first histogram of the keys.
 //
-// Planar maps (NCHW): a thread owns the cells of one 16-byte vector and walks over the channels. Interleaved maps
+// Planar maps (NCHW): a thread owns a few neighbouring cells and walks over the channels. Interleaved maps
 // (channels_last): the channels of a tile of cells are staged in shared memory, so that global memory is read in order,
 // and one to eight threads share a cell.
 #pragma once
@@ -47,16 +47,14 @@ struct MarginSource {
   }
 };
 
-// Where the margins of one image go; counts the keys in shared memory on the way.
+// Where the margins of one image go; counts the keys in shared memory on the way. (Holds next to nothing, since the
+// registers are wanted elsewhere: `args` are in constant memory.)
+template <typename T>
 class MarginSink {
  public:
-  template <typename T>
-  __device__ MarginSink(const MarginArgs<T>& args, int64_t image, uint32_t* histogram)
-      : uncertainty_(args.uncertainty == nullptr ? nullptr : args.uncertainty + image * args.cells),
-        keys_(args.uncertainty == nullptr ? args.keys + image * args.cells : nullptr),
-        histogram_(histogram),
-        total_(args.histograms == nullptr ? nullptr : args.histograms + image * kHistogramBins) {
-    if (total_ == nullptr) return;
+  __device__ MarginSink(const MarginArgs<T>& args, uint32_t image, uint32_t* histogram)
+      : args_(args), image_(image), histogram_(histogram) {
+    if (args_.histograms == nullptr) return;
     clear_histogram(histogram_);
     __syncthreads();
   }
@@ -64,77 +62,84 @@ class MarginSink {
   // The margins of V consecutive cells. All lanes of the warp take part, with or without cells.
   template <int V>
   __device__ void put(int64_t cell, const float (&margin)[V], bool valid) {
-    constexpr int kPart = V < 4 ? V : 4;
-    if (keys_ == nullptr) {
+    const int64_t at = image_ * args_.cells + cell;
+    if (args_.uncertainty != nullptr) {
+      Vec<float, V> out;
       RENDSEG_UNROLL
-      for (int part = 0; part < V && valid; part += kPart) {
-        Vec<float, kPart> out;
-        RENDSEG_UNROLL
-        for (int i = 0; i < kPart; ++i) out[i] = 0.0f - margin[part + i];
-        store_vec(uncertainty_ + cell + part, out);
-      }
+      for (int i = 0; i < V; ++i) out[i] = 0.0f - margin[i];
+      if (valid) store_vec(args_.uncertainty + at, out);
       return;
     }
+    Vec<uint32_t, V> out;
     RENDSEG_UNROLL
-    for (int part = 0; part < V; part += kPart) {
-      Vec<uint32_t, kPart> out;
-      RENDSEG_UNROLL
-      for (int i = 0; i < kPart; ++i) out[i] = margin_key(margin[part + i]);
-      if (valid) store_vec(keys_ + cell + part, out);
-      if (total_ == nullptr) continue;
-      RENDSEG_UNROLL
-      for (int i = 0; i < kPart; ++i) add_to_histogram(histogram_, histogram_bin(out[i]), valid);
-    }
+    for (int i = 0; i < V; ++i) out[i] = margin_key(margin[i]);
+    if (valid) store_vec(args_.keys + at, out);
+    if (args_.histograms == nullptr) return;
+    RENDSEG_UNROLL
+    for (int i = 0; i < V; ++i) add_to_histogram(histogram_, histogram_bin(out[i]), valid);
   }
 
   __device__ void finish() {
-    if (total_ == nullptr) return;
+    if (args_.histograms == nullptr) return;
     __syncthreads();
-    flush_histogram(histogram_, total_);
+    flush_histogram(histogram_, args_.histograms + int64_t{image_} * kHistogramBins);
   }
 
  private:
-  float* uncertainty_;
-  uint32_t* keys_;
+  const MarginArgs<T>& args_;
+  uint32_t image_;
   uint32_t* histogram_;
-  uint32_t* total_;
 };
 
-// Adds N planes to the running top two of V cells.
-template <int N, int V, typename T>
-__device__ inline void add_planes(const T* planes, int64_t channel_stride, TopTwo<Acc<T>> (&top)[V]) {
-  Vec<T, V> values[N];
-  RENDSEG_UNROLL
-  for (int n = 0; n < N; ++n) values[n] = load_vec<V>(planes + n * channel_stride);
-  RENDSEG_UNROLL
-  for (int n = 0; n < N; ++n) {
+// Cells to a thread in planar maps: 16 bytes of margins or of float64 logits. More halves would cost too many
+// registers.
+template <typename T>
+constexpr int kPlanarCells = std::is_same_v<T, double> ? 2 : 4;
+
+// One vector of cells in each of up to four planes.
+template <typename T, int V>
+struct Planes {
+  static constexpr int kCount = 4;
+  Vec<T, V> at[kCount];
+
+  __device__ void load(const T* from, int64_t stride, int64_t left) {
     RENDSEG_UNROLL
-    for (int i = 0; i < V; ++i) top[i].add(widen(values[n][i]));
+    for (int n = 0; n < kCount; ++n) {
+      if (n < left) at[n] = load_vec<V>(from + n * stride);
+    }
   }
-}
+  __device__ void add_to(TopTwo<Acc<T>> (&top)[V], int64_t left) const {
+    RENDSEG_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      if (n >= left) break;
+      RENDSEG_UNROLL
+      for (int i = 0; i < V; ++i) top[i].add(widen(at[n][i]));
+    }
+  }
+};
 
 // `blocks_each` blocks to an image; V cells to a thread, V divides `cells`.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMarginThreads) planar_margin_kernel(MarginArgs<T> args, int64_t blocks_each) {
+__global__ void __launch_bounds__(kMarginThreads) planar_margin_kernel(MarginArgs<T> args, uint32_t blocks_each) {
   RENDSEG_SHARED(uint32_t[kHistogramBins], histogram);
-  const int64_t image = blockIdx.x / blocks_each, part = blockIdx.x % blocks_each;
+  const uint32_t image = blockIdx.x / blocks_each, part = blockIdx.x % blocks_each;
   const MarginSource<T> source(args, image);
-  MarginSink sink(args, image, histogram);
+  MarginSink<T> sink(args, image, histogram);
   const int64_t vectors = args.cells / V;
-  for (int64_t first = part * blockDim.x; first < vectors; first += blocks_each * blockDim.x) {
+  for (int64_t first = int64_t{part} * blockDim.x; first < vectors; first += int64_t{blocks_each} * blockDim.x) {
     const int64_t vector = first + threadIdx.x;
     const bool valid = vector < vectors;
     TopTwo<Acc<T>> top[V];
     if (valid) {
       const T* planes = source.base + vector * V;
-      int64_t c = 0;
-      for (; c + 4 <= source.channels; c += 4) {
-        add_planes<4>(planes, args.channel_stride, top);
-        planes += 4 * args.channel_stride;
-      }
-      for (; c < source.channels; ++c) {
-        add_planes<1>(planes, args.channel_stride, top);
-        planes += args.channel_stride;
+      Planes<T, V> now, next;
+      now.load(planes, args.channel_stride, source.channels);
+      RENDSEG_NO_UNROLL
+      for (int64_t left = source.channels; left > 0; left -= now.kCount) {
+        planes += now.kCount * args.channel_stride;
+        next.load(planes, args.channel_stride, left - now.kCount);  // under way while the others are added
+        now.add_to(top, left);
+        now = next;
       }
     }
     float margin[V];
@@ -159,7 +164,7 @@ struct InterleavedPlan {
 template <typename T>
 __device__ inline void stage(const T* from, int64_t row_stride, int rows, int length, bool vectors, T* to) {
   constexpr int V = kVecWidth<T>;
-  const int in_vectors = vectors ? length / V : 0;
+  const int in_vectors = vectors && (rows == 1 || length % V == 0) ? length / V : 0;
   for (int i = static_cast<int>(threadIdx.x); i < rows * in_vectors; i += kMarginThreads) {
     const int row = i / in_vectors, at = (i - row * in_vectors) * V;
     cp_async_16(to + row * length + at, from + row * row_stride + at);
@@ -175,27 +180,22 @@ __device__ inline void stage(const T* from, int64_t row_stride, int rows, int le
 
 template <typename T>
 __global__ void __launch_bounds__(kMarginThreads)
-    interleaved_margin_kernel(MarginArgs<T> args, InterleavedPlan plan, int64_t blocks_each) {
+    interleaved_margin_kernel(MarginArgs<T> args, InterleavedPlan plan, uint32_t blocks_each) {
   RENDSEG_SHARED(uint32_t[kHistogramBins], histogram);
   RENDSEG_DYNAMIC_SHARED(memory);
   T* const tile = reinterpret_cast<T*>(memory);
-  const int64_t image = blockIdx.x / blocks_each, part = blockIdx.x % blocks_each;
+  const uint32_t image = blockIdx.x / blocks_each, part = blockIdx.x % blocks_each;
   const MarginSource<T> source(args, image);
-  MarginSink sink(args, image, histogram);
+  MarginSink<T> sink(args, image, histogram);
   const int lane = static_cast<int>(threadIdx.x) % plan.lanes, local = static_cast<int>(threadIdx.x) / plan.lanes;
-  const int channels = static_cast<int>(source.channels);
-  for (int64_t first = part * plan.cells; first < args.cells; first += blocks_each * plan.cells) {
+  for (int64_t first = int64_t{part} * plan.cells; first < args.cells; first += int64_t{blocks_each} * plan.cells) {
     const int cells = static_cast<int>(min(args.cells - first, int64_t{plan.cells}));
     TopTwo<Acc<T>> top;
-    for (int begin = 0; begin < channels; begin += plan.slab) {
-      const int slab = min(plan.slab, channels - begin);
+    for (int64_t begin = 0; begin < source.channels; begin += plan.slab) {
+      const int slab = static_cast<int>(min(source.channels - begin, int64_t{plan.slab}));
       __syncthreads();  // the tile may still be read
       const T* from = source.base + first * args.cell_stride + begin;
-      if (plan.dense) {
-        stage(from, 0, 1, cells * slab, plan.vectors, tile);
-      } else {
-        stage(from, args.cell_stride, cells, slab, plan.vectors, tile);
-      }
+      stage(from, args.cell_stride, plan.dense ? 1 : cells, plan.dense ? cells * slab : slab, plan.vectors, tile);
       __syncthreads();
       if (local < cells) {
         const T* row = tile + local * slab;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kMarginThreads)
       other.second = __shfl_xor_sync(kAllLanes, top.second, distance);
       top.add(other);
     }
-    const float margin[1] = {top.margin(channels == 1)};
+    const float margin[1] = {top.margin(source.channels == 1)};
     sink.put(first + local, margin, lane == 0 && local < cells);
   }
   sink.finish();
@@ -256,15 +256,17 @@ void run_planar_margins(Launch& launch, const MarginArgs<T>& args) {
   const int64_t vectors = args.cells / V;
   const int64_t threads = vectors < kMarginThreads ? (vectors + kWarp - 1) / kWarp * kWarp : kMarginThreads;
   const int64_t each = blocks_per_image(launch, args.images, (vectors + threads - 1) / threads, 8);
-  launch({args.images * each, static_cast<int>(threads)}, planar_margin_kernel<T, V>, args, each);
+  launch({args.images * each, static_cast<int>(threads)}, planar_margin_kernel<T, V>, args,
+         static_cast<uint32_t>(each));
 }
 
 template <typename T, typename Launch>
 void run_margins(Launch& launch, const MarginArgs<T>& args) {
   if (args.cell_stride == 1) {
-    constexpr int V = kVecWidth<T>;
+    constexpr int V = kPlanarCells<T>;
     const auto whole = [](int64_t elements) { return elements % V == 0; };
-    if (whole(args.cells) && whole(args.image_stride) && whole(args.channel_stride) && is_aligned(args.logits, 16)) {
+    if (whole(args.cells) && whole(args.image_stride) && whole(args.channel_stride) &&
+        is_aligned(args.logits, sizeof(T) * V)) {
       run_planar_margins<T, V>(launch, args);
     } else {
       run_planar_margins<T, 1>(launch, args);
@@ -273,7 +275,8 @@ void run_margins(Launch& launch, const MarginArgs<T>& args) {
   }
   const InterleavedPlan plan = interleaved_plan(args);
   const int64_t each = blocks_per_image(launch, args.images, (args.cells + plan.cells - 1) / plan.cells, 8);
-  launch({args.images * each, kMarginThreads, plan.shared_bytes}, interleaved_margin_kernel<T>, args, plan, each);
+  launch({args.images * each, kMarginThreads, plan.shared_bytes}, interleaved_margin_kernel<T>, args, plan,
+         static_cast<uint32_t>(each));
 }
 
 }  // namespace rendseg

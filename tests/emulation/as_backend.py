@@ -24,7 +24,8 @@ def _forward(name: str) -> Any:
     target = getattr(_EMULATED.ops, name)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():  # a kernel is called below autograd, and so is its stand-in
+            return target(*args, **kwargs)
 
     return kernel
 

@@ -81,6 +81,16 @@ def test_maps_that_start_anywhere(emulated, offset: int, dtype: torch.dtype) -> 
             assert_same(emulated.ops.uncertainty(x), reference.uncertainty(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_part_of_many_channels(emulated, dtype: torch.dtype) -> None:
+    """Staged in several pieces, the last of which leaves rows that are not aligned."""
+    x = torch.randn(2, 400, 7, 5, generator=torch.Generator().manual_seed(6)).to(dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        laid_out = x.contiguous(memory_format=layout)
+        for part in (laid_out[:, :197], laid_out[:, 8:391], laid_out[:, 3:]):
+            assert_same(emulated.ops.uncertainty(part), reference.uncertainty(part))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_large_maps(emulated, layout: torch.memory_format, dtype: torch.dtype) -> None:

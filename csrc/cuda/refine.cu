@@ -1,0 +1,274 @@
+// Host side of the CUDA refine: the whole inference loop of PointRend with a stock point head in one call.
+//
+// Each step is subdivide and one fused kernel (refine.cuh) for heads in half types, and for float32 heads where PyTorch
+// lets convolutions use tf32, as the head would when called. Anything else (float64, ieee float32, very wide heads)
+// runs point_sample, matrix products of ATen and a scatter.
+#include "launch.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/clone.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/relu.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../refine_common.h"
+#include "point_sample.h"
+#include "refine.cuh"
+#include "subdivide.h"
+
+namespace rendseg {
+namespace {
+
+MapDtype map_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return MapDtype::kHalf;
+    case at::kBFloat16:
+      return MapDtype::kBFloat16;
+    case at::kDouble:
+      return MapDtype::kDouble;
+    default:
+      return MapDtype::kFloat;
+  }
+}
+
+// The flag that governs torch.nn.Conv1d, of which stock heads are made. Asked with the name of the operation it neither
+// warns nor minds which of PyTorch's two interfaces set it.
+bool head_may_use_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+
+// map[N,C,H,W]; `width` channels fill 16 bytes of a row.
+RefineMap refine_map(const at::Tensor& map, int64_t width) {
+  const int64_t bytes = std::min<int64_t>(width * map.element_size(), 16);
+  const auto steps_of = [&](int64_t dim) { return map.stride(dim) * map.element_size() % bytes == 0; };
+  const bool vectors = (map.stride(1) == 1 || map.size(1) == 1) && map.size(1) % width == 0 &&
+                       is_aligned(map.const_data_ptr(), bytes) && steps_of(0) && steps_of(2) && steps_of(3);
+  return {map.const_data_ptr(),
+          map.stride(0),
+          map.stride(1),
+          map.stride(2),
+          map.stride(3),
+          static_cast<int32_t>(map.size(1)),
+          static_cast<int32_t>(map.size(2)),
+          static_cast<int32_t>(map.size(3)),
+          map_dtype(map.scalar_type()),
+          vectors};
+}
+
+// Sizes that the fused kernel holds in 32 bits.
+bool has_small_sizes(const at::Tensor& map) {
+  return map.size(1) < (int64_t{1} << 20) && map.size(2) <= INT32_MAX && map.size(3) <= INT32_MAX;
+}
+
+RefineTarget refine_target(const at::Tensor& out /*[N,C,H,W] or [N,H,W]*/, at::ScalarType logits, bool labels) {
+  if (labels) return {out.mutable_data_ptr(), map_dtype(logits), int32_t(out.element_size()), out.stride(0), 0, 1};
+  return {out.mutable_data_ptr(), map_dtype(logits), 0, out.stride(0), out.stride(1), cell_stride(out)};
+}
+
+class Refiner {
+ public:
+  Refiner(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
+          const RefineOptions& options)
+      : launch_(coarse), coarse_(coarse), features_(features), options_(options), dtype_(weights[0].scalar_type()) {
+    for (size_t l = 0; l < weights.size(); ++l) {
+      weights_.push_back(weights[l].detach().contiguous());
+      biases_.push_back(biases[l].detach().contiguous());
+    }
+  }
+
+  at::Tensor run() {
+    const bool fused = plan_fused();
+    at::Tensor current = coarse_;
+    for (int64_t step = 0; step < options_.steps; ++step) {
+      const bool labels = options_.labels && step + 1 == options_.steps;
+      const int64_t height = current.size(2) * options_.scale_factor, width = current.size(3) * options_.scale_factor;
+      at::Tensor next, indices, coords;
+      if (options_.num_points >= height * width) {  // all is recomputed: nothing is upsampled or selected
+        next = empty_step(coarse_, labels, height, width);
+      } else if (labels) {
+        std::tie(next, indices, coords) =
+            subdivide_labels_cuda(current, options_.num_points, options_.scale_factor, options_.align_corners);
+      } else {
+        std::tie(next, indices, coords) = subdivide_cuda(current, options_.num_points, options_.scale_factor,
+                                                         options_.align_corners, std::nullopt, true);
+      }
+      const Cells cells{indices, coords, std::min(options_.num_points, height * width), height, width};
+      const RefineTarget target = refine_target(next, coarse_.scalar_type(), labels);
+      const at::Tensor& source = options_.current_source ? current : coarse_;
+      if (next.numel() > 0) fused ? run_fused(source, cells, target) : run_aten(source, cells, target);
+      current = std::move(next);
+    }
+    return current;
+  }
+
+ private:
+  // What a step recomputes: indices[N,count] and their coords[N,count,2], undefined for every cell.
+  struct Cells {
+    at::Tensor indices, coords;
+    int64_t count, height, width;
+  };
+
+  // f.operator()<H>() with the type of the head: half_t, bfloat16_t or float, which stands for tf32.
+  template <typename F>
+  void with_head_type(F&& f) const {
+    if (dtype_ == at::kHalf) return f.template operator()<half_t>();
+    if (dtype_ == at::kBFloat16) return f.template operator()<bfloat16_t>();
+    return f.template operator()<float>();
+  }
+
+  // Whether the fused kernel takes it; then the head is packed.
+  bool plan_fused() {
+    if (dtype_ == at::kDouble || (dtype_ == at::kFloat && !head_may_use_tf32())) return false;
+    std::vector<int64_t> channels, outs;
+    for (const at::Tensor& map : features_) {
+      if (!has_small_sizes(map)) return false;
+      channels.push_back(map.size(1));
+    }
+    for (const at::Tensor& weight : weights_) outs.push_back(weight.size(0));
+    if (!has_small_sizes(coarse_) ||
+        !plan_refine(head_, c10::elementSize(dtype_), coarse_.size(1), channels.data(), std::ssize(channels),
+                     outs.data(), std::ssize(outs), options_.coarse_each_layer, options_.coarse_first)) {
+      return false;
+    }
+    // The coarse map of a later step is larger.
+    const int64_t longest = std::max(coarse_.size(2), coarse_.size(3));
+    int64_t grown = longest;
+    for (int64_t step = 0; step < options_.steps && grown <= INT32_MAX; ++step) grown *= options_.scale_factor;
+    if (grown > INT32_MAX) return false;
+    if (refine_points_per_block(head_, maps(), 1, launch_.processors(), launch_.shared_limit()) == 0) return false;
+    if (coarse_.size(0) == 0) return true;
+    packed_ = at::empty({head_.words * int64_t{sizeof(uint2)} + head_.bias_words * int64_t{sizeof(float)}},
+                        coarse_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    head_.packed = reinterpret_cast<uint2*>(packed_.mutable_data_ptr<uint8_t>());
+    head_.biases = reinterpret_cast<float*>(head_.packed + head_.words);
+    for (size_t l = 0; l < weights_.size(); ++l) {
+      head_.layers[l].weight = weights_[l].const_data_ptr();
+      head_.layers[l].bias = biases_[l].const_data_ptr();
+    }
+    with_head_type([&]<typename H>() { run_pack_head<H>(launch_, head_); });
+    return true;
+  }
+
+  int64_t maps() const { return static_cast<int64_t>(features_.size()) + 1; }
+
+  void run_fused(const at::Tensor& source, const Cells& cells, const RefineTarget& target) {
+    const int64_t width = kChunkBytes / static_cast<int64_t>(c10::elementSize(dtype_));
+    const at::Tensor indices = cells.indices.defined() ? cells.indices.contiguous() : at::Tensor();
+    RefineStep step{};
+    step.maps[0] = refine_map(source, width);
+    for (size_t m = 0; m < features_.size(); ++m) step.maps[m + 1] = refine_map(features_[m], width);
+    step.map_count = static_cast<int32_t>(maps());
+    step.border = options_.border;
+    step.indices = indices.defined() ? data<int64_t>(indices) : nullptr;
+    step.images = source.size(0);
+    step.count = cells.count;
+    step.height = cells.height;
+    step.width = cells.width;
+    step.target = target;
+    with_head_type([&]<typename H>() { run_refine_points<H>(launch_, head_, step); });
+  }
+
+  // In parts whose activations stay within 32 MB, and which thus never hold the logits of a large map.
+  void run_aten(const at::Tensor& source, const Cells& cells, const RefineTarget& target) {
+    std::optional<at::NoTF32Guard> ieee;
+    if (dtype_ == at::kFloat && !head_may_use_tf32()) ieee.emplace();
+    int64_t widest = 1;
+    for (const at::Tensor& weight : weights_) widest = std::max({widest, weight.size(0), weight.size(1)});
+    const int64_t budget = (int64_t{32} << 20) / static_cast<int64_t>(c10::elementSize(dtype_)) / widest;
+    const int64_t points = std::clamp<int64_t>(budget, 1, cells.count);
+    const int64_t images = std::clamp<int64_t>(budget / cells.count, 1, source.size(0));
+    for (int64_t image = 0; image < source.size(0); image += images) {
+      for (int64_t first = 0; first < cells.count; first += points) {
+        run_part(source, cells, target, image, std::min(images, source.size(0) - image), first,
+                 std::min(points, cells.count - first));
+      }
+    }
+  }
+
+  // `points` points from `first` on of `images` images from `image` on.
+  void run_part(const at::Tensor& source, const Cells& cells, RefineTarget target, int64_t image, int64_t images,
+                int64_t first, int64_t points) {
+    at::Tensor coords;  // [images,points,2]
+    if (cells.coords.defined()) {
+      coords = cells.coords.narrow(0, image, images).narrow(1, first, points);
+    } else {
+      coords = at::empty({images, points, 2},
+                         source.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+      run_cell_centres(launch_, mutable_data<float>(coords), images, points, first, cells.height, cells.width);
+    }
+    const auto sample = [&](std::vector<at::Tensor> maps) {
+      for (at::Tensor& map : maps) map = map.narrow(0, image, images);
+      return point_sample_cuda(maps, coords, "bilinear", options_.border ? "border" : "zeros", false).to(dtype_);
+    };
+    const at::Tensor values = run_layers(sample(features_.vec()), sample({source}));
+    const at::Tensor indices = cells.indices.defined() ? cells.indices.contiguous() : at::Tensor();
+    RefineValues from{values.const_data_ptr(), images, values.size(1), points, nullptr, 0, first};
+    if (indices.defined()) {
+      from.indices = data<int64_t>(indices) + image * cells.count + first;
+      from.index_stride = cells.count;
+    }
+    const int64_t bytes =
+        target.label_bytes != 0 ? target.label_bytes : static_cast<int64_t>(c10::elementSize(coarse_.scalar_type()));
+    target.data = static_cast<char*>(target.data) + image * target.stride_n * bytes;
+    dispatch_floating(dtype_, "weights", [&]<typename V>() { run_write_values<V>(launch_, from, target); });
+  }
+
+  // fine[N,Cf,P], coarse[N,C,P] -> [N,C,P]
+  at::Tensor run_layers(const at::Tensor& fine, const at::Tensor& coarse) const {
+    const auto join = [&](const at::Tensor& x) {
+      return options_.coarse_first ? at::cat({coarse, x}, 1) : at::cat({x, coarse}, 1);
+    };
+    at::Tensor x = join(fine);
+    for (size_t l = 0; l < weights_.size(); ++l) {
+      const at::Tensor weight = weights_[l].unsqueeze(0).expand({x.size(0), -1, -1});
+      x = at::baddbmm(biases_[l].view({1, -1, 1}), weight, x);
+      if (l + 1 == weights_.size()) break;
+      at::relu_(x);
+      if (options_.coarse_each_layer) x = join(x);
+    }
+    return x.contiguous();
+  }
+
+  CudaLaunch launch_;
+  const at::Tensor coarse_;  // [N,C,h,w]
+  at::TensorList features_;
+  const RefineOptions options_;
+  const at::ScalarType dtype_;  // of the head
+  std::vector<at::Tensor> weights_, biases_;
+  RefineHead head_{};
+  at::Tensor packed_;
+};
+
+}  // namespace
+
+at::Tensor refine_mlp_cuda(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorList features /*each [N,Cf,Hf,Wf]*/,
+                           at::TensorList weights /*each [O,I]*/, at::TensorList biases /*each [O]*/, int64_t steps,
+                           int64_t num_points, c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
+                           c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels) {
+  const RefineOptions options{steps,
+                              num_points,
+                              coarse_source == "current",
+                              scale_factor,
+                              align_corners,
+                              padding_mode == "border",
+                              coarse_each_layer,
+                              coarse_first,
+                              labels};
+  check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
+  if (steps == 0) {
+    CudaLaunch guard(coarse);
+    return unrefined(coarse, labels);
+  }
+  refine_is_wide(coarse, features, weights);
+  return Refiner(coarse, features, weights, biases, options).run();
+}
+
+}  // namespace rendseg
+
+RENDSEG_CUDA_IMPL(m) { m.impl("_refine_mlp", TORCH_FN(rendseg::refine_mlp_cuda)); }

@@ -1,0 +1,186 @@
+// Host side of the CUDA subdivide and _subdivide_labels: PointRend (Kirillov et al. 2020), section 3.1.
+#include "launch.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "../subdivide_common.h"
+#include "select.cuh"
+#include "subdivide.cuh"
+#include "subdivide.h"
+#include "subdivide_labels.cuh"
+
+namespace rendseg {
+namespace {
+
+using subdivision::GradientArgs;
+using subdivision::LabelArgs;
+using subdivision::UpsampleArgs;
+
+constexpr int64_t kStreamBytes = int64_t{32} << 20;  // from here on the output does not stay in L2
+
+// Parts of one buffer, at multiples of 256 bytes.
+class Scratch {
+ public:
+  int64_t reserve(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += (bytes + 255) / 256 * 256;
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+template <typename T>
+T* part(const at::Tensor& buffer, int64_t offset) {
+  return reinterpret_cast<T*>(mutable_data<unsigned char>(buffer) + offset);
+}
+
+bool is_channels_last(const at::Tensor& map, at::MemoryFormat format) {
+  return format == at::MemoryFormat::ChannelsLast && map.size(1) > 1;
+}
+
+// Upsampled map (logits or labels) and the selection from it.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logits, int64_t num_points, int64_t scale,
+                                                         bool align_corners,
+                                                         const std::optional<at::Tensor>& class_index,
+                                                         SubdivideWanted wanted) {
+  const int64_t n = logits.size(0), c = logits.size(1), h = logits.size(2), w = logits.size(3);
+  const int64_t height = h * scale, width = w * scale, cells = height * width;
+  const int64_t k = std::min(num_points, cells);
+  const at::MemoryFormat format = logits.suggest_memory_format();
+  const at::TensorOptions options = logits.options();
+  CudaLaunch launch(logits);
+  at::Tensor indices = at::empty({n, k}, options.dtype(at::kLong));
+  at::Tensor coords = at::empty({n, k, 2}, options.dtype(at::kFloat));
+  at::Tensor result =
+      wanted == SubdivideWanted::kLogits   ? at::empty({n, c, height, width}, options.memory_format(format))
+      : wanted == SubdivideWanted::kLabels ? at::empty({n, height, width}, options.dtype(label_dtype(logits)))
+                                           : at::empty({0}, options);
+  if (n == 0) return {result, indices, coords};
+  TORCH_CHECK_VALUE(c < int64_t{1} << 26, "logits must have fewer than 2^26 channels, got ", c);
+
+  const at::Tensor source = logits.contiguous(format);
+  const at::Tensor keys = at::empty({n, cells}, options.dtype(at::kInt));
+  at::Tensor channel;
+  if (class_index.has_value()) channel = class_index->contiguous();
+  const bool labels = wanted == SubdivideWanted::kLabels && c > 1;
+  const bool counted = labels || select_reads_histogram(cells);
+
+  // What must be zero comes first, so that one call clears it.
+  Scratch scratch;
+  const int64_t histograms = scratch.reserve(counted ? n * kHistogramBins * int64_t{sizeof(uint32_t)} : 0);
+  const int64_t counters = scratch.reserve(labels ? n * int64_t{sizeof(unsigned)} : 0);
+  const int64_t workspace = scratch.reserve(select_workspace_bytes(n, cells, k));
+  const at::Tensor buffer = at::empty({scratch.bytes()}, options.dtype(at::kByte));
+  if (scratch.bytes() > 0) {
+    launch.fill_zero(part<unsigned char>(buffer, 0), workspace + select_zeroed_bytes(n, cells, k));
+  }
+
+  dispatch_floating(logits.scalar_type(), "logits", [&]<typename T>() {
+    LabelArgs<T> a{};
+    a.source = data<T>(source);
+    a.fine = wanted == SubdivideWanted::kLogits ? mutable_data<T>(result) : nullptr;
+    a.channels_last = is_channels_last(logits, format);
+    a.align_corners = align_corners;
+    a.streaming = static_cast<int64_t>(result.nbytes()) >= kStreamBytes;
+    a.single = c == 1 || channel.defined();
+    a.channel = channel.defined() ? data<int64_t>(channel) : nullptr;
+    a.images = n, a.channels = c, a.h = h, a.w = w, a.scale = scale, a.height = height, a.width = width;
+    a.keys = mutable_data<uint32_t>(keys);
+    a.histograms = counted ? part<uint32_t>(buffer, histograms) : nullptr;
+    if (!labels) {
+      if (wanted == SubdivideWanted::kLabels) {  // one channel has one label
+        launch.fill_zero(mutable_data<unsigned char>(result), static_cast<int64_t>(result.nbytes()));
+      }
+      subdivision::run_subdivide<CudaLaunch, T>(launch, a);
+      return;
+    }
+    a.labels = mutable_data<unsigned char>(result);
+    a.wide_labels = result.scalar_type() == at::kShort;
+    a.k = k;
+    Scratch known;
+    const int64_t largest = known.reserve(n * h * w * 2 * int64_t{sizeof(T)});
+    const int64_t owner = known.reserve(n * h * w * int64_t{sizeof(uint16_t)});
+    const int64_t bound = known.reserve(n * units_along(a, h) * units_along(a, w) * int64_t{sizeof(uint16_t)});
+    const int64_t limit = known.reserve(n * int64_t{sizeof(uint32_t)});
+    const at::Tensor memory = at::empty({known.bytes()}, options.dtype(at::kByte));
+    a.largest = part<Vec<T, 2>>(memory, largest);
+    a.owner = part<uint16_t>(memory, owner);
+    a.bound = part<uint16_t>(memory, bound);
+    a.limit = part<uint32_t>(memory, limit);
+    a.counters = part<unsigned>(buffer, counters);
+    subdivision::run_subdivide_labels(launch, a);
+  });
+
+  SelectArgs select{};
+  select.keys = data<uint32_t>(keys);
+  select.histograms = select_reads_histogram(cells) ? part<uint32_t>(buffer, histograms) : nullptr;
+  select.workspace = scratch.bytes() > 0 ? part<unsigned char>(buffer, workspace) : nullptr;
+  select.images = n, select.cells = cells, select.k = k, select.height = height, select.width = width;
+  select.indices = mutable_data<int64_t>(indices);
+  select.coords = mutable_data<float>(coords);
+  run_select(launch, select);
+  return {result, indices, coords};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_cuda(const at::Tensor& logits, int64_t num_points,
+                                                              int64_t scale_factor, bool align_corners,
+                                                              const std::optional<at::Tensor>& class_index,
+                                                              bool return_logits) {
+  check_subdivide(logits, num_points, class_index, scale_factor);
+  return subdivide(logits, num_points, scale_factor, align_corners, class_index,
+                   return_logits ? SubdivideWanted::kLogits : SubdivideWanted::kNothing);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_labels_cuda(const at::Tensor& logits, int64_t num_points,
+                                                                     int64_t scale_factor, bool align_corners) {
+  check_subdivide(logits, num_points, std::nullopt, scale_factor);
+  check_label_classes(logits);
+  return subdivide(logits, num_points, scale_factor, align_corners, std::nullopt, SubdivideWanted::kLabels);
+}
+
+at::Tensor subdivide_backward_cuda(const at::Tensor& grad, int64_t height, int64_t width, bool align_corners) {
+  check_logits(grad, "grad");
+  const int64_t n = grad.size(0), c = grad.size(1);
+  TORCH_CHECK_VALUE(
+      height > 0 && width > 0 && grad.size(2) % height == 0 && grad.size(2) / height * width == grad.size(3),
+      "grad must have shape [N, C, s * height, s * width] for a whole s, got ", grad.sizes(), " with height ", height,
+      " and width ", width);
+  const at::MemoryFormat format = grad.suggest_memory_format();
+  CudaLaunch launch(grad);
+  at::Tensor out = at::empty({n, c, height, width}, grad.options().memory_format(format));
+  if (n == 0) return out;
+  const at::Tensor upstream = grad.contiguous(format);
+  dispatch_floating(grad.scalar_type(), "grad", [&]<typename T>() {
+    GradientArgs<T> a{};
+    a.grad = data<T>(upstream);
+    a.out = mutable_data<T>(out);
+    a.channels_last = is_channels_last(grad, format);
+    a.align_corners = align_corners;
+    a.images = n, a.channels = c, a.h = height, a.w = width;
+    a.scale = grad.size(2) / height, a.height = grad.size(2), a.width = grad.size(3);
+    const at::Tensor table = at::empty({neighbours_bytes(a)}, grad.options().dtype(at::kByte));
+    if (table.numel() > 0) {
+      a.rows = part<subdivision::Neighbours<Acc<T>>>(table, 0);
+      a.columns = a.rows + a.height;
+    }
+    run_subdivide_backward(launch, a);
+  });
+  return out;
+}
+
+}  // namespace rendseg
+
+RENDSEG_CUDA_IMPL(m) {
+  m.impl("subdivide", TORCH_FN(rendseg::subdivide_cuda));
+  m.impl("_subdivide_labels", TORCH_FN(rendseg::subdivide_labels_cuda));
+  m.impl("_subdivide_backward", TORCH_FN(rendseg::subdivide_backward_cuda));
+}

@@ -1,0 +1,101 @@
+// What the CPU and the CUDA refine share: options, argument checks, the map that a step fills.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+
+#include "checks.h"
+
+namespace rendseg {
+
+struct RefineOptions {
+  int64_t steps, num_points;
+  bool current_source;  // the coarse features come from the map being refined, not from the original one
+  int64_t scale_factor;
+  bool align_corners, border, coarse_each_layer, coarse_first, labels;
+};
+
+inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::TensorList weights,
+                         at::TensorList biases, const RefineOptions& o, c10::string_view coarse_source,
+                         c10::string_view padding_mode) {
+  check_logits(coarse, "coarse");
+  check_num_points(o.num_points);
+  TORCH_CHECK_VALUE(coarse_source == "original" || coarse_source == "current",
+                    "coarse_source must be one of original, current, got '", coarse_source, "'");
+  TORCH_CHECK_VALUE(padding_mode == "zeros" || padding_mode == "border",
+                    "padding_mode must be one of zeros, border, got '", padding_mode, "'");
+  TORCH_CHECK_VALUE(o.scale_factor >= 2, "scale_factor must be at least 2, got ", o.scale_factor);
+  TORCH_CHECK_VALUE(o.steps >= 0, "steps must not be negative, got ", o.steps);
+  const int64_t classes = coarse.size(1);
+  TORCH_CHECK_VALUE(!o.labels || classes <= 32768, "output=\"labels\" holds at most 32768 classes, got ", classes);
+  TORCH_CHECK_VALUE(!features.empty(), "features must hold at least one tensor, got an empty list");
+  int64_t channels = 0;
+  for (size_t i = 0; i < features.size(); ++i) {
+    const std::string name = "features[" + std::to_string(i) + "]";
+    check_logits(features[i], name.c_str());
+    TORCH_CHECK_VALUE(features[i].size(0) == coarse.size(0), name, " must have N = ", coarse.size(0),
+                      " as in coarse, got shape ", features[i].sizes());
+    TORCH_CHECK_TYPE(features[i].scalar_type() == features[0].scalar_type(), name,
+                     " must have the dtype of features[0] (", features[0].scalar_type(), "), got ",
+                     features[i].scalar_type());
+    check_same_device(features[i], name.c_str(), coarse, "coarse");
+    channels += features[i].size(1);
+  }
+  TORCH_CHECK_VALUE(!weights.empty() && weights.size() == biases.size(),
+                    "weights and biases must hold one tensor per layer, got ", weights.size(), " and ", biases.size());
+  const at::ScalarType dtype = weights[0].scalar_type();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::string name = "weights[" + std::to_string(i) + "]", bias = "biases[" + std::to_string(i) + "]";
+    const int64_t in = i == 0                ? channels + classes
+                       : o.coarse_each_layer ? weights[i - 1].size(0) + classes
+                                             : weights[i - 1].size(0);
+    check_strided(weights[i], name.c_str());
+    check_feature_dtype(weights[i], name.c_str());
+    TORCH_CHECK_VALUE(weights[i].dim() == 2 && weights[i].size(1) == in && weights[i].size(0) > 0, name,
+                      " must have shape [O, I] with I = ", in, ", got ", weights[i].sizes());
+    TORCH_CHECK_VALUE(i + 1 < weights.size() || weights[i].size(0) == classes, name,
+                      " must have shape [C, I] with C = ", classes, " as in coarse, got ", weights[i].sizes());
+    TORCH_CHECK_VALUE(biases[i].dim() == 1 && biases[i].size(0) == weights[i].size(0), bias,
+                      " must have shape [O] with O = ", weights[i].size(0), ", got ", biases[i].sizes());
+    TORCH_CHECK_TYPE(weights[i].scalar_type() == dtype && biases[i].scalar_type() == dtype, name, " and ", bias,
+                     " must have the dtype of weights[0] (", dtype, "), got ", weights[i].scalar_type(), " and ",
+                     biases[i].scalar_type());
+    check_same_device(weights[i], name.c_str(), coarse, "coarse");
+    check_same_device(biases[i], bias.c_str(), coarse, "coarse");
+  }
+}
+
+// Whether the loop runs in float64.
+inline bool refine_is_wide(const at::Tensor& coarse, at::TensorList features, at::TensorList weights) {
+  const bool wide = features[0].scalar_type() == at::kDouble;
+  TORCH_CHECK_TYPE((weights[0].scalar_type() == at::kDouble) == wide && (coarse.scalar_type() == at::kDouble) == wide,
+                   "coarse, features and weights must all be float64 or none, got ", coarse.scalar_type(), ", ",
+                   features[0].scalar_type(), " and ", weights[0].scalar_type());
+  return wide;
+}
+
+inline at::ScalarType label_dtype(int64_t classes) { return classes <= 256 ? at::kByte : at::kShort; }
+
+// The answer of no step at all.
+inline at::Tensor unrefined(const at::Tensor& coarse, bool labels) {
+  return labels ? coarse.argmax(1).to(label_dtype(coarse.size(1))) : coarse.clone();
+}
+
+// The map of a step that recomputes every cell, not yet filled: logits[N,C,H,W] or labels[N,H,W].
+inline at::Tensor empty_step(const at::Tensor& coarse, bool labels, int64_t height, int64_t width) {
+  const int64_t n = coarse.size(0), classes = coarse.size(1);
+  if (labels) return at::empty({n, height, width}, coarse.options().dtype(label_dtype(classes)));
+  return at::empty({n, classes, height, width}, coarse.options().memory_format(coarse.suggest_memory_format()));
+}
+
+// From one cell to the next in a dense map[N,C,H,W], in elements.
+inline int64_t cell_stride(const at::Tensor& map) {
+  return map.size(3) > 1 ? map.stride(3) : map.size(2) > 1 ? map.stride(2) : 1;
+}
+
+}  // namespace rendseg
