@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._bilinear import EXACT
+
 if TYPE_CHECKING:
     from ._compile import CompileCase
-
-# Launch option: no fused multiply-add, so that every configuration of a kernel gives the same bits.
-EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 INT32_LIMIT = 2**31
 # Most cells or points of an image that 32-bit indices hold, with room for the tail of a tile.
@@ -193,27 +192,3 @@ def upsample_taps(position, in_size, SCALE: tl.constexpr, ALIGN_CORNERS: tl.cons
         lower = numerator // (2 * SCALE)
     upper_weight = divide((numerator - lower * denominator).to(ACC), denominator.to(ACC))
     return lower, tl.minimum(lower + 1, in_size - 1), 1.0 - upper_weight, upper_weight
-
-
-@triton.jit
-def axis_taps(coord, size, BORDER: tl.constexpr, ALIGN_CORNERS: tl.constexpr):
-    """Taps of a coordinate along one axis (csrc/math/bilinear.h): cells ``cell`` and ``cell + 1``.
-
-    Returns ``cell, near, far, has_near, has_far``: the weights of the two, and whether each lies on the map. Without a
-    neighbour on the map ``cell`` is -2, as for NaN.
-    """
-    from_corner = (2.0 * coord - 1.0) + 1.0
-    last = (size - 1 + tl.zeros_like(coord)).to(coord.dtype)
-    if ALIGN_CORNERS:
-        position = from_corner * (last * 0.5)
-    else:
-        position = from_corner * ((last + 1.0) * 0.5) - 0.5
-    if BORDER:
-        position = tl.where(position > 0.0, position, 0.0)
-        position = tl.where(position < last, position, last)
-    floor = tl.floor(position)
-    far = position - floor
-    has_near = (floor >= 0.0) & (floor <= last)
-    has_far = (floor >= -1.0) & (floor < last)
-    cell = tl.where(has_near | has_far, floor, -2.0).to(tl.int32)
-    return cell, 1.0 - far, far, has_near, has_far

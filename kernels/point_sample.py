@@ -19,6 +19,7 @@ from torch import Tensor
 from ..reference import _checks as check
 from ..reference.point_sample import check_point_labels, check_point_sample, gradient_format
 from ._bilinear import EXACT, axis_taps, nearest_cell, position_slope
+from ._common import narrow
 from ._compile import CompileCase
 
 _WIDE = {torch.float64: tl.float64}  # the type that sums are made in; float32 for all others
@@ -111,21 +112,21 @@ def _point_sample_kernel(
     live = _points(has_point, CHANNELS_LAST) & _channels(c < channels, CHANNELS_LAST)
     source = map_ptr + n * map_n + _channels(c * map_c, CHANNELS_LAST)
     if NEAREST:
-        col, in_x = nearest_cell(x, tl.cast(width, ACC), BORDER, ALIGN)
-        row, in_y = nearest_cell(y, tl.cast(height, ACC), BORDER, ALIGN)
+        col, in_x = nearest_cell(x, width, BORDER, ALIGN)
+        row, in_y = nearest_cell(y, height, BORDER, ALIGN)
         at = row.to(tl.int64) * map_h + col.to(tl.int64) * map_w
         mask = _points(in_x & in_y, CHANNELS_LAST) & live
         value = tl.load(source + _points(at, CHANNELS_LAST), mask=mask, other=0.0).to(ACC)
     else:
-        col, near_x, far_x, has_near_x, has_far_x = axis_taps(x, tl.cast(width, ACC), BORDER, ALIGN)
-        row, near_y, far_y, has_near_y, has_far_y = axis_taps(y, tl.cast(height, ACC), BORDER, ALIGN)
+        col, near_x, far_x, has_near_x, has_far_x = axis_taps(x, width, BORDER, ALIGN)
+        row, near_y, far_y, has_near_y, has_far_y = axis_taps(y, height, BORDER, ALIGN)
         at = row.to(tl.int64) * map_h + col.to(tl.int64) * map_w
         value = _weighted(source, at, near_x * near_y, has_near_x & has_near_y, live, CHANNELS_LAST)
         value += _weighted(source, at + map_w, far_x * near_y, has_far_x & has_near_y, live, CHANNELS_LAST)
         value += _weighted(source, at + map_h, near_x * far_y, has_near_x & has_far_y, live, CHANNELS_LAST)
         value += _weighted(source, at + map_h + map_w, far_x * far_y, has_far_x & has_far_y, live, CHANNELS_LAST)
     target = out_ptr + n * out_n + _channels(c * points, CHANNELS_LAST) + _points(p, CHANNELS_LAST)
-    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(target, narrow(value, out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -161,13 +162,13 @@ def _point_sample_cells_kernel(
     y = tl.load(coord + coords_xy, mask=live, other=0.0).to(ACC)
     key_type: tl.constexpr = keys_ptr.dtype.element_ty
     if NEAREST:
-        col, in_x = nearest_cell(x, tl.cast(width, ACC), BORDER, ALIGN)
-        row, in_y = nearest_cell(y, tl.cast(height, ACC), BORDER, ALIGN)
+        col, in_x = nearest_cell(x, width, BORDER, ALIGN)
+        row, in_y = nearest_cell(y, height, BORDER, ALIGN)
         key = (n * height + row) * width + col
         tl.store(keys_ptr + i, tl.where(in_x & in_y, key, off_map).to(key_type), mask=live)
     else:
-        col, near_x, far_x, has_near_x, has_far_x = axis_taps(x, tl.cast(width, ACC), BORDER, ALIGN)
-        row, near_y, far_y, has_near_y, has_far_y = axis_taps(y, tl.cast(height, ACC), BORDER, ALIGN)
+        col, near_x, far_x, has_near_x, has_far_x = axis_taps(x, width, BORDER, ALIGN)
+        row, near_y, far_y, has_near_y, has_far_y = axis_taps(y, height, BORDER, ALIGN)
         key = (n * height + row) * width + col
         keys = keys_ptr + i * 4
         weights = weights_ptr + i * 4
@@ -260,7 +261,7 @@ def _point_sample_gather_kernel(
         target += (cell * channels)[:, None] + c[None, :]
     else:
         target += (c * cells)[:, None] + cell[None, :]
-    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=_points(on_map, CHANNELS_LAST) & has_channel)
+    tl.store(target, narrow(total, out_ptr.dtype.element_ty), mask=_points(on_map, CHANNELS_LAST) & has_channel)
 
 
 @triton.jit
@@ -312,10 +313,8 @@ def _point_sample_coords_kernel(
     coord = coords_ptr + n * coords_n + p * coords_p
     x = tl.load(coord, mask=has_point, other=0.0).to(ACC)
     y = tl.load(coord + coords_xy, mask=has_point, other=0.0).to(ACC)
-    wide = tl.cast(width, ACC)
-    high = tl.cast(height, ACC)
-    col, near_x, far_x, has_near_x, has_far_x = axis_taps(x, wide, BORDER, ALIGN)
-    row, near_y, far_y, has_near_y, has_far_y = axis_taps(y, high, BORDER, ALIGN)
+    col, near_x, far_x, has_near_x, has_far_x = axis_taps(x, width, BORDER, ALIGN)
+    row, near_y, far_y, has_near_y, has_far_y = axis_taps(y, height, BORDER, ALIGN)
     at = row.to(tl.int64) * map_h + col.to(tl.int64) * map_w
     if CHANNELS_LAST:
         nothing = tl.zeros((BLOCK_P, BLOCK_C), ACC)
@@ -340,8 +339,8 @@ def _point_sample_coords_kernel(
     ne = tl.sum(north_east, axis=channel_axis)
     sw = tl.sum(south_west, axis=channel_axis)
     se = tl.sum(south_east, axis=channel_axis)
-    scale_x = position_slope(x, wide, BORDER, ALIGN)
-    scale_y = position_slope(y, high, BORDER, ALIGN)
+    scale_x = position_slope(x, width, BORDER, ALIGN)
+    scale_y = position_slope(y, height, BORDER, ALIGN)
     slope_x = (ne * scale_x) * near_y - (nw * scale_x) * near_y + ((se * scale_x) * far_y - (sw * scale_x) * far_y)
     slope_y = (sw * scale_y) * near_x - (nw * scale_y) * near_x + ((se * scale_y) * far_x - (ne * scale_y) * far_x)
     target = out_ptr + (n * points + p) * 2

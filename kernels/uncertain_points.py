@@ -20,10 +20,10 @@ from rendseg.reference.point_sample import PADDING_MODES
 from rendseg.reference.uncertain_points import check_class_index, check_draws, draw_counts
 
 from . import _select
+from ._bilinear import axis_taps
 from ._common import (
     EXACT,
     INT32_LIMIT,
-    axis_taps,
     channels_inside,
     check_grid,
     check_indices,
