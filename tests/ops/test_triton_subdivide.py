@@ -19,7 +19,11 @@ pytestmark = [*TRITON, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # 
 
 # The interpreter takes seconds for these shapes; smaller ones reach the same branches.
 SMALLER = {
-    "wide rows": (cases.make(1, 5, 3, 150), {"num_points": 300}),
+    "odd sizes": (cases.make(2, 5, 4, 9), {"num_points": 40}),
+    "wide rows": (cases.make(1, 5, 2, 150), {"num_points": 300}),
+    "one channel": (cases.make(2, 1, 6, 12), {"num_points": 30}),
+    "two channels": (cases.make(2, 2, 6, 12), {"num_points": 30}),
+    "class index": (cases.make(3, 5, 4, 10), {"num_points": 30, "class_index": torch.tensor([4, 0, 2])}),
     "rows of 16": (cases.make(2, 3, 4, 32), {"num_points": 100}),
     "aligned corners": (cases.make(1, 6, 9, 17), {"num_points": 50, "align_corners": True}),
     "factor 4, aligned corners": (
@@ -27,10 +31,9 @@ SMALLER = {
         {"num_points": 50, "scale_factor": 4, "align_corners": True},
     ),
     "many channels": (cases.make(1, 260, 1, 9), {"num_points": 20}),
-    "several bands and tiles": (cases.make(1, 20, 5, 70, seed=3), {"num_points": 500}),
+    "several bands and tiles": (cases.make(1, 10, 5, 70, seed=3), {"num_points": 500}),
 }
 CASES = {name: SMALLER.get(name, (logits, kwargs)) for name, logits, kwargs in cases.logits_cases()}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run(op: str, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +98,7 @@ def test_float64() -> None:
             check_against_interpolate(x, kwargs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name, logits", list(cases.special_cases()), ids=[case[0] for case in cases.special_cases()])
 def test_special_values(name: str, logits: Tensor, dtype: torch.dtype) -> None:
     for layout, x in list(cases.layouts(logits.to(dtype)))[:2]:
@@ -111,7 +114,7 @@ def test_special_values(name: str, logits: Tensor, dtype: torch.dtype) -> None:
 
 def test_map_too_large_for_one_program() -> None:
     """The selection in several launches, with the first digit counted while the values are made, or afterwards."""
-    x = cases.make(1, 2, 66, 70).bfloat16()
+    x = cases.make(1, 2, 46, 50).bfloat16()
     for layout in (torch.contiguous_format, torch.channels_last):
         fine, indices, coords = run("subdivide", x.contiguous(memory_format=layout), 1000)
         wanted = reference.uncertain_points(fine, 1000)
@@ -119,7 +122,7 @@ def test_map_too_large_for_one_program() -> None:
 
 
 def test_runs_agree() -> None:
-    x = cases.make(2, 3, 20, 30, scale=1.0).round().float()
+    x = cases.make(1, 3, 10, 15, scale=1.0).round().float()
     first = run("subdivide", x, 300)
     for _ in range(20 if DEVICE == "cuda" else 1):
         assert all(torch.equal(a, b) for a, b in zip(first, run("subdivide", x, 300), strict=True))
