@@ -114,7 +114,7 @@ def test_more_positions_than_65535(monkeypatch: pytest.MonkeyPatch) -> None:
         from rendseg.kernels import encode
 
         tile = encode._tile
-        monkeypatch.setattr(encode, "_tile", lambda *shape: dataclasses.replace(tile(*shape), positions=1024))
+        monkeypatch.setattr(encode, "_tile", lambda *a, **k: dataclasses.replace(tile(*a, **k), positions=1024))
     check_op("encode", make(1, 2, (66_001,), 3))
 
 
