@@ -402,9 +402,9 @@ def refine_mlp_triton(
 
     For labels the logits of the last step are never stored. float64 runs the reference, operator by operator.
     """
-    classes = coarse.shape[1] if coarse.dim() > 1 else 0
     layers = (coarse_source, scale_factor, padding_mode, coarse_each_layer, labels)
     check_refine_mlp(coarse, features, weights, biases, steps, num_points, *layers)
+    classes = coarse.shape[1]
     coarse = coarse.detach()
     features = [feature.detach() for feature in features]
     if steps == 0:
