@@ -117,7 +117,7 @@ def _triton() -> BackendStatus:
         return BackendStatus("triton", False, (), cause, "install rendseg again")
     if not triton_installed():
         return BackendStatus("triton", False, (), "the package triton is not installed", "pip install triton")
-    devices = ("cpu",) if interpreted() else ()
+    devices: tuple[str, ...] = ("cpu",) if interpreted() else ()
     if torch.cuda.is_available():
         devices += ("cuda",)
     if not devices:
