@@ -24,6 +24,12 @@ pytestmark = [
 ]
 
 
+# Every case for four targets, and every operator interpreted, take more minutes than the rest of the tests together.
+full = pytest.mark.skipif(
+    os.environ.get("RENDSEG_TRITON_FULL", "0") == "0", reason="takes many minutes: set RENDSEG_TRITON_FULL=1"
+)
+
+
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """kernels/_compile.py, with a cache of its own, so that every kernel is truly compiled."""
@@ -37,6 +43,7 @@ def jobs() -> int:
     return int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
 
 
+@full
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_100", "gfx942"])
 def test_nothing_spills(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +133,7 @@ def test_a_case_that_does_not_fit_its_kernel_is_refused(compiler: Any) -> None:
 # -- the interpreter, from a run that does not interpret ---------------------------------------------------------------
 
 
+@full
 @pytest.mark.slow
 def test_interpreted_operators() -> None:
     files = sorted(str(path) for path in (ROOT / "tests" / "ops").glob("test_triton_*.py"))
