@@ -54,6 +54,15 @@ inline void exchange(const uint32_t (&a)[4], const uint32_t (&b)[2], Operands (&
   emulation::warp_exchange(kAllLanes, name, &mine, sizeof(mine), reinterpret_cast<unsigned char*>(all), place);
 }
 
+template <typename T>
+void multiply_16bit(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T tag, emulation::Place place) {
+  Operands all[32];
+  exchange(a, b, all, "mma_m16n8k16", place);
+  multiply_add(
+      d, 16, [&](int i, int k) { return value_16bit(all[i % 8 * 4 + k % 8 / 2].a[i / 8 + k / 8 * 2], k % 2, tag); },
+      [&](int k, int j) { return value_16bit(all[j * 4 + k % 8 / 2].b[k / 8], k % 2, tag); });
+}
+
 inline void load_matrices(uint32_t* r, int matrices, bool transposed, const void* row, const char* name,
                           emulation::Place place) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("ldmatrix: a row must be 16-byte aligned", place);
@@ -89,12 +98,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  emulated::Operands all[32];
-  emulated::exchange(a, b, all, "mma_m16n8k16", place);
-  emulated::multiply_add(
-      d, 16,
-      [&](int i, int k) { return emulated::value_16bit(all[i % 8 * 4 + k % 8 / 2].a[i / 8 + k / 8 * 2], k % 2, tag); },
-      [&](int k, int j) { return emulated::value_16bit(all[j * 4 + k % 8 / 2].b[k / 8], k % 2, tag); });
+  emulated::multiply_16bit(d, a, b, tag, place);
 #endif
 }
 
@@ -108,12 +112,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  emulated::Operands all[32];
-  emulated::exchange(a, b, all, "mma_m16n8k16", place);
-  emulated::multiply_add(
-      d, 16,
-      [&](int i, int k) { return emulated::value_16bit(all[i % 8 * 4 + k % 8 / 2].a[i / 8 + k / 8 * 2], k % 2, tag); },
-      [&](int k, int j) { return emulated::value_16bit(all[j * 4 + k % 8 / 2].b[k / 8], k % 2, tag); });
+  emulated::multiply_16bit(d, a, b, tag, place);
 #endif
 }
 
