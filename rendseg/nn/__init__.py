@@ -2,7 +2,8 @@
 
 from .conv import ConvNorm, make_norm
 from .encoding import Encoding
+from .fcn_head import FCNHead
 from .fpn import FPN
 from .point_head import PointHead
 
-__all__ = ["FPN", "ConvNorm", "Encoding", "PointHead", "make_norm"]
+__all__ = ["FPN", "ConvNorm", "Encoding", "FCNHead", "PointHead", "make_norm"]

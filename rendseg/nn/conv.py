@@ -28,7 +28,7 @@ def make_norm(name: str, channels: int) -> nn.Module | None:
 
 
 class ConvNorm(nn.Conv2d):
-    """A convolution of stride 1 and equal output size, then ``norm``, then ReLU when ``relu``.
+    """A convolution of odd ``kernel_size`` that keeps the size at stride 1, then ``norm``, then ReLU when ``relu``.
 
     Parameters are called ``weight``, ``bias`` (only without a norm) and ``norm.*``. Initialised by Kaiming's normal
     rule over the fan out (``init="msra"``) or the uniform rule over the fan in (``init="xavier"``); zero bias.
@@ -43,9 +43,21 @@ class ConvNorm(nn.Conv2d):
         norm: str = "none",
         relu: bool = True,
         init: str = "msra",
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
     ) -> None:
         norm_layer = make_norm(norm, out_channels)
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm_layer is None)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=norm_layer is None,
+        )
         self.norm = norm_layer
         self.relu = relu
         if init == "msra":

@@ -1,0 +1,54 @@
+"""The head of a fully convolutional network: Long et al. 2015; as an auxiliary head, Zhao et al. 2017, section 3.3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .conv import ConvNorm
+
+
+class FCNHead(nn.Module):
+    """``[N, in_channels, H, W]`` -> logits ``[N, num_classes, H, W]``.
+
+    ``num_convs`` 3x3 convolutions (with ``norm`` and ReLU) called ``convs.0`` .., with ``concat_input`` one more,
+    ``conv_cat``, over their output and the input side by side; dropout of whole channels; the 1x1 ``classifier``.
+    ``num_convs=0`` leaves only dropout and classifier. Under autocast the convolutions run in its dtype.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        *,
+        num_convs: int = 1,
+        concat_input: bool = False,
+        dropout: float = 0.1,
+        norm: str = "bn",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("channels", channels, 1),
+            ("num_classes", num_classes, 1),
+            ("num_convs", num_convs, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if concat_input and num_convs == 0:
+            raise ValueError("concat_input needs num_convs of at least 1")
+        widths = [in_channels] + [channels] * num_convs
+        self.convs = nn.Sequential(*(ConvNorm(a, b, 3, norm=norm) for a, b in zip(widths, widths[1:], strict=False)))
+        self.conv_cat = ConvNorm(in_channels + channels, channels, 3, norm=norm) if concat_input else None
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convs(x)
+        if self.conv_cat is not None:
+            y = self.conv_cat(torch.cat((x, y), 1))
+        return self.classifier(self.dropout(y))
