@@ -68,7 +68,11 @@ def _sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write ``content`` as JSON, atomically; NaN and infinities become null so that any parser can read the file."""
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, atomically."""
     write_atomically(path, lambda file: _write_all(file, text.encode()))
 
 

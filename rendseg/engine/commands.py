@@ -102,6 +102,19 @@ def predict(
 
 
 @app.command()
+@_one_line_errors
+def experiment(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with base, variants and seeds.")],
+    overrides: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option(help="Train this variant only; may be repeated.")] = None,
+) -> None:
+    """Train variants of one configuration with several seeds; write a table and a plot. Continues where it stopped."""
+    from rendseg.engine.experiment import run_experiment
+
+    run_experiment(config, overrides or (), only or ())
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, built and usable here, and for the rest why not and what to do."""
     from rendseg import doctor as module

@@ -204,6 +204,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """Read, override, expand, validate and resolve a configuration; ``ConfigError`` says what is wrong and where."""
+    return build_config(read_mapping(path), overrides, source=str(path), folder=Path(path).resolve().parent)
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping of a YAML file, as it stands; ``ConfigError`` where there is none."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
@@ -213,15 +218,20 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
-    return build_config(content, overrides, source=str(path), folder=path.resolve().parent)
+    return content
+
+
+def override_mapping(content: Mapping[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of ``content`` with every ``a.b.c=value`` of ``overrides`` set, and the dotted keys that were."""
+    values: dict[str, Any] = _copy(content)
+    return values, [_apply(values, override) for override in overrides]
 
 
 def build_config(
     content: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "configuration", folder: Path | None = None
 ) -> Config:
     """The ``Config`` of a plain mapping; ``source`` is named in errors, ``folder`` is where relative roots begin."""
-    values: dict[str, Any] = _copy(content)
-    overridden = [_apply(values, override) for override in overrides]
+    values, overridden = override_mapping(content, overrides)
     values = _expand(values, source)
     data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
@@ -229,7 +239,7 @@ def build_config(
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source, overridden)) from error
+        raise ConfigError(explain(error, source, overridden)) from error
 
 
 def _copy(value: Any) -> Any:
@@ -293,7 +303,9 @@ def _resolve(root: str, folder: Path | None) -> str:
 # ------------------------------------------------------------------------------------------------------- errors
 
 
-def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
+def explain(
+    error: ValidationError, source: str, overridden: Iterable[str] = (), section: type[BaseModel] = Config
+) -> str:
     """All problems of a configuration, one per line; unknown keys first because they often cause the rest."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     lines = []
@@ -302,7 +314,7 @@ def _explain(error: ValidationError, source: str, overridden: list[str]) -> str:
         key = ".".join(location)
         where = "on the command line" if any(_within(key, o) for o in overridden) else f"in {source}"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r} {where}{_nearest(location)}")
+            lines.append(f"unknown key {key!r} {where}{_nearest(location, section)}")
         elif problem["type"] == "missing":
             lines.append(f"the key {key!r} is missing in {source}")
         else:
@@ -319,13 +331,13 @@ def _within(key: str, override: str) -> bool:
     return key == override or key.startswith(override + ".") or override.startswith(key + ".")
 
 
-def _nearest(location: list[str]) -> str:
+def _nearest(location: list[str], root: type[BaseModel]) -> str:
     """``"; did you mean ...?"`` from the keys of the same section, else from all keys of the configuration."""
-    section: Any = Config
+    section: Any = root
     for part in location[:-1]:
         if part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section
-    everywhere = all_keys(Config)
+    everywhere = all_keys(root)
     same = [key for key in everywhere if key.split(".")[-1] == location[-1]]
     if same:
         return f"; there is {same[0]!r}"

@@ -219,13 +219,18 @@ class Progress:
     window_size: int = 0
 
 
+def training_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """``(dotted key, value in one, value in other)`` where two configurations would train differently."""
+    return [
+        found
+        for found in differences(one, other)
+        if not any(found[0] == key or found[0].startswith(key + ".") for key in HARMLESS_KEYS)
+    ]
+
+
 def _checked_resume(config: Config, path: Path, contents: Mapping[str, Any]) -> None:
     """Refuse to continue a run silently with a configuration that would have trained differently."""
-    changed = [
-        (key, old, new)
-        for key, old, new in differences(contents["config"], config.to_dict())
-        if not any(key == k or key.startswith(k + ".") for k in HARMLESS_KEYS)
-    ]
+    changed = training_differences(contents["config"], config.to_dict())
     if changed:
         key, old, new = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
