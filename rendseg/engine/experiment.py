@@ -8,9 +8,9 @@ The YAML file holds
 * ``seeds``: a list; every variant is trained with each;
 * ``compare``: pairs ``[variant, other]`` whose differences, seed by seed, the table ends with.
 
-Runs that are finished are not repeated and interrupted ones go on where they were, so that the same command finishes an
-experiment that was stopped. Runs of other settings are refused (``base.resume=never`` replaces them). ``--only VARIANT``
-divides the work between machines.
+Runs that are finished are not repeated and interrupted ones go on where they were: the same command finishes an
+experiment that was stopped. Runs of other settings are refused (``base.resume=never`` replaces them). ``--only
+VARIANT`` divides the work between machines.
 """
 
 from __future__ import annotations
