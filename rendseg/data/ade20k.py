@@ -12,7 +12,7 @@ from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
 from .options import Ade20kOptions, DataError, names_of
 
-# name:rrggbb by value in the file, 1 to 150; the colours are those of the benchmark's tool kit, two of which repeat.
+# name:rrggbb by value in the file, 1 to 150. The colours are those of the benchmark's tool kit; two classes share one.
 _TABLE = """
 wall:787878, building:b47878, sky:06e6e6, floor:503232, tree:04c803, ceiling:787850, road:8c8c8c, bed:cc05ff,
 windowpane:e6e6e6, grass:04fa07, cabinet:e005ff, sidewalk:ebff07, person:96053d, earth:787846, door:08ff33,
