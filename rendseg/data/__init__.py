@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from .base import SegmentationDataset, Split
+from .base import ImageFiles, SegmentationDataset, Split
 from .options import (
     Ade20kOptions,
     AugmentOptions,
@@ -73,4 +73,7 @@ def build_dataset(
     """
     parsed = parse_options(options)  # type: ignore[arg-type]
     module, name = _HOMES[parsed.name]
-    return getattr(import_module(f".{module}", __name__), name)(parsed, split, augment_seed, problems)
+    kind = getattr(import_module(f".{module}", __name__), name)
+    if issubclass(kind, ImageFiles):
+        return kind(parsed, split, augment_seed, problems)
+    return kind(parsed, split, augment_seed)

@@ -154,7 +154,7 @@ class PhotometricDistortion(v2.Transform):
         }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if isinstance(inpt, tv_tensors.Mask):
+        if not isinstance(inpt, tv_tensors.Image):
             return inpt
         values = inpt.as_subclass(torch.Tensor).float() / 255
         if params["brightness"] is not None:

@@ -259,10 +259,7 @@ def scene(height: int, width: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
 class Shapes(SegmentationDataset):
     """Seven classes of shapes and the background; see the module."""
 
-    def __init__(
-        self, options: ShapesOptions, split: Split, augment_seed: int = 0, problems: list[str] | None = None
-    ) -> None:
-        """`problems` is for data sets of files."""
+    def __init__(self, options: ShapesOptions, split: Split, augment_seed: int = 0) -> None:
         super().__init__(options, split, list(CLASSES), np.array(list(CLASSES.values()), np.uint8), augment_seed)
         self._size = options.size
         self._seed = options.seed

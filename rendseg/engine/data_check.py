@@ -31,16 +31,17 @@ from rendseg.data.base import ImageFiles, Split
 from rendseg.engine.checkpoint import CheckpointError, write_json
 
 SPLITS: tuple[Split, ...] = ("train", "val")
-VALUES = 256  # of a uint8
+VALUES = 256  # of a byte
 
 
 @dataclass
 class Record:
-    """One image: size (height, width), pixels of each label value [256], of each red, green and blue value [768]."""
+    """One image: size (height, width), pixels of each class and, last, ignored ones [C + 1], pixels of each red, green
+    and blue value [768]; None: it has problems."""
 
     problems: list[str]
     size: tuple[int, int] = (0, 0)
-    labels: np.ndarray | None = None
+    pixels: np.ndarray | None = None
     colors: np.ndarray | None = None
 
 
@@ -52,12 +53,10 @@ class _Records(Dataset[Record]):
         found = self.dataset.examine(index)
         if found.problems or found.image is None or found.label is None:
             return Record(found.problems)
-        return Record(
-            [],
-            (found.label.shape[0], found.label.shape[1]),
-            np.bincount(found.label.ravel(), minlength=VALUES),
-            np.array(Image.fromarray(found.image).histogram(), np.int64),
-        )
+        height, width = found.label.shape
+        pixels = np.bincount(found.label.ravel(), minlength=self.dataset.num_classes)[: self.dataset.num_classes]
+        colors = np.array(Image.fromarray(found.image).histogram(), np.int64)
+        return Record([], (height, width), np.append(pixels, found.label.size - pixels.sum()), colors)
 
 
 def _itself(record: Any) -> Any:
@@ -89,54 +88,59 @@ def _records(dataset: SegmentationDataset, workers: int) -> Iterator[Record]:
 
 @dataclass
 class SplitReport:
-    """What was found in one split.
+    """What was found in one split of C classes.
 
     Attributes:
-        listed: images that the split consists of; `sound`: those that count below.
+        listed: images that the split consists of; `sound`: those that count below; `unlabelled`: those of which all
+            pixels are ignored.
         problems: one line per file that cannot be used.
         sizes: (height, width) -> images.
-        pixels, images: of each label value [256]: pixels that have it, and images in which it occurs.
-        reach: of each label value [256]: labelled pixels of the images in which it occurs.
+        pixels, images: [C + 1], of each class and, last, of what is ignored: pixels, and images in which it occurs.
+        reach: [C + 1], likewise: labelled pixels of the images in which it occurs.
         colors: pixels of each red, green and blue value [768].
     """
 
     split: Split
     class_names: list[str] = field(default_factory=list)
-    ignore_index: int = 255
     listed: int = 0
     sound: int = 0
+    unlabelled: int = 0
     problems: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(VALUES, np.int64))
-    images: np.ndarray = field(default_factory=lambda: np.zeros(VALUES, np.int64))
-    reach: np.ndarray = field(default_factory=lambda: np.zeros(VALUES, np.int64))
+    pixels: np.ndarray = field(init=False)
+    images: np.ndarray = field(init=False)
+    reach: np.ndarray = field(init=False)
     colors: np.ndarray = field(default_factory=lambda: np.zeros(3 * VALUES, np.int64))
+
+    def __post_init__(self) -> None:
+        self.pixels, self.images, self.reach = np.zeros((3, len(self.class_names) + 1), np.int64)
 
     def add(self, record: Record) -> None:
         self.problems += record.problems
-        if record.labels is None or record.colors is None:
+        if record.pixels is None or record.colors is None:
             return
+        occurs, labelled = record.pixels > 0, int(record.pixels[:-1].sum())
         self.sound += 1
+        self.unlabelled += labelled == 0
         self.sizes[record.size] += 1
-        self.pixels += record.labels
-        occurs = record.labels > 0
+        self.pixels += record.pixels
         self.images += occurs
-        self.reach += occurs * (record.labels.sum() - record.labels[self.ignore_index])
+        self.reach += occurs * labelled
         self.colors += record.colors
 
     @property
     def ignored(self) -> int:
         """Ignored pixels."""
-        return int(self.pixels[self.ignore_index])
+        return int(self.pixels[-1])
 
     @property
     def labelled(self) -> int:
         """Pixels of classes."""
-        return int(self.pixels.sum()) - self.ignored
+        return int(self.pixels[:-1].sum())
 
     def shares(self) -> np.ndarray:
         """float64 [C]: share of each class in the labelled pixels."""
-        return self.pixels[: len(self.class_names)] / max(1, self.labelled)
+        return self.pixels[:-1] / max(1, self.labelled)
 
     def absent(self) -> list[str]:
         """Names of the classes that never occur."""
@@ -151,7 +155,7 @@ class SplitReport:
         fourth_root, median = np.ones_like(shares), np.ones_like(shares)
         fourth_root[present] = shares[present] ** -0.25
         fourth_root[present] /= (shares * fourth_root)[present].sum()
-        frequency = (self.pixels / np.maximum(1, self.reach))[: len(shares)][present]
+        frequency = (self.pixels / np.maximum(1, self.reach))[:-1][present]
         median[present] = np.median(frequency) / frequency
         return {"share": _rounded(fourth_root), "median_frequency": _rounded(median)}
 
@@ -171,6 +175,7 @@ class SplitReport:
         return {
             "listed": self.listed,
             "sound": self.sound,
+            "unlabelled": self.unlabelled,
             "problems": self.problems,
             "sizes": [
                 {"height": height, "width": width, "images": count}
@@ -243,19 +248,17 @@ def check_data(
                 tell(line)
 
     for split in splits:
-        report = SplitReport(split)
-        reports.append(report)
+        problems: list[str] = []
         try:
-            dataset = build_dataset(options, split, problems=report.problems)
+            dataset = build_dataset(options, split, problems=problems)
         except DataError as error:
-            report.problems.append(str(error))
             dataset = None
-        if dataset is not None and not isinstance(dataset, SegmentationDataset):
-            raise DataError(f"data.name {options.name!r} has no single label map per image: data check cannot count it")
-        tell_once(report.problems)
+            problems.append(str(error))
+        tell_once(problems)
+        report = SplitReport(split, [] if dataset is None else dataset.class_names, problems=problems)
+        reports.append(report)
         if dataset is None:
             continue
-        report.class_names, report.ignore_index = dataset.class_names, dataset.ignore_index
         report.listed = len(dataset)
         if isinstance(dataset, ImageFiles):
             report.listed += dataset.left_out
@@ -290,7 +293,9 @@ def format_report(report: SplitReport) -> str:
         lines.append(row)
     total = report.labelled + report.ignored
     of_all = f"  {'ignored':<{width}}  {report.ignored:>15,}  {report.ignored / total:>9.4%}"
-    lines.append(f"{of_all}  {report.images[report.ignore_index]:>8,}  (share of all pixels)")
+    lines.append(f"{of_all}  {report.images[-1]:>8,}  (share of all pixels)")
+    if report.unlabelled:
+        lines.append(f"  without a labelled pixel: {_plural(report.unlabelled, 'image')}")
     if absent := report.absent():
         lines.append(f"  never occurring: {', '.join(absent)}")
     mean, std = report.mean_and_std()

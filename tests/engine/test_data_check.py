@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ def test_counts_are_those_of_numpy(tree: Path) -> None:
     maps = [np.array(Image.open(path)) for path in sorted((tree / "labels/train").iterdir())]
     everything = np.concatenate([m.ravel() for m in maps])
     pixels = [int((everything == c).sum()) for c in range(4)]
-    assert report.pixels[:4].tolist() == pixels and pixels[3] == 0
+    assert report.pixels[:4].tolist() == pixels and len(report.pixels) == 5 and pixels[3] == 0
     assert report.images[:4].tolist() == [sum((m == c).any() for m in maps) for c in range(4)] == [4, 2, 2, 0]
     assert report.ignored == (everything == 255).sum() and report.labelled == (everything != 255).sum()
     assert report.absent() == ["unicorn"]
@@ -195,6 +198,30 @@ def test_synthetic_data() -> None:
     report = check_data({"name": "shapes", "size": [16, 24], "num_images": 3, "num_val_images": 2})
     assert [part.sound for part in report.splits] == [3, 2] and report.exit_code == 0
     assert report.splits[0].sizes == {(16, 24): 3} and report.splits[0].labelled == 3 * 16 * 24
+
+
+def test_images_without_a_label(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tree / "labels/train").iterdir():
+        size = np.array(Image.open(path)).shape
+        save(path, np.full(size, 255, np.uint8))
+    assert main(["data", "check", config(tree), "--split", "train", "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "without a labelled pixel: 4 images" in out and "class_weights" not in out and "100.0000%" in out
+
+
+@pytest.mark.bad_input
+def test_a_reading_process_that_dies(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die(self: Any, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("rendseg.data.folder.Folder.examine", die)
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("the death is handed on by fork")
+    assert main(["data", "check", config(tree), "--workers", "1"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rendseg: ")]
+    assert len(errors) == 1 and "a process that reads images has ended" in errors[0] and "--workers" in errors[0]
 
 
 @pytest.mark.bad_input
