@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
     list[str] | None,
@@ -99,6 +103,35 @@ def predict(
     if failed:
         print(f"rendseg: {failed} of {done + failed} images could not be read", file=sys.stderr)
         raise typer.Exit(1)
+
+
+class _Splits(str, Enum):
+    train = "train"
+    val = "val"
+    all = "all"
+
+
+@data_app.command(name="check")
+@_one_line_errors
+def data_check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")],
+    overrides: Overrides = None,
+    split: Annotated[_Splits, typer.Option(help="The part to read.")] = _Splits.all,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the counts and problems to it.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read; default: one per core, at most 8.")
+    ] = None,
+) -> None:
+    """Read a data set whole: count its images and classes, suggest class weights, and name every bad file.
+
+    Exit code 0: all files are sound; 1: some are not; 2: none could be read.
+    """
+    from rendseg.engine.config import load_config
+    from rendseg.engine.data_check import check_files
+
+    code = check_files(load_config(config, overrides or ()).data, split.value, json, workers)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
