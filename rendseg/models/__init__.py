@@ -3,6 +3,9 @@
 from .backbones import Backbone, create_backbone
 from .build import build_model
 from .decoder import Decoder, DecoderOutput
+from .deeplab import DeepLabV3, DeepLabV3Options, DeepLabV3Plus, DeepLabV3PlusOptions
+from .encnet import ENCNET_PRESETS, ENCNet, ENCNetOptions
+from .fcn import FCN, FCNOptions
 from .losses import segmentation_loss
 from .options import (
     PRESETS,
@@ -17,16 +20,26 @@ from .options import (
 )
 from .pointrend import PointRend
 from .registry import build_decoder, decoder_names, register_decoder
+from .se_loss import presence_targets, se_loss
 from .segmenter import SegmentationOutput, Segmenter
 from .semantic_fpn import SemanticFPN
 
 __all__ = [
+    "ENCNET_PRESETS",
+    "FCN",
     "PRESETS",
     "Backbone",
     "BackboneOptions",
     "Decoder",
     "DecoderOptions",
     "DecoderOutput",
+    "DeepLabV3",
+    "DeepLabV3Options",
+    "DeepLabV3Plus",
+    "DeepLabV3PlusOptions",
+    "ENCNet",
+    "ENCNetOptions",
+    "FCNOptions",
     "LossOptions",
     "ModelOptions",
     "PointRend",
@@ -41,6 +54,8 @@ __all__ = [
     "decoder_names",
     "parse_options",
     "pointrend_options",
+    "presence_targets",
     "register_decoder",
+    "se_loss",
     "segmentation_loss",
 ]

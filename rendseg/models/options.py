@@ -74,8 +74,9 @@ class PointRendOptions:
 
     preset: Literal["rendseg", "detectron2", "mmseg", "paddleseg", "deeplab"] = "rendseg"
     """The preset that filled in what was not given."""
-    point_features: tuple[str, ...] = ("p2",)
-    """Names of the maps that give fine features: the decoder's (p2 ..) or the backbone's (c1 .. c5)."""
+    point_features: tuple[str, ...] | None = None
+    """Names of the maps that give fine features: the decoder's (p2 ..) or the backbone's (c1 .. c5); ``None``: the
+    decoder's ``default_point_features`` (its finest map, or c2)."""
     coarse_stride: int | None = None
     """Bring the coarse logits to this stride (bilinearly) where the decoder gives another; ``None``: the decoder's."""
     steps: int | None = None
@@ -150,7 +151,6 @@ _SWITCHES: dict[str, dict[str, Any]] = {
         "steps": 2,
     },
     "paddleseg": {
-        "point_features": ("p5",),  # its neck answers coarse to fine, so the first map is the deepest
         "coarse_stride": 8,
         "padding_mode": "zeros",
         "init": "paddleseg",
@@ -230,7 +230,7 @@ def check_pointrend(options: PointRendOptions, where: str = "pointrend") -> None
                 raise ValueError(f"{where}.{name} must be a number or one of {', '.join(POINT_RULES)}, got {rule!r}")
         elif rule <= 0:
             raise ValueError(f"{where}.{name} must be positive, got {rule}")
-    if not options.point_features:
+    if options.point_features is not None and not options.point_features:
         raise ValueError(f"{where}.point_features must name at least one map")
     if not 1 <= options.oversample_ratio < float("inf"):
         raise ValueError(f"{where}.oversample_ratio must be at least 1 and finite, got {options.oversample_ratio}")
