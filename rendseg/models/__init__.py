@@ -3,9 +3,10 @@
 from .backbones import Backbone, create_backbone
 from .build import build_model
 from .decoder import Decoder, DecoderOutput
-from .losses import segmentation_loss
+from .losses import dice_loss, focal_loss, lovasz_softmax_loss, ohem_loss, segmentation_loss
 from .options import (
     PRESETS,
+    AuxiliaryOptions,
     BackboneOptions,
     DecoderOptions,
     LossOptions,
@@ -22,6 +23,7 @@ from .semantic_fpn import SemanticFPN
 
 __all__ = [
     "PRESETS",
+    "AuxiliaryOptions",
     "Backbone",
     "BackboneOptions",
     "Decoder",
@@ -39,6 +41,10 @@ __all__ = [
     "build_model",
     "create_backbone",
     "decoder_names",
+    "dice_loss",
+    "focal_loss",
+    "lovasz_softmax_loss",
+    "ohem_loss",
     "parse_options",
     "pointrend_options",
     "register_decoder",
