@@ -35,20 +35,32 @@ class Section(BaseModel):
 
 
 class OptimizerConfig(Section):
-    """Stochastic gradient descent and its parameter groups."""
+    """The optimizer and its parameter groups."""
 
-    name: Literal["sgd"] = Field(default="sgd", description="the optimizer; stochastic gradient descent")
+    name: Literal["sgd", "adamw"] = Field(
+        default="sgd", description="sgd: stochastic gradient descent with momentum; adamw: Adam with decoupled decay"
+    )
     lr: Positive = Field(default=0.01, description="base learning rate, the schedule's highest value")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum")
-    nesterov: bool = Field(default=False, description="Nesterov momentum")
-    weight_decay: NonNegative = Field(default=1e-4, description="L2 penalty")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(default=False, description="Nesterov momentum (sgd)")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="decay of the mean gradient and of its square (adamw)"
+    )
+    eps: Positive = Field(default=1e-8, description="added to the root of the mean square (adamw)")
+    weight_decay: NonNegative = Field(default=1e-4, description="L2 penalty of sgd; decoupled decay of adamw")
     head_lr_factor: Positive = Field(
         default=1.0, description="learning rate of everything outside the backbone, as a factor"
     )
-    no_decay_on_norm: bool = Field(default=False, description="no weight decay on biases and on parameters of norms")
+    no_decay_on_norm: bool = Field(
+        default=False,
+        description="no weight decay on biases, on parameters of norms, and on what a timm network exempts "
+        "(position embeddings and the like)",
+    )
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerConfig:
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"nesterov: true is for sgd, not {self.name}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: true needs momentum > 0")
         return self
@@ -57,14 +69,50 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over iterations; the formula is ``rendseg.engine.train.learning_rate``."""
 
-    name: Literal["poly", "constant"] = Field(
-        default="poly", description="poly: (1 - t/T)^power; constant: lr throughout"
+    name: Literal["poly", "step", "cosine", "constant"] = Field(
+        default="poly",
+        description="poly: (1 - t/T)^power; step: times gamma at each of milestones; cosine: half a wave from lr to "
+        "min_lr; constant: lr throughout",
     )
     power: Positive = Field(default=0.9, description="exponent of poly")
-    min_lr: NonNegative = Field(default=0.0, description="learning rate at the end")
+    milestones: tuple[PositiveInt, ...] = Field(
+        default=(), description="iterations at which step multiplies the learning rate by gamma, ascending"
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="factor of step")
+    min_lr: NonNegative = Field(default=0.0, description="learning rate at the end of poly and cosine")
     warmup_iterations: NonNegativeInt = Field(default=0, description="iterations of linear warm-up; 0: none")
     warmup_factor: float = Field(
         default=0.1, ge=0, le=1, description="the warm-up begins at this share of the schedule"
+    )
+
+    @model_validator(mode="after")
+    def _milestones(self) -> ScheduleConfig:
+        if self.name == "step" and not self.milestones:
+            raise ValueError("the schedule step needs milestones, such as [40000, 55000]")
+        if self.name != "step" and self.milestones:
+            raise ValueError(f"milestones are for the schedule step, not {self.name}")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must ascend, got {list(self.milestones)}")
+        return self
+
+
+class FSDPConfig(Section):
+    """Fully sharded data parallelism over all processes; see ``rendseg.engine.sharding``."""
+
+    enabled: bool = Field(
+        default=False,
+        description="split parameters, gradients and optimizer state over the processes (of which there must be "
+        "several), rather than copy them (DDP)",
+    )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="free the gathered parameters after the forward pass and gather them again for the backward pass",
+    )
+    min_parameters: NonNegativeInt = Field(
+        default=100_000, description="a block with fewer parameters is gathered together with others"
+    )
+    gather_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="what parameters are gathered and used in; bf16 (with train.precision=bf16) is half"
     )
 
 
@@ -80,6 +128,7 @@ class TrainConfig(Section):
         default="fp32",
         description="arithmetic of the forward pass; bf16 and fp16 by autocast, fp16 (GPU) with loss scaling",
     )
+    fsdp: FSDPConfig = Field(default=FSDPConfig(), description="see FSDPConfig")
     clip_grad_norm: Positive | None = Field(
         default=None, description="largest norm of all gradients together; null: no limit"
     )
@@ -101,6 +150,14 @@ class TrainConfig(Section):
     tensorboard: bool = Field(
         default=True, description="write TensorBoard scalars and images to <run folder>/tensorboard"
     )
+
+    @model_validator(mode="after")
+    def _sharded_precision(self) -> TrainConfig:
+        if self.fsdp.enabled and self.precision == "fp16":
+            raise ValueError("fsdp does not scale losses as precision: fp16 needs; use bf16 or fp32")
+        if self.fsdp.gather_dtype == "bf16" and self.precision != "bf16":
+            raise ValueError(f"fsdp.gather_dtype: bf16 needs precision: bf16, not {self.precision}")
+        return self
 
 
 class EvalConfig(Section):

@@ -6,11 +6,20 @@ A run lives in ``<output.dir>/<name>``: ``config.yaml`` (resolved), ``last.pt``,
 Resuming continues exactly: the same weights, bit for bit on the CPU with the same number of threads, as a run that was
 never interrupted. What makes it so: optimizer state and all random-number states are saved; the learning rate is a
 function of the iteration; the order of the data is a function of (seed, position) and augmentation of (seed, epoch,
-image), see ``loader.py``; and evaluation leaves the random-number states as they were.
+image), see ``loader.py``; the points that PointRend trains on are a function of (seed, position) too; and evaluation
+leaves the random-number states as they were.
+
+W processes (``torchrun`` or ``accelerate launch``, on one machine or several) of ``batch_size`` B make the steps of one
+process of W B: they share the stream of images and draw the same points, and the first alone writes and prints. What
+may differ is batch norm (which is synchronised on GPUs; PyTorch has nothing for CPUs), dropout, and the mean over
+labels, of which processes have different numbers where some are ignored: ``model.loss.normalize: global`` takes it over
+all processes.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 import signal
 import sys
@@ -27,23 +36,32 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rendseg._version import __version__
 from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.checkpoint import BEST, LAST, CheckpointError
-from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig, differences
+from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig, build_config, differences
 from rendseg.engine.evaluate import build_data, build_network, evaluate, format_table, move, summary
 from rendseg.engine.loader import training_batches
 from rendseg.engine.predict import make_pictures, save_pictures
+from rendseg.engine.sharding import (
+    broadcast_buffers,
+    full_optimizer_state,
+    full_state,
+    has_own_statistics,
+    reduce_gradients,
+    shard,
+    shard_optimizer_state,
+)
 
 # Keys that may differ between a run and its continuation because they do not change what is learned.
 HARMLESS_KEYS = ("resume", "output", "device", "eval", "data.root", "model.backbone.checkpoint") + tuple(
     f"train.{key}"
     for key in (
-        "num_workers log_every eval_every checkpoint_every keep_checkpoints time_limit_minutes tensorboard".split()
+        "num_workers log_every eval_every checkpoint_every keep_checkpoints time_limit_minutes tensorboard fsdp".split()
     )
 )
 
@@ -66,43 +84,49 @@ class Interrupted(Exception):
 def learning_rate(iteration: int, iterations: int, lr: float, schedule: ScheduleConfig) -> float:
     """The learning rate of optimizer step ``iteration`` (from 0) of ``iterations``.
 
-    poly: ``min_lr + (lr - min_lr) (1 - t/T)^power``; during the first w warm-up iterations this is multiplied by
-    ``f + (1 - f) t/w`` with the warm-up factor f.
+    poly: ``min_lr + (lr - min_lr) (1 - t/T)^power``; cosine: ``min_lr + (lr - min_lr) (1 + cos(pi t/T)) / 2``; step:
+    ``lr gamma^n`` after n milestones. During the first w warm-up iterations this is multiplied by ``f + (1 - f) t/w``
+    with the warm-up factor f.
     """
-    value = lr
+    value, done = lr, iteration / iterations
     if schedule.name == "poly":
-        value = schedule.min_lr + (lr - schedule.min_lr) * (1 - iteration / iterations) ** schedule.power
+        value = schedule.min_lr + (lr - schedule.min_lr) * (1 - done) ** schedule.power
+    elif schedule.name == "cosine":
+        value = schedule.min_lr + (lr - schedule.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    elif schedule.name == "step":
+        value = lr * schedule.gamma ** sum(iteration >= milestone for milestone in schedule.milestones)
     if iteration < schedule.warmup_iterations:
         value *= schedule.warmup_factor + (1 - schedule.warmup_factor) * iteration / schedule.warmup_iterations
     return value
 
 
 def build_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """SGD over up to four groups: backbone and head (its ``lr_factor``), each with and without weight decay."""
+    """The optimizer over up to four groups: backbone and head (its ``lr_factor``), each with and without weight
+    decay."""
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     exempt = set()
     for module in model.modules():
+        listed = set(getattr(module, "no_weight_decay", set)())  # of timm's networks
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias" or isinstance(module, norms):
                 exempt.add(parameter)
+        exempt |= {parameter for name, parameter in module.named_parameters() if name in listed}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             head = "backbone" not in name.split(".")
             groups.setdefault((head, options.no_decay_on_norm and parameter in exempt), []).append(parameter)
-    return torch.optim.SGD(
-        [
-            {
-                "params": parameters,
-                "lr_factor": options.head_lr_factor if head else 1.0,
-                "weight_decay": 0.0 if free else options.weight_decay,
-            }
-            for (head, free), parameters in groups.items()
-        ],
-        lr=options.lr,
-        momentum=options.momentum,
-        nesterov=options.nesterov,
-    )
+    parts = [
+        {
+            "params": parameters,
+            "lr_factor": options.head_lr_factor if head else 1.0,
+            "weight_decay": 0.0 if free else options.weight_decay,
+        }
+        for (head, free), parameters in groups.items()
+    ]
+    if options.name == "adamw":
+        return torch.optim.AdamW(parts, lr=options.lr, betas=options.betas, eps=options.eps)
+    return torch.optim.SGD(parts, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
 
 
 # --------------------------------------------------------------------------------------------- random numbers
@@ -138,6 +162,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Keys ``[count]`` int64 of the images from stream position ``first`` on, for the points drawn on them."""
+    start = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 2
+    return torch.arange(start + first, start + first + count, device=device)
+
+
 @contextmanager
 def unchanged_rng() -> Iterator[None]:
     """Whatever happens inside leaves the generators as they were."""
@@ -153,17 +183,24 @@ def unchanged_rng() -> Iterator[None]:
 
 def make_accelerator(config: Config) -> Accelerator:
     """Devices, processes and precision. ``ConfigError`` if the precision cannot be had on the device."""
-    if not dist.is_initialized():  # accelerate keeps one state per process; a second run in it may differ
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    # accelerate keeps one state per process; a second run in it may differ
+    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+    GradientState._reset_state()
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.gradient_accumulation,
     )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate is configured for {kind.value}, which rendseg does not use; launch with a configuration of "
+            "plain data parallelism (accelerate launch --multi_gpu) and set train.fsdp.enabled=true to shard"
+        )
+    return accelerator
 
 
 class StopSignals:
@@ -230,7 +267,8 @@ def training_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> li
 
 def _checked_resume(config: Config, path: Path, contents: Mapping[str, Any]) -> None:
     """Refuse to continue a run silently with a configuration that would have trained differently."""
-    changed = training_differences(contents["config"], config.to_dict())
+    kept = build_config(contents["config"], source=f"the configuration in {path}").to_dict()  # with keys newer than it
+    changed = training_differences(kept, config.to_dict())
     if changed:
         key, old, new = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -265,8 +303,10 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
     accelerator = make_accelerator(config)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     main = accelerator.is_main_process
+    say: Callable[[str], object] = print if main else (lambda text: None)  # accelerator.print: one voice per machine
     run_dir = config.run_dir
     found = _find_resume(config)
+    _check_shared(accelerator, run_dir, found)
 
     # Data and model. The seed comes first, so that the initial weights are a function of it.
     training_data = build_data(config, "train")
@@ -275,28 +315,45 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
     network = build_network(config, training_data.num_classes)
     if world > 1 and device.type == "cuda":  # PyTorch has no synchronised batch norm on the CPU
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    optimizer = build_optimizer(network, options.optimizer)
     if found is not None:
         checkpoints.load_weights(network, found[1]["model"], found[0])
-    model, optimizer = accelerator.prepare(network, optimizer)
-    network = accelerator.unwrap_model(model)
-    seed_everything(config.seed + 1 + rank)  # points and dropout differ between processes
+    sharded = options.fsdp.enabled and world > 1
+    if options.fsdp.enabled and not sharded:
+        say("train.fsdp: one process has nothing to shard over; start several with torchrun")
+    whole = network  # what is evaluated
+    if sharded:
+        whole = copy.deepcopy(network)
+        model = network = shard(network, options.fsdp, device)
+        optimizer = accelerator.prepare(build_optimizer(network, options.optimizer))
+    else:
+        model, optimizer = accelerator.prepare(network, build_optimizer(network, options.optimizer))
+        whole = network = accelerator.unwrap_model(model)
+    own_statistics = world > 1 and has_own_statistics(network)
+    draws = getattr(network, "draws", False)
+    seed_everything(config.seed + 1 + rank)  # dropout differs between processes
 
     # Resume.
     progress = Progress()
     saved_rng = None
     if found is not None:
         state = found[1]["training"]
+        kept = build_config(found[1]["config"], source=f"the configuration in {found[0]}").train.optimizer.name
+        if kept != options.optimizer.name:
+            raise CheckpointError(
+                f"{found[0]} has the optimizer state of {kept}, which train.optimizer.name={options.optimizer.name} "
+                "cannot continue; begin anew with resume=never and model.backbone.checkpoint"
+            )
         try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
+            whole_state = state["optimizer"]
+            optimizer.load_state_dict(shard_optimizer_state(optimizer, whole_state) if sharded else whole_state)
+        except (ValueError, KeyError, IndexError) as error:
             raise CheckpointError(f"{found[0]} has the optimizer state of another model: {error}") from error
         progress = Progress(**state["progress"])
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == world:
             saved_rng = state["rng"][rank]
-        accelerator.print(f"continuing {found[0]} at iteration {progress.iteration} of {options.iterations}")
+        say(f"continuing {found[0]} at iteration {progress.iteration} of {options.iterations}")
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)
         if config.resume == "never":
@@ -334,6 +391,10 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         rng = gather_object([rng_state()])
         window = _mean_over_processes(accelerator, sums, 1) if sums else {}
         progress.window = window
+        if own_statistics:
+            broadcast_buffers(network)
+        weights = full_state(network) if sharded else network.state_dict()
+        optimizer_state = full_optimizer_state(optimizer.state_dict()) if sharded else optimizer.state_dict()
         if not main:
             return
         contents = {
@@ -344,10 +405,10 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
                 "palette": [[int(v) for v in color] for color in training_data.palette],
                 "ignore_index": int(training_data.ignore_index),
             },
-            "model": network.state_dict(),
+            "model": weights,
             "training": {
                 "progress": dict(vars(progress)),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer_state,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "rng": rng,
             },
@@ -358,18 +419,30 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
             old.unlink(missing_ok=True)
         checkpoints.write_json(run_dir / "metrics.json", metrics())
 
+    def trained() -> nn.Module:
+        """The network to evaluate, the same in every process; all must ask."""
+        if own_statistics:
+            broadcast_buffers(network)
+        if sharded:
+            whole.load_state_dict(full_state(network))
+        return whole.to(device)
+
     def validate() -> bool:
         """Evaluate and record; False if a signal ended it early."""
         with unchanged_rng():
             stopped = (lambda: bool(signals.received)) if world == 1 else None
-            result = evaluate(network, validation_data, config.eval, accelerator, stopped)
-            network.train()
+            evaluated = trained()
+            result = evaluate(evaluated, validation_data, config.eval, accelerator, stopped)
             if result is None:
+                network.train()
                 return False
             if main and writer is not None:
                 _write_evaluation(writer, result, progress.iteration)
-                for _, picture in make_pictures(network, validation_data, 1, accelerator):
+                for _, picture in make_pictures(evaluated, validation_data, 1, accelerator):
                     writer.add_image("val/prediction", np.asarray(picture), progress.iteration, dataformats="HWC")
+            network.train()
+            if sharded:
+                whole.cpu()
         progress.evaluations.append({"iteration": progress.iteration, **result})
         value = result["refined"][config.eval.best]
         is_best = value is not None and value > progress.best
@@ -417,10 +490,19 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
             lr = learning_rate(progress.iteration, options.iterations, options.optimizer.lr, options.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
-            for _ in range(options.gradient_accumulation):
+            for part in range(options.gradient_accumulation):
                 images, labels = move(next(batches), device)
+                keys: tuple[Tensor, ...] = ()
+                if draws:
+                    first = progress.samples + (part * world + rank) * options.batch_size
+                    keys = (image_keys(config.seed, first, options.batch_size, device),)
+                if sharded:
+                    if own_statistics:
+                        broadcast_buffers(network)
+                    reduce_gradients(network, part + 1 == options.gradient_accumulation)
                 with accelerator.accumulate(model):
-                    terms = model(images, labels)
+                    with accelerator.autocast():  # DDP's own, but FSDP has none
+                        terms = model(images, labels, *keys)
                     loss = torch.stack([term.float() for term in terms.values()]).sum()
                     accelerator.backward(loss)
                     if options.clip_grad_norm is not None and accelerator.sync_gradients:
@@ -476,6 +558,7 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         evaluated = progress.evaluations and progress.evaluations[-1]["iteration"] == progress.iteration
         if not stop and not evaluated and not validate():
             stop = signals.received
+    finished = network if stop else trained()
     if stop:
         raise Interrupted(
             f"stopped by {signal.Signals(stop).name} at iteration {progress.iteration}; saved {run_dir / LAST}; "
@@ -484,16 +567,31 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         )
     if main:
         if out_of_time:
-            accelerator.print(f"stopped at iteration {progress.iteration}: train.time_limit_minutes is used up")
-        accelerator.print(format_table(progress.evaluations[-1]))
+            say(f"stopped at iteration {progress.iteration}: train.time_limit_minutes is used up")
+        say(format_table(progress.evaluations[-1]))
         with unchanged_rng():
-            save_pictures(network, validation_data, config.eval.pictures, run_dir / "pictures", accelerator)
+            save_pictures(finished, validation_data, config.eval.pictures, run_dir / "pictures", accelerator)
         checkpoints.write_json(run_dir / "metrics.json", metrics())
         if writer is not None:
             writer.close()
-        accelerator.print(f"written to {run_dir}")
+        say(f"written to {run_dir}")
     accelerator.wait_for_everyone()
     return metrics()
+
+
+def _check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, Any] | None) -> None:
+    """Every process must continue the same checkpoint, which takes a folder that all machines see."""
+    if accelerator.num_processes == 1:
+        return
+    mine = -1 if found is None else found[1]["training"]["progress"]["iteration"]
+    seen = gather_object([mine])
+    if len(set(seen)) > 1:
+        other = next(i for i, iteration in enumerate(seen) if iteration != seen[0])
+        texts = ["no checkpoint" if seen[i] < 0 else f"a checkpoint of iteration {seen[i]}" for i in (0, other)]
+        raise ConfigError(
+            f"process 0 finds {texts[0]} in {run_dir}, process {other} {texts[1]}; output.dir must lie on a file "
+            "system that all machines share"
+        )
 
 
 def _agree(accelerator: Accelerator, flag: bool) -> bool:

@@ -6,9 +6,10 @@ from .decoder import Decoder, DecoderOutput
 from .deeplab import DeepLabV3, DeepLabV3Options, DeepLabV3Plus, DeepLabV3PlusOptions
 from .encnet import ENCNET_PRESETS, ENCNet, ENCNetOptions
 from .fcn import FCN, FCNOptions
-from .losses import segmentation_loss
+from .losses import dice_loss, focal_loss, lovasz_softmax_loss, ohem_loss, segmentation_loss
 from .options import (
     PRESETS,
+    AuxiliaryOptions,
     BackboneOptions,
     DecoderOptions,
     LossOptions,
@@ -28,6 +29,7 @@ __all__ = [
     "ENCNET_PRESETS",
     "FCN",
     "PRESETS",
+    "AuxiliaryOptions",
     "Backbone",
     "BackboneOptions",
     "Decoder",
@@ -52,6 +54,10 @@ __all__ = [
     "build_model",
     "create_backbone",
     "decoder_names",
+    "dice_loss",
+    "focal_loss",
+    "lovasz_softmax_loss",
+    "ohem_loss",
     "parse_options",
     "pointrend_options",
     "presence_targets",

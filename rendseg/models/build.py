@@ -28,11 +28,17 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
             backbone,
             decoder,
             loss=options.loss,
+            auxiliary=options.auxiliary,
             align_corners=switches.upsample_align_corners,
             coarse_loss_mean=switches.coarse_loss_mean,
             coarse_loss_at=switches.coarse_loss_at,
             channels_last=options.channels_last,
         )
     return PointRend(
-        backbone, decoder, options=options.pointrend, loss=options.loss, channels_last=options.channels_last
+        backbone,
+        decoder,
+        options=options.pointrend,
+        loss=options.loss,
+        auxiliary=options.auxiliary,
+        channels_last=options.channels_last,
     )

@@ -112,14 +112,94 @@ class PointRendOptions:
 
 
 @dataclass(frozen=True)
-class LossOptions:
-    """Weights of the losses."""
+class LossTerm:
+    """One loss of a sum, by name; what each computes is said in ``rendseg.models.losses``."""
 
+    name: str = "cross_entropy"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OhemTerm(LossTerm):
+    """Cross-entropy over hard pixels."""
+
+    name: str = "ohem"
+    threshold: float = 0.7
+    """Pixels whose true class is less probable are hard."""
+    min_kept: int = 100_000
+    """At least so many of a batch (of one process) count."""
+
+
+@dataclass(frozen=True)
+class DiceTerm(LossTerm):
+    """Dice."""
+
+    name: str = "dice"
+    smooth: float = 1.0
+    exponent: float = 2.0
+    """Of the probabilities in the denominator."""
+    per_image: bool = False
+    """Of each image, then averaged, rather than of the batch as one."""
+    classes: Literal["all", "present"] = "all"
+    """Average over all classes or those in the labels."""
+
+
+@dataclass(frozen=True)
+class LovaszTerm(LossTerm):
+    """Lovasz-softmax."""
+
+    name: str = "lovasz"
+    per_image: bool = False
+    classes: Literal["all", "present"] = "present"
+
+
+@dataclass(frozen=True)
+class FocalTerm(LossTerm):
+    """Focal loss over the softmax."""
+
+    name: str = "focal"
+    gamma: float = 2.0
+    alpha: float | tuple[float, ...] = 1.0
+    """A factor, or one per class."""
+
+
+LOSS_TERMS: Mapping[str, type[LossTerm]] = types.MappingProxyType(
+    {kind.name: kind for kind in (LossTerm, OhemTerm, DiceTerm, LovaszTerm, FocalTerm)}
+)
+"""Name of a loss to its options."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The losses and their weights."""
+
+    terms: tuple[LossTerm, ...] = (LossTerm(),)
+    """What is summed up over the coarse logits. Points take cross-entropy."""
     coarse_weight: float = 1.0
     point_weight: float = 1.0
     class_weights: tuple[float, ...] | None = None
-    """One weight per class, for both losses."""
+    """One weight per class, for every loss."""
     ignore_index: int = 255
+    normalize: Literal["process", "global"] = "process"
+    """With several processes: the mean over each one's own labels, or over those of all processes, which is what one
+    process computes on the summed batch."""
+
+
+@dataclass(frozen=True)
+class AuxiliaryOptions:
+    """An auxiliary head, used in training only: ``rendseg.nn.FCNHead`` on one named map."""
+
+    level: str = "c4"
+    """The backbone's (c1 .. c5) or the decoder's (p2 ..)."""
+    channels: int = 256
+    num_convs: int = 1
+    concat_input: bool = False
+    dropout: float = 0.1
+    norm: Literal["bn", "syncbn", "gn", "none"] | None = None
+    """``None``: the decoder's where it has one, else bn."""
+    weight: float = 0.4
+    terms: tuple[LossTerm, ...] = (LossTerm(),)
+    """As in ``loss``."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +211,7 @@ class ModelOptions:
     decoder: DecoderOptions = field(default_factory=SemanticFPNOptions)
     pointrend: PointRendOptions = field(default_factory=PointRendOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    auxiliary: tuple[AuxiliaryOptions, ...] = ()
     channels_last: bool = True
 
 
@@ -268,18 +349,103 @@ def parse_options(config: Mapping[str, Any] | ModelOptions) -> ModelOptions:
     if plain.get("decoder") is not None:
         values = _mapping(plain.pop("decoder"), "model.decoder")
         sections["decoder"] = _parse(decoder_options_class(values.get("name", "semantic_fpn")), values, "model.decoder")
-    for name, kind in (("backbone", BackboneOptions), ("loss", LossOptions)):
-        if plain.get(name) is not None:
-            sections[name] = _parse(kind, _mapping(plain.pop(name), f"model.{name}"), f"model.{name}")
-    for name in ("backbone", "decoder", "pointrend", "loss"):
+    if plain.get("backbone") is not None:
+        values = _mapping(plain.pop("backbone"), "model.backbone")
+        sections["backbone"] = _parse(BackboneOptions, values, "model.backbone")
+    if plain.get("loss") is not None:
+        values = _with_terms(_mapping(plain.pop("loss"), "model.loss"), "model.loss")
+        sections["loss"] = _parse(LossOptions, values, "model.loss")
+    if plain.get("auxiliary") is not None:
+        sections["auxiliary"] = tuple(
+            _parse(AuxiliaryOptions, _with_terms(_mapping(value, where), where), where)
+            for where, value in _items(plain.pop("auxiliary"), "model.auxiliary")
+        )
+    for name in ("backbone", "decoder", "pointrend", "loss", "auxiliary"):
         if name in plain and plain[name] is None:  # an empty section in YAML
             del plain[name]
     options = dataclasses.replace(_parse(ModelOptions, plain, "model"), **sections)
     check_pointrend(options.pointrend, "model.pointrend")
     for key in ("coarse_weight", "point_weight"):
-        if not 0 <= getattr(options.loss, key) < float("inf"):
-            raise ValueError(f"model.loss.{key} must be finite and not negative, got {getattr(options.loss, key)}")
+        _not_negative(getattr(options.loss, key), f"model.loss.{key}")
+    _check_terms(options.loss.terms, "model.loss", options.loss.normalize)
+    _check_auxiliary(options.auxiliary, options.loss.normalize)
     return _fill(options)
+
+
+def _not_negative(value: float, where: str) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{where} must be finite and not negative, got {value}")
+
+
+def _items(value: Any, where: str) -> list[tuple[str, Any]]:
+    """``(where, item)`` of a list."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{where} must be a list, got {type(value).__name__}")
+    return [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+
+
+def _with_terms(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``values`` with its ``terms`` (mappings, or names alone) read into their classes."""
+    plain = dict(values)
+    if "terms" not in plain:
+        return plain
+    if plain["terms"] is None:
+        del plain["terms"]
+        return plain
+    terms = []
+    for at, value in _items(plain["terms"], f"{where}.terms"):
+        term = {"name": value} if isinstance(value, str) else _mapping(value, at)
+        name = term.get("name", "cross_entropy")
+        if name not in LOSS_TERMS:
+            known = ", ".join(LOSS_TERMS)
+            raise ValueError(f"{at}.name must be one of {known}, got {name!r}{_nearest(str(name), LOSS_TERMS)}")
+        terms.append(_parse(LOSS_TERMS[name], term, at))
+    return {**plain, "terms": tuple(terms)}
+
+
+def _check_terms(terms: tuple[LossTerm, ...], where: str, normalize: str) -> None:
+    """Values that the types cannot exclude."""
+    if not terms:
+        raise ValueError(f"{where}.terms must name at least one loss; null is cross_entropy")
+    for i, term in enumerate(terms):
+        at = f"{where}.terms[{i}]"
+        if term.name in [other.name for other in terms[:i]]:
+            raise ValueError(f"{where}.terms names {term.name} twice")
+        _not_negative(term.weight, f"{at}.weight")
+        if isinstance(term, OhemTerm):
+            if not 0 < term.threshold <= 1:
+                raise ValueError(f"{at}.threshold must lie in (0, 1], got {term.threshold}")
+            if term.min_kept < 1:
+                raise ValueError(f"{at}.min_kept must be at least 1, got {term.min_kept}")
+        if isinstance(term, DiceTerm):
+            _not_negative(term.smooth, f"{at}.smooth")
+            if not 1 <= term.exponent < float("inf"):
+                raise ValueError(f"{at}.exponent must be at least 1 and finite, got {term.exponent}")
+        if isinstance(term, FocalTerm):
+            _not_negative(term.gamma, f"{at}.gamma")
+            for factor in term.alpha if isinstance(term.alpha, tuple) else (term.alpha,):
+                _not_negative(factor, f"{at}.alpha")
+        if isinstance(term, LovaszTerm) and normalize == "global" and not term.per_image:
+            raise ValueError(
+                f"{at}: lovasz sorts the pixels of one process, so that model.loss.normalize: global needs "
+                "per_image: true"
+            )
+
+
+def _check_auxiliary(heads: tuple[AuxiliaryOptions, ...], normalize: str) -> None:
+    for i, head in enumerate(heads):
+        where = f"model.auxiliary[{i}]"
+        if head.level in [other.level for other in heads[:i]]:
+            raise ValueError(f"model.auxiliary has two heads on {head.level}")
+        for name, least in (("channels", 1), ("num_convs", 0)):
+            if getattr(head, name) < least:
+                raise ValueError(f"{where}.{name} must be at least {least}, got {getattr(head, name)}")
+        if not 0 <= head.dropout < 1:
+            raise ValueError(f"{where}.dropout must lie in [0, 1), got {head.dropout}")
+        if head.concat_input and head.num_convs == 0:
+            raise ValueError(f"{where}.concat_input needs num_convs of at least 1")
+        _not_negative(head.weight, f"{where}.weight")
+        _check_terms(head.terms, where, normalize)
 
 
 def _fill(options: ModelOptions) -> ModelOptions:
@@ -296,7 +462,13 @@ def _fill(options: ModelOptions) -> ModelOptions:
         for key, value in parts["decoder"].items()
         if key in {f.name for f in dataclasses.fields(decoder)} and getattr(decoder, key) is None
     }
-    return dataclasses.replace(options, backbone=backbone, decoder=dataclasses.replace(decoder, **missing))
+    decoder = dataclasses.replace(decoder, **missing)
+    norm = getattr(decoder, "norm", None)
+    heads = tuple(
+        head if head.norm is not None else dataclasses.replace(head, norm="bn" if norm in (None, "none") else norm)
+        for head in options.auxiliary
+    )
+    return dataclasses.replace(options, backbone=backbone, decoder=decoder, auxiliary=heads)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

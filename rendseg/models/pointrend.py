@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -13,7 +15,14 @@ from ..nn.point_head import PointHead
 from .backbones import Backbone
 from .decoder import Decoder
 from .losses import segmentation_loss
-from .options import LossOptions, PointRendOptions, check_pointrend, num_points, pointrend_options
+from .options import (
+    AuxiliaryOptions,
+    LossOptions,
+    PointRendOptions,
+    check_pointrend,
+    num_points,
+    pointrend_options,
+)
 from .segmenter import SegmentationOutput, Segmenter, _argmax
 
 SCALE = 2  # of one subdivision step
@@ -30,9 +39,13 @@ class PointRend(Segmenter):
     where every label is ignored; ``forward(images)`` in evaluation mode and :meth:`predict` ->
     :class:`SegmentationOutput`, refined to exactly the padded image and cropped. The number of steps follows from the
     coarse stride (4 -> 1: two of factor 2). Dtypes and errors as in :class:`Segmenter`.
+
+    Training draws points from the default generator, or, with ``forward(images, labels, keys [B] int64)``, as a
+    function of each image's key alone: see :func:`draws_of_keys`.
     """
 
     refines = True
+    draws = True
 
     def __init__(
         self,
@@ -42,6 +55,7 @@ class PointRend(Segmenter):
         *,
         options: PointRendOptions | str = "rendseg",
         loss: LossOptions | None = None,
+        auxiliary: Sequence[AuxiliaryOptions] = (),
         channels_last: bool = False,
         **switches: Any,
     ) -> None:
@@ -54,6 +68,7 @@ class PointRend(Segmenter):
             backbone,
             decoder,
             loss=loss,
+            auxiliary=auxiliary,
             align_corners=options.upsample_align_corners,
             coarse_loss_mean=options.coarse_loss_mean,
             coarse_loss_at=options.coarse_loss_at,
@@ -61,8 +76,7 @@ class PointRend(Segmenter):
         )
         self.point_features = options.point_features or decoder.default_point_features
         self.options = dataclasses.replace(options, point_features=self.point_features)
-        channels = {**dict(zip(backbone.names, backbone.channels, strict=True)), **decoder.feature_channels}
-        strides = {**dict(zip(backbone.names, backbone.strides, strict=True)), **decoder.feature_strides}
+        channels, strides = self.map_channels(), self.map_strides()
         unknown = [name for name in self.point_features if name not in channels]
         if unknown:
             raise ValueError(
@@ -91,15 +105,23 @@ class PointRend(Segmenter):
         images, labels = self._pad(images, labels)
         output, maps = self._features(images)
         coarse = self._coarse(output, images)
-        losses = self._losses(coarse, output, labels)
+        losses = self._losses(coarse, output, maps, labels)
         options = self.options
+        count = num_points(options.train_points, images.shape[2], images.shape[3])
+        draws = None
+        if self._keys is not None:
+            if self._keys.shape != images.shape[:1]:
+                raise ValueError(f"keys must have shape [B] = {[len(images)]}, got {list(self._keys.shape)}")
+            uniform = count - int(options.importance_ratio * count)
+            draws = draws_of_keys(self._keys, int(options.oversample_ratio * count) + uniform)
         coords = ops.sample_uncertain_points(
             coarse.detach(),
-            num_points(options.train_points, images.shape[2], images.shape[3]),
+            count,
             options.oversample_ratio,
             options.importance_ratio,
             padding_mode=options.padding_mode,
             align_corners=options.sampling_align_corners,
+            random_coords=draws,
         )
         logits = self._point_logits([maps[name] for name in self.point_features], coarse, coords)
         value = segmentation_loss(
@@ -108,6 +130,7 @@ class PointRend(Segmenter):
             class_weights=self.class_weights,
             ignore_index=self.loss.ignore_index,
             mean=options.point_loss_mean,
+            normalize=self.loss.normalize,
         )
         losses["loss_point"] = self.loss.point_weight * value
         return losses
@@ -168,6 +191,25 @@ class PointRend(Segmenter):
             current = ops.scatter_points(enlarged, indices, values.to(enlarged.dtype))
             points.append(coords)
         return current, points
+
+
+def draws_of_keys(keys: Tensor, count: int) -> Tensor:
+    """``[B, count, 2]`` float32 uniform in [0, 1): a function of each image's int64 key and the position alone.
+
+    A batch draws the same however it is divided over processes, whatever was drawn before, and on any device. The
+    numbers are 24 bits of a counter hashed twice (the finaliser of Steele et al. 2014, splitmix64); int64 products
+    wrap.
+    """
+    position = torch.arange(2 * count, device=keys.device)
+    start = _mix(keys.long())[:, None]
+    mixed = _mix(start + position * -7046029254386353131)  # 0x9E3779B97F4A7C15, the golden ratio
+    return ((mixed >> 40) & 0xFFFFFF).float().mul_(2.0**-24).view(-1, count, 2)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
 def _steps(stride: int, steps: int | None) -> int:

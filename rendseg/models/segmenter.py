@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .auxiliary import AuxiliaryHeads, labels_at_cells
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
-from .losses import segmentation_loss
-from .options import LossOptions
+from .losses import weighted_terms
+from .options import AuxiliaryOptions, LossOptions
 
 
 class SegmentationOutput(NamedTuple):
@@ -41,8 +42,10 @@ class Segmenter(nn.Module):
     """A backbone and a decoder; logits are upsampled bilinearly.
 
     ``forward(images [B, C_in, H, W], labels [B, H, W])`` -> ``{"loss_coarse": scalar, ...}`` (weighted: their sum is
-    the objective); ``forward(images)`` in evaluation mode -> :class:`SegmentationOutput`. Any image size: images are
-    padded with zeros (labels with ``ignore_index``) right and below as the network needs, results are cropped back.
+    the objective; ``loss_coarse_<term>`` where ``loss`` has several terms, ``loss_aux_<level>`` of the ``auxiliary``
+    heads, which only training runs); ``forward(images)`` in evaluation mode -> :class:`SegmentationOutput`. Any image
+    size: images are padded with zeros (labels with ``ignore_index``) right and below as the network needs, results are
+    cropped back.
 
     Dtypes: floating images, integer labels. Under autocast the network runs in its dtype; logits are widened to float32
     before upsampling, losses and selection. Errors: ``ValueError`` and ``TypeError`` for shapes and dtypes that do not
@@ -51,6 +54,9 @@ class Segmenter(nn.Module):
 
     refines = False
     """Whether the model refines points: whether ``refined`` is more than the upsampled ``coarse``."""
+    draws = False
+    """Whether training draws points, for which ``forward`` takes ``keys``."""
+    _keys: Tensor | None = None
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class Segmenter(nn.Module):
         decoder: Decoder,
         *,
         loss: LossOptions | None = None,
+        auxiliary: Sequence[AuxiliaryOptions] = (),
         align_corners: bool = False,
         coarse_loss_mean: str = "valid",
         coarse_loss_at: str = "image",
@@ -84,12 +91,28 @@ class Segmenter(nn.Module):
                 raise ValueError(f"class_weights must be finite and not negative, got {list(weights)}")
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self.size_divisor = math.lcm(self.coarse_stride, decoder.size_divisor, backbone.size_divisor)
+        channels, strides = self.map_channels(), self.map_strides()
+        self.auxiliary = AuxiliaryHeads(auxiliary, channels, strides, self.num_classes)
         if channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor] | SegmentationOutput:
+    def map_channels(self) -> dict[str, int]:
+        """Channels of every named map: the backbone's and the decoder's."""
+        return {**dict(zip(self.backbone.names, self.backbone.channels, strict=True)), **self.decoder.feature_channels}
+
+    def map_strides(self) -> dict[str, int]:
+        """Strides of every named map."""
+        return {**dict(zip(self.backbone.names, self.backbone.strides, strict=True)), **self.decoder.feature_strides}
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, keys: Tensor | None = None
+    ) -> dict[str, Tensor] | SegmentationOutput:
         if labels is not None:
-            return self.losses(images, labels)
+            self._keys = keys
+            try:
+                return self.losses(images, labels)
+            finally:
+                self._keys = None
         if self.training:
             raise ValueError("labels are needed in training mode; call eval() to predict")
         return self._predict(images, "logits", False)
@@ -111,8 +134,8 @@ class Segmenter(nn.Module):
         """The training losses; call the model itself, so that DDP sees it."""
         labels = self._check_labels(images, labels)
         images, labels = self._pad(images, labels)
-        output, _ = self._features(images)
-        return self._losses(self._coarse(output, images), output, labels)
+        output, maps = self._features(images)
+        return self._losses(self._coarse(output, images), output, maps, labels)
 
     def upsample(self, coarse: Tensor, size: Sequence[int]) -> Tensor:
         """Coarse logits ``[B, C, h, w]`` of the padded image, upsampled bilinearly and cropped to ``size`` (height,
@@ -121,22 +144,24 @@ class Segmenter(nn.Module):
 
     # ---- parts
 
-    def _losses(self, coarse: Tensor, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
+    def _losses(
+        self, coarse: Tensor, output: DecoderOutput, maps: Mapping[str, Tensor], labels: Tensor
+    ) -> dict[str, Tensor]:
+        shared: dict[str, Any] = {
+            "class_weights": self.class_weights,
+            "ignore_index": self.loss.ignore_index,
+            "mean": self.coarse_loss_mean,
+            "normalize": self.loss.normalize,
+        }
         if self.coarse_loss_at == "image":
             logits, at = self._enlarge(coarse, self.coarse_stride), labels
         else:
-            half = self.coarse_stride // 2
-            logits, at = coarse, labels[:, half :: self.coarse_stride, half :: self.coarse_stride]
-        value = segmentation_loss(
-            logits,
-            at,
-            class_weights=self.class_weights,
-            ignore_index=self.loss.ignore_index,
-            mean=self.coarse_loss_mean,
+            logits, at = coarse, labels_at_cells(labels, self.coarse_stride, self.loss.ignore_index)
+        losses = weighted_terms("loss_coarse", self.loss.coarse_weight, self.loss.terms, logits, at, **shared)
+        losses |= self.auxiliary.losses(
+            maps, labels, at=self.coarse_loss_at, align_corners=self.align_corners, **shared
         )
-        losses = {"loss_coarse": self.loss.coarse_weight * value}
-        losses.update(self.decoder.extra_losses(output, labels, self.loss.ignore_index))
-        return losses
+        return losses | self.decoder.extra_losses(output, labels, self.loss.ignore_index)
 
     def _predict(self, images: Tensor, output: str, return_points: bool) -> SegmentationOutput:
         height, width = images.shape[-2:]

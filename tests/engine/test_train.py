@@ -19,7 +19,8 @@ from rendseg.engine import train as module
 from rendseg.engine.checkpoint import CheckpointError, load_checkpoint
 from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig
 from rendseg.engine.train import Interrupted, TrainingError, build_optimizer, learning_rate, train
-from tests.engine.tiny import tiny_config, tiny_network
+from tests.engine import processes
+from tests.engine.tiny import tiny_config, tiny_content, tiny_network
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -107,39 +108,19 @@ def test_continues_exactly_after_sigterm(tmp_path: Path, uninterrupted: Config) 
     assert_same_end(config, uninterrupted)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {repo!r})
-from tests.engine.tiny import tiny_config
-from rendseg.engine import train as module
-config = tiny_config({out!r}, eval_every=5)
-{body}
-"""
-# kill -9 between two checkpoints, at iteration 6 (the last checkpoint is of iteration 5)
-KILL = "module.train(config, lambda iteration: iteration == 6 and os.kill(os.getpid(), signal.SIGKILL))"
-# death within the second save: half of the file is written, nothing is cleaned up
-KILL_IN_SAVE = """
-import torch
-save, count = torch.save, 0
-def dying(contents, file):
-    global count
-    count += 1
-    if count == 2:
-        file.write(b"PK" * 1000)
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(contents, file)
-torch.save = dying
-module.train(config)
-"""
-
-
-@pytest.mark.parametrize(("body", "saved_at"), [(KILL, 5), (KILL_IN_SAVE, 4)], ids=["kill", "kill during a save"])
-def test_continues_exactly_after_kill_9(tmp_path: Path, uninterrupted: Config, body: str, saved_at: int) -> None:
-    script = KILLED.format(repo=str(REPO), out=str(tmp_path), body=body)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+@pytest.mark.parametrize(
+    ("function", "arguments", "saved_at"),
+    [
+        (processes.run, (6,), 5),  # between two checkpoints
+        (processes.run_and_die_in_a_save, (), 4),
+    ],
+    ids=["kill", "kill during a save"],
+)
+def test_continues_exactly_after_kill_9(
+    tmp_path: Path, uninterrupted: Config, function: Any, arguments: Any, saved_at: int
+) -> None:
+    [(code, _, err)] = processes.launch(function, tiny_content(tmp_path, eval_every=5), *arguments)
+    assert code == -signal.SIGKILL, err
     config = tiny_config(tmp_path, eval_every=5)
     assert load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]["iteration"] == saved_at
     train(config)
@@ -227,6 +208,11 @@ def test_schedule_is_its_formula() -> None:
     assert learning_rate(100, 100, 0.02, poly) == pytest.approx(1e-4)
     constant = ScheduleConfig(name="constant", warmup_iterations=4, warmup_factor=0.0)
     assert [learning_rate(t, 9, 1.0, constant) for t in (0, 1, 4, 8)] == [0.0, 0.25, 1.0, 1.0]
+    step = ScheduleConfig(name="step", milestones=(4, 7), gamma=0.1, warmup_iterations=2, warmup_factor=0.001)
+    wanted = [0.001 * 0.01, 0.5005 * 0.01, *[0.01] * 2, *[0.001] * 3, 0.0001]
+    assert [learning_rate(t, 8, 0.01, step) for t in range(8)] == pytest.approx(wanted)
+    cosine = ScheduleConfig(name="cosine", min_lr=0.1)
+    assert [learning_rate(t, 4, 1.0, cosine) for t in (0, 2, 4)] == pytest.approx([1.0, 0.55, 0.1])
 
 
 def test_the_learning_rate_reaches_the_groups(tmp_path: Path) -> None:
@@ -255,6 +241,67 @@ def test_parameter_groups() -> None:
     }
     groups = build_optimizer(model, OptimizerConfig()).param_groups
     assert [len(g["params"]) for g in groups] == [4, 4]
+
+
+def test_adamw() -> None:
+    model = nn.Module()
+    model.backbone = nn.Conv2d(3, 4, 1)
+    model.backbone.no_weight_decay = lambda: {"weight"}
+    model.head = nn.Conv2d(4, 5, 1)
+    options = OptimizerConfig(name="adamw", lr=6e-5, betas=(0.8, 0.99), weight_decay=0.01, no_decay_on_norm=True)
+    optimizer = build_optimizer(model, options)
+    assert type(optimizer) is torch.optim.AdamW
+    found = [(g["lr"], g["betas"], g["eps"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+    shared = (6e-5, (0.8, 0.99), 1e-8)
+    assert sorted(found) == [(*shared, 0.0, 1), (*shared, 0.0, 2), (*shared, 0.01, 1)]
+
+
+def test_adamw_trains_and_continues(tmp_path: Path) -> None:
+    options = {"optimizer": {"name": "adamw", "lr": 1e-3}, "iterations": 3, "checkpoint_every": 1, "log_every": 1}
+    train(tiny_config(tmp_path, "name=whole", **options))
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, **options), lambda i: i == 1 and os.kill(os.getpid(), signal.SIGTERM))
+    train(tiny_config(tmp_path, **options))
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "tiny"))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    for index, state in a["training"]["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["training"]["optimizer"]["state"][index][k]) for k, v in state.items())
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        ({"schedule": {"name": "step"}}, "the schedule step needs milestones"),
+        ({"schedule": {"milestones": [3]}}, "milestones are for the schedule step, not poly"),
+        ({"schedule": {"name": "step", "milestones": [5, 3]}}, r"milestones must ascend, got \[5, 3\]"),
+        ({"optimizer": {"name": "adamw", "nesterov": True}}, "nesterov: true is for sgd, not adamw"),
+        ({"optimizer": {"name": "adam"}}, "train.optimizer.name"),
+        ({"optimizer": {"name": "adamw", "betas": [0.9, 1.0]}}, "train.optimizer.betas"),
+    ],
+)
+def test_bad_optimizers_and_schedules(tmp_path: Path, overrides: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        tiny_config(tmp_path, **overrides)
+
+
+@pytest.mark.bad_input
+def test_the_state_of_another_optimizer(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, iterations=1))
+    last = tmp_path / "tiny" / "last.pt"
+    with pytest.raises(
+        CheckpointError, match="has the optimizer state of sgd, which train.optimizer.name=adamw cannot"
+    ):
+        train(tiny_config(tmp_path, f"resume={last}", iterations=2, optimizer={"name": "adamw"}))
+
+
+def test_a_run_of_before_a_key_was_known_is_continued(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, iterations=1))
+    last = tmp_path / "tiny" / "last.pt"
+    contents = torch.load(last, weights_only=True)
+    del contents["config"]["model"]["auxiliary"], contents["config"]["train"]["optimizer"]["betas"]
+    torch.save(contents, last)
+    train(tiny_config(tmp_path, iterations=1))
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +341,8 @@ def test_bf16(tmp_path: Path) -> None:
 TWO_PROCESSES = """
 import sys
 sys.path.insert(0, {repo!r})
-from tests.engine.tiny import tiny_config, tiny_network
+from tests.engine import processes
+from tests.engine.tiny import tiny_config, tiny_content, tiny_network
 from rendseg.engine import train as module
 module.build_network = tiny_network
 module.train(tiny_config({out!r}, "name=two", batch_size=2, iterations=3, log_every=1))

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from rendseg.models import PRESETS, BackboneOptions, parse_options, pointrend_options
-from rendseg.models.options import num_points
+from rendseg.models import PRESETS, AuxiliaryOptions, BackboneOptions, parse_options, pointrend_options
+from rendseg.models.options import DiceTerm, FocalTerm, LossTerm, OhemTerm, num_points
 
 # What each implementation computes, row by row, written down independently of the code under test.
 ROWS = {
@@ -112,10 +112,77 @@ def test_example_of_the_documentation():
     assert parse_options({"pointrend": None, "decoder": None}) == parse_options({})
 
 
+def test_losses_and_auxiliary_heads():
+    options = parse_options(
+        {
+            "loss": {"terms": ["cross_entropy", {"name": "ohem", "min_kept": 7}, {"name": "dice", "weight": 2}]},
+            "auxiliary": [{"level": "c3", "terms": [{"name": "focal", "alpha": [1, 2]}]}, {"norm": "gn"}],
+            "decoder": {"norm": "syncbn"},
+        }
+    )
+    assert options.loss.terms == (LossTerm(), OhemTerm(min_kept=7), DiceTerm(weight=2.0))
+    assert options.auxiliary == (
+        AuxiliaryOptions("c3", norm="syncbn", terms=(FocalTerm(alpha=(1.0, 2.0)),)),
+        AuxiliaryOptions("c4", norm="gn"),
+    )
+    assert parse_options(dataclasses.asdict(options)) == options
+    plain = parse_options({"loss": {"terms": None}, "auxiliary": None})
+    assert plain == parse_options({}) and plain.loss.terms == (LossTerm(),) and plain.auxiliary == ()
+    heads = {"auxiliary": [{}], "pointrend": {"preset": "paddleseg"}}
+    assert parse_options(heads).auxiliary[0].norm == "bn"  # its decoder has none
+
+
+def loss(**term):
+    return {"loss": {"terms": [term]}}
+
+
+def head(**values):
+    return {"auxiliary": [{}, {"level": "c3", **values}]}
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("config", "error", "match"),
     [
+        (
+            loss(name="dise"),
+            ValueError,
+            r"model.loss.terms\[0\].name must be one of cross_entropy, ohem, dice, lovasz, focal, got 'dise'; did you "
+            "mean 'dice'",
+        ),
+        (
+            loss(name="ohem", min_keep=3),
+            ValueError,
+            r"unknown key model.loss.terms\[0\].min_keep; did you mean 'min_kept'",
+        ),
+        (loss(name="dice", gamma=3), ValueError, r"unknown key model.loss.terms\[0\].gamma"),
+        (loss(weight=-1), ValueError, r"model.loss.terms\[0\].weight must be finite and not negative, got -1"),
+        (loss(name="ohem", threshold=0), ValueError, r"threshold must lie in \(0, 1\], got 0"),
+        (loss(name="ohem", min_kept=0), ValueError, "min_kept must be at least 1, got 0"),
+        (loss(name="dice", exponent=0.5), ValueError, "exponent must be at least 1 and finite, got 0.5"),
+        (loss(name="dice", smooth=-1), ValueError, "smooth must be finite and not negative"),
+        (loss(name="dice", classes="some"), ValueError, "classes must be one of all, present, got 'some'"),
+        (loss(name="focal", gamma=-1), ValueError, "gamma must be finite and not negative"),
+        (loss(name="focal", alpha=[1, -1]), ValueError, "alpha must be finite and not negative"),
+        (loss(name="focal", alpha="x"), TypeError, "alpha must be a number or a list of a number, got 'x'"),
+        ({"loss": {"terms": ["dice", "dice"]}}, ValueError, "model.loss.terms names dice twice"),
+        ({"loss": {"terms": []}}, ValueError, "model.loss.terms must name at least one loss"),
+        ({"loss": {"terms": "dice"}}, TypeError, "model.loss.terms must be a list, got str"),
+        ({"loss": {"terms": [3]}}, TypeError, r"model.loss.terms\[0\] must be a mapping, got int"),
+        ({"loss": {"normalize": "globall"}}, ValueError, "must be one of process, global, got 'globall'; did you mean"),
+        (
+            {"loss": {"normalize": "global", "terms": ["lovasz"]}},
+            ValueError,
+            r"terms\[0\]: lovasz sorts .*normalize: global needs per_image: true",
+        ),
+        ({"auxiliary": {"level": "c4"}}, TypeError, "model.auxiliary must be a list, got dict"),
+        (head(chanels=3), ValueError, r"unknown key model.auxiliary\[1\].chanels; did you mean 'channels'"),
+        (head(level="c4"), ValueError, "model.auxiliary has two heads on c4"),
+        (head(dropout=1), ValueError, r"model.auxiliary\[1\].dropout must lie in \[0, 1\), got 1"),
+        (head(num_convs=0, concat_input=True), ValueError, "concat_input needs num_convs of at least 1"),
+        (head(channels=0), ValueError, r"model.auxiliary\[1\].channels must be at least 1, got 0"),
+        (head(weight=float("nan")), ValueError, r"model.auxiliary\[1\].weight must be finite"),
+        (head(terms=["ohm"]), ValueError, r"model.auxiliary\[1\].terms\[0\].name must be one of .*did you mean 'ohem'"),
         ({"backbnoe": {}}, ValueError, r"unknown key model.backbnoe; did you mean 'backbone'\?"),
         (
             {"backbone": {"pretraned": True}},

@@ -596,3 +596,62 @@ def test_bad_use():
 def test_switches_override_given_options():
     model = pool_model(4, options=PointRendOptions(train_points=9, point_features=("fine",)), coarse_source="current")
     assert model.options.train_points == 9 and model.options.coarse_source == "current"
+
+
+# ---- points drawn by image
+
+
+def test_draws_of_keys_are_uniform_and_differ():
+    from rendseg.models.pointrend import draws_of_keys
+
+    keys = torch.tensor([0, 1, 2, 12345678901234567, -3])
+    draws = draws_of_keys(keys, 20_000)
+    assert draws.dtype == torch.float32 and draws.shape == (5, 20_000, 2)
+    assert draws.min() >= 0 and draws.max() < 1
+    for image in draws:  # 100 cells of 200 points: chi-squared with 99 degrees of freedom, mean 99, deviation 14
+        cells = (image[:, 0] * 10).long() * 10 + (image[:, 1] * 10).long()
+        counts = torch.bincount(cells, minlength=100).double()
+        assert 50 < ((counts - 200).square() / 200).sum() < 160
+    flat = (draws.reshape(5, -1).double() - 0.5) * 12**0.5
+    correlation = flat @ flat.T / flat.shape[1]
+    torch.testing.assert_close(correlation, torch.eye(5).double(), rtol=0, atol=0.03)
+    lagged = (flat[:, 1:] * flat[:, :-1]).mean(1)
+    assert lagged.abs().max() < 0.03
+    assert torch.equal(draws_of_keys(keys[2:4], 100), draws[2:4, :100])
+
+
+def test_splitmix_of_a_known_state():
+    """The first outputs of splitmix64 from state 1234567, as published with the generator."""
+    from rendseg.models.pointrend import _mix
+
+    golden = 0x9E3779B97F4A7C15
+    states = [(1234567 + (i + 1) * golden) % 2**64 for i in range(3)]
+    signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in states])
+    found = [int(v) % 2**64 for v in _mix(signed)]
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_points_by_key_do_not_depend_on_the_batch():
+    """The losses of a batch are the mean of those of its parts, whatever was drawn before."""
+    model = tiny(loss={"normalize": "global"}, train_points=40).eval()
+    images, labels = batch()
+    keys = torch.tensor([5, 9])
+    whole = model(images, labels, keys)["loss_point"]
+    torch.rand(7)
+    parts = [model(images[i : i + 1], labels[i : i + 1], keys[i : i + 1])["loss_point"] for i in (0, 1)]
+    seen = []
+    original = ops.point_labels
+
+    def counting(*arguments):
+        found = original(*arguments)
+        seen.append((found != 255).sum())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "point_labels", counting)
+        for i in (0, 1):
+            model(images[i : i + 1], labels[i : i + 1], keys[i : i + 1])
+    torch.testing.assert_close(whole, (seen[0] * parts[0] + seen[1] * parts[1]) / (seen[0] + seen[1]))
+    assert model(images, labels, keys + 1)["loss_point"] != whole
+    with pytest.raises(ValueError, match=r"keys must have shape \[B\] = \[2\], got \[1\]"):
+        model(images, labels, keys[:1])

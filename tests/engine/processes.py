@@ -1,0 +1,119 @@
+"""Fresh processes, alone or as a gloo group, that start quickly: forked from a server that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rendseg.engine.config import Config, build_config
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def launch(
+    function: Callable[..., Any], *args: Any, world: int = 1, timeout: float = 200
+) -> list[tuple[int, str, str]]:
+    """Call ``function(*args)`` in ``world`` processes and return exit code, stdout and stderr of each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["rendseg.engine.train", "rendseg.models", "timm", "torch.distributed.fsdp", "torch.distributed.tensor"]
+    )
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(REPO)  # for the server, which is started by the first call
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            processes = [
+                context.Process(target=_run, args=(folder, rank, world, torch.get_num_threads(), function, args))
+                for rank in range(world)
+            ]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(timeout)
+            late = [process for process in processes if process.is_alive()]
+            for process in late:
+                process.kill()
+                process.join()
+            found = []
+            for rank, process in enumerate(processes):
+                out, err = (Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err"))
+                found.append((process.exitcode, out, err))
+            assert not late, f"{len(late)} of {world} processes did not end\n" + "\n".join(e[-3000:] for *_, e in found)
+            return found
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def succeed(function: Callable[..., Any], *args: Any, world: int = 1) -> list[str]:
+    """``launch`` where every process must end well; returns what each printed."""
+    found = launch(function, *args, world=world)
+    assert all(code == 0 for code, *_ in found), "\n".join(err[-3000:] for *_, err in found)
+    return [out for _, out, _ in found]
+
+
+def _run(folder: str, rank: int, world: int, threads: int, function: Callable[..., Any], args: Any) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(threads)
+    try:
+        if world > 1:
+            os.environ |= {"OMP_NUM_THREADS": str(threads), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+            torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+        function(*args)
+        if world > 1:
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+
+
+def run(content: dict[str, Any], kill_at: int = 0) -> None:
+    """Train; with ``kill_at`` every process is killed after that iteration."""
+    from rendseg.engine.train import train
+
+    config: Config = build_config(content)
+    train(
+        config, (lambda iteration: iteration == kill_at and os.kill(os.getpid(), signal.SIGKILL)) if kill_at else None
+    )
+
+
+def run_and_die_in_a_save(content: dict[str, Any]) -> None:
+    """Train, and be killed within the second save, when half of the file is written: nothing is cleaned up."""
+    save, saves = torch.save, []
+
+    def dying(contents: Any, file: Any) -> None:
+        saves.append(1)
+        if len(saves) == 2:
+            file.write(b"PK" * 1000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(contents, file)
+
+    torch.save = dying
+    run(content)
+
+
+def run_all(contents: list[dict[str, Any]]) -> None:
+    """Train one after the other, within one process group."""
+    for content in contents:
+        run(content)
+
+
+def evaluate(checkpoint: str, out: str) -> None:
+    from rendseg.engine.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(checkpoint, (), Path(out))
