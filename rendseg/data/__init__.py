@@ -8,6 +8,7 @@ from typing import Any
 from .base import SegmentationDataset, Split
 from .options import (
     AugmentOptions,
+    BrodenOptions,
     CamVidOptions,
     ColorJitterOptions,
     DataError,
@@ -19,6 +20,7 @@ from .options import (
 
 __all__ = [
     "AugmentOptions",
+    "BrodenOptions",
     "CamVidOptions",
     "ColorJitterOptions",
     "DataError",
@@ -37,8 +39,8 @@ def build_dataset(
     """The data set of a ``data:`` section.
 
     Args:
-        options: ``name`` (shapes, camvid or folder) and the keys of :class:`ShapesOptions`, :class:`CamVidOptions` or
-            :class:`FolderOptions`.
+        options: ``name`` (shapes, camvid, folder or broden) and the keys of :class:`ShapesOptions`,
+            :class:`CamVidOptions`, :class:`FolderOptions` or :class:`BrodenOptions`.
         split: ``"train"``, which is augmented, or ``"val"``.
         augment_seed: of the augmentation; the seeds within `options` choose the data instead.
 
@@ -55,6 +57,10 @@ def build_dataset(
         from .folder import Folder
 
         return Folder(parsed, split, augment_seed)
+    if isinstance(parsed, BrodenOptions):
+        from .broden import Broden
+
+        return Broden(parsed, split, augment_seed)
     from .shapes import Shapes
 
     return Shapes(parsed, split, augment_seed)

@@ -38,6 +38,7 @@ from rendseg.engine.config import Config, ConfigError, OptimizerConfig, Schedule
 from rendseg.engine.evaluate import build_data, build_network, evaluate, format_table, move, summary
 from rendseg.engine.loader import training_batches
 from rendseg.engine.predict import make_pictures, save_pictures
+from rendseg.engine.tasks import with_tasks
 
 # Keys that may differ between a run and its continuation because they do not change what is learned.
 HARMLESS_KEYS = ("resume", "output", "device", "eval", "data.root", "model.backbone.checkpoint") + tuple(
@@ -261,11 +262,12 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     main = accelerator.is_main_process
     run_dir = config.run_dir
-    found = _find_resume(config)
 
     # Data and model. The seed comes first, so that the initial weights are a function of it.
     training_data = build_data(config, "train")
     validation_data = build_data(config, "val")
+    config = with_tasks(config, training_data)
+    found = _find_resume(config)
     seed_everything(config.seed)
     network = build_network(config, training_data.num_classes)
     if world > 1 and device.type == "cuda":  # PyTorch has no synchronised batch norm on the CPU

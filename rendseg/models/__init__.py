@@ -19,9 +19,13 @@ from .pointrend import PointRend
 from .registry import build_decoder, decoder_names, register_decoder
 from .segmenter import SegmentationOutput, Segmenter
 from .semantic_fpn import SemanticFPN
+from .unified import UPP, UnifiedPointRend, UnifiedSegmenter, UPPOptions
+from .upernet import UPERNET_PRESETS, UPerNet, UPerNetOptions
 
 __all__ = [
     "PRESETS",
+    "UPERNET_PRESETS",
+    "UPP",
     "Backbone",
     "BackboneOptions",
     "Decoder",
@@ -35,6 +39,11 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "SemanticFPNOptions",
+    "UPPOptions",
+    "UPerNet",
+    "UPerNetOptions",
+    "UnifiedPointRend",
+    "UnifiedSegmenter",
     "build_decoder",
     "build_model",
     "create_backbone",

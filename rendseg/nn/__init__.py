@@ -5,5 +5,6 @@ from .encoding import Encoding
 from .fcn_head import FCNHead
 from .fpn import FPN
 from .point_head import PointHead
+from .ppm import PPM
 
-__all__ = ["FPN", "ConvNorm", "Encoding", "FCNHead", "PointHead", "make_norm"]
+__all__ = ["FPN", "PPM", "ConvNorm", "Encoding", "FCNHead", "PointHead", "make_norm"]
