@@ -17,12 +17,12 @@ def maps(height, width, strides=STRIDES):
     }
 
 
-def decoder_of(preset, channels=CHANNELS, strides=STRIDES, **switches):
+def decoder_of(preset, strides=STRIDES, **switches):
     """The decoder of a preset by way of the options, with random statistics."""
     from rendseg.models.upernet import UPerNetOptions, upernet_switches
 
     torch.manual_seed(0)
-    decoder = UPerNet(channels, strides, 3, **upernet_switches(UPerNetOptions(preset=preset, **switches))).double()
+    decoder = UPerNet(CHANNELS, strides, 3, **upernet_switches(UPerNetOptions(preset=preset, **switches))).double()
     for module in decoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -140,7 +140,7 @@ def test_widths_and_kernels_of_presets(preset):
 
 def test_dilated_backbone_and_fewer_levels():
     strides = {**STRIDES, "c4": 8, "c5": 8}
-    decoder = decoder_of("paddleseg", strides=strides, **SMALL)
+    decoder = decoder_of("paddleseg", strides, **SMALL)
     out = decoder(maps(64, 48, strides))
     assert out.coarse.shape == (2, 3, 16, 12) and out.features["p5"].shape[2:] == (8, 6)
     assert decoder.size_divisor == 8 and decoder.feature_strides == {"p2": 4, "p3": 8, "p4": 8, "p5": 8, "fused": 4}
