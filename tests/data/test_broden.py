@@ -12,6 +12,7 @@ from PIL import Image
 from rendseg.data import DataError, build_dataset
 from rendseg.engine.config import ConfigError, build_config
 from rendseg.engine.loader import training_batches
+from rendseg.engine.metrics import SegmentationMetrics
 from rendseg.engine.tasks import SourceOrder, TaskMetrics, with_tasks
 
 COLUMNS = ["image", "split", "ih", "iw", "sh", "sw", "object", "part", "material", "texture", "scene"]
@@ -429,6 +430,23 @@ def test_task_metrics_equal_counting():
     empty = TaskMetrics(classes, 255, torch.device("cpu")).compute()
     assert empty["part"]["miou"] is None and empty["scene"]["image_accuracy"] is None
     json.dumps(empty)
+
+
+def test_metrics_of_many_classes():
+    """335 objects: the counts of a few classes do not change when these have large numbers, 255 among them."""
+    generator = torch.Generator().manual_seed(0)
+    label, guess = (torch.randint(0, 5, (2, 8, 10), generator=generator) for _ in range(2))
+    label, guess = (x.repeat_interleave(4, 1).repeat_interleave(4, 2) for x in (label, guess))
+    void = torch.rand(label.shape, generator=generator) < 0.1
+    numbers = torch.tensor([0, 3, 255, 256, 334])
+    few, many = SegmentationMetrics(5), SegmentationMetrics(335, ignore_index=65535)
+    few.update(guess, label.masked_fill(void, 255))
+    many.update(numbers[guess], numbers[label].masked_fill(void, 65535))
+    one, other = few.compute(), many.compute()
+    for key in ("miou", "boundary_iou", "pixel_accuracy", "mean_accuracy"):
+        assert one[key] == pytest.approx(other[key], rel=1e-12), key
+    assert [other["per_class_boundary_iou"][i] for i in numbers] == one["per_class_boundary_iou"]
+    assert other["per_class_iou"][1] is None
 
 
 def content(root, out, **train):
