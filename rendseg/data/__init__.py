@@ -10,6 +10,7 @@ from .base import ImageFiles, SegmentationDataset, Split
 from .options import (
     Ade20kOptions,
     AugmentOptions,
+    BrodenOptions,
     CamVidOptions,
     CityscapesOptions,
     ColorJitterOptions,
@@ -25,6 +26,7 @@ from .options import (
 __all__ = [
     "Ade20kOptions",
     "AugmentOptions",
+    "BrodenOptions",
     "CamVidOptions",
     "CityscapesOptions",
     "ColorJitterOptions",
@@ -47,6 +49,7 @@ _HOMES = {
     "ade20k": ("ade20k", "Ade20k"),
     "voc": ("voc", "Voc"),
     "folder": ("folder", "Folder"),
+    "broden": ("broden", "Broden"),
 }
 
 
@@ -60,8 +63,8 @@ def build_dataset(
     """The data set of a ``data:`` section.
 
     Args:
-        options: ``name`` (shapes, camvid, cityscapes, ade20k, voc or folder) and the keys of its options class, such as
-            :class:`FolderOptions`.
+        options: ``name`` (shapes, camvid, cityscapes, ade20k, voc, broden or folder) and the keys of its options class,
+            such as :class:`FolderOptions`.
         split: ``"train"``, which is augmented, or ``"val"``.
         augment_seed: of the augmentation; the seeds within `options` choose the data instead.
         problems: None: the first image that cannot be used, say for want of a label map, is an error. A list: the

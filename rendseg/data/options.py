@@ -224,7 +224,30 @@ class FolderOptions(AugmentOptions):
     cache: bool = False  # decode every image once and keep it in memory
 
 
-DatasetOptions = ShapesOptions | CamVidOptions | CityscapesOptions | Ade20kOptions | VocOptions | FolderOptions
+Task = Literal["object", "part", "material", "texture", "scene"]
+
+
+@dataclass(config=_CONFIG, kw_only=True)
+class BrodenOptions(AugmentOptions):
+    """Images with labels of several tasks; see :mod:`rendseg.data.broden`."""
+
+    name: Literal["broden"] = "broden"
+    root: str
+    index: str = "index.csv"  # table of images and labels within root
+    images: str = "images"  # folder within root from which the table's paths start; "": root itself
+    train: str = "train"  # value of the column "split" of each split
+    val: str = "val"
+    tasks: list[Task] | None = None  # null: every task with a list of names (object.csv, part.csv, ...) in root
+    # The tasks whose labels a training batch holds; batches of a source are as frequent as its images.
+    sources: list[list[Task]] = field(
+        default_factory=lambda: [["object", "part", "scene"], ["material"], ["texture"]]  # type: ignore[list-item]
+    )
+    cache: bool = False  # decode every image once and keep it in memory
+
+
+DatasetOptions = (
+    ShapesOptions | CamVidOptions | CityscapesOptions | Ade20kOptions | VocOptions | FolderOptions | BrodenOptions
+)
 _OPTIONS: dict[str, Any] = {
     "shapes": ShapesOptions,
     "camvid": CamVidOptions,
@@ -232,6 +255,7 @@ _OPTIONS: dict[str, Any] = {
     "ade20k": Ade20kOptions,
     "voc": VocOptions,
     "folder": FolderOptions,
+    "broden": BrodenOptions,
 }
 # Sections within a section.
 _INNER = {"color_jitter": ColorJitterOptions, "photometric_distortion": PhotometricOptions}

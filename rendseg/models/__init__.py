@@ -24,12 +24,16 @@ from .registry import build_decoder, decoder_names, register_decoder
 from .se_loss import presence_targets, se_loss
 from .segmenter import SegmentationOutput, Segmenter
 from .semantic_fpn import SemanticFPN
+from .unified import UPP, UnifiedPointRend, UnifiedSegmenter, UPPOptions
+from .upernet import UPERNET_PRESETS, UPerNet, UPerNetOptions
 
 __all__ = [
     "ENCNET_PRESETS",
     "FCN",
     "PRESETS",
     "AuxiliaryOptions",
+    "UPERNET_PRESETS",
+    "UPP",
     "Backbone",
     "BackboneOptions",
     "Decoder",
@@ -50,6 +54,11 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "SemanticFPNOptions",
+    "UPPOptions",
+    "UPerNet",
+    "UPerNetOptions",
+    "UnifiedPointRend",
+    "UnifiedSegmenter",
     "build_decoder",
     "build_model",
     "create_backbone",

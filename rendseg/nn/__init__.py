@@ -7,6 +7,7 @@ from .encoding import Encoding
 from .fcn_head import FCNHead
 from .fpn import FPN
 from .point_head import PointHead
+from .ppm import PPM
 
 __all__ = [
     "ASPP",
@@ -15,6 +16,7 @@ __all__ = [
     "EncModule",
     "Encoding",
     "FCNHead",
+    "PPM",
     "PointHead",
     "SeparableConvNorm",
     "default_rates",
