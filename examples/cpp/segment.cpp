@@ -41,14 +41,14 @@ const std::string& entry(const Metadata& metadata, const std::string& key) {
 // A JSON list of numbers, or a single one.
 std::vector<double> numbers(const std::string& text) {
   std::vector<double> values;
-  for (const char* at = text.c_str(); *at != '\0';) {
+  for (const char* rest = text.c_str(); *rest != '\0';) {
     char* end = nullptr;
-    const double value = std::strtod(at, &end);
-    if (end == at) {
-      ++at;
+    const double value = std::strtod(rest, &end);
+    if (end == rest) {
+      ++rest;
     } else {
       values.push_back(value);
-      at = end;
+      rest = end;
     }
   }
   return values;
@@ -139,12 +139,12 @@ at::Tensor to_input(const Metadata& metadata, const Image& image) {
 void write_pgm(const std::string& path, const at::Tensor& labels /*[1,H,W]*/, const Image& image) {
   const bool wide = labels.scalar_type() != at::kByte;
   const at::Tensor values = labels.to(at::kInt).cpu().contiguous();
-  const int32_t* at = values.const_data_ptr<int32_t>();
+  const int32_t* cells = values.const_data_ptr<int32_t>();
   std::ofstream file(path, std::ios::binary);
   file << "P5\n" << image.width << " " << image.height << "\n" << (wide ? 65535 : 255) << "\n";
   for (int64_t y = 0; y < image.height; ++y) {
     for (int64_t x = 0; x < image.width; ++x) {
-      const int32_t label = at[y * values.size(2) + x];
+      const int32_t label = cells[y * values.size(2) + x];
       if (wide) file.put(static_cast<char>(label >> 8));
       file.put(static_cast<char>(label & 255));
     }

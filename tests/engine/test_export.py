@@ -99,7 +99,7 @@ REFINE = {
 }
 
 
-@pytest.mark.parametrize("case", itertools.product(*REFINE.values()), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", list(itertools.product(*REFINE.values())), ids=lambda case: "-".join(map(str, case)))
 def test_refine_equals_the_reference(case: tuple[Any, ...]) -> None:
     source, padding, labels, points = case
     torch.manual_seed(points)
