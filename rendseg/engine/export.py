@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rendseg import __version__
+from rendseg import __version__, backend
 from rendseg.engine.checkpoint import _sync_folder
 
 FORMATS = ("pt2", "aoti", "onnx")
@@ -204,11 +204,14 @@ def export(
     network.eval()
     model = Exportable(network, options.output, *((mean, std) if options.preprocessing else ())).to(parameter.device)
     write = {"pt2": _write_pt2, "aoti": _write_aoti, "onnx": _write_onnx}[options.format]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # AOTInductor wants the suffix, and tells its intermediate files apart by the name before it.
-    temporary = path.with_name(f".{path.name}.tmp{Path(SUFFIXES[options.format]).suffix}")
+    # A folder, not a file, of another name: archives hold the name under which they were first written.
+    folder = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    temporary = folder / path.name
     try:
-        with _parameters_without_gradient(model), torch.no_grad():
+        folder.mkdir(parents=True)
+        # Whatever backend is in force here, the graph names the operators, and who runs it chooses.
+        with _parameters_without_gradient(model), torch.no_grad(), backend("auto"):
             write(model, temporary, options, about)
             if check:
                 _compare(model, load(temporary, parameter.device), options, say)
@@ -218,7 +221,7 @@ def export(
     except OSError as error:
         raise ExportError(f"could not write {path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     _sync_folder(path.parent)
     return about
 
