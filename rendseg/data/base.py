@@ -217,6 +217,7 @@ class ImageFiles(SegmentationDataset):
 
     def _listed(self, cache: bool) -> None:
         """Ends the constructor."""
+        self._index_of = {}  # served the listing alone
         if self._problems is not None:
             self._problems = None
         elif cache:

@@ -66,7 +66,7 @@ def _open(path: Path, kind: str) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise nearly anything on a damaged file
         reason = " ".join(str(error).replace(str(path), "file").split()) or type(error).__name__
         raise DataError(f"{path}: {kind} cannot be read ({reason}); replace or remove the file") from error
     finally:
@@ -83,7 +83,10 @@ def read_image(path: Path) -> np.ndarray:
         return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "F":
         raise DataError(f"{path}: image of floating point values; convert it to 8 or 16 bits")
-    return np.array(image.convert("RGB"))
+    try:
+        return np.array(image.convert("RGB"))
+    except ValueError as error:
+        raise DataError(f"{path}: image has mode {image.mode}, which has no RGB; convert it to 8-bit RGB") from error
 
 
 class LabelReader:
