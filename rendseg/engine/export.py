@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -283,7 +284,10 @@ def _trace(model: Exportable, options: ExportOptions) -> torch.export.ExportedPr
 
 
 def _write_pt2(model: Exportable, path: Path, options: ExportOptions, about: Mapping[str, str]) -> None:
-    torch.export.save(_trace(model, options), path, extra_files={_EXTRA: json.dumps(about)})
+    program = _trace(model, options)
+    with warnings.catch_warnings():  # weights in channels_last are not contiguous: each is saved whole all the same
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(program, path, extra_files={_EXTRA: json.dumps(about)})
 
 
 def _write_aoti(model: Exportable, path: Path, options: ExportOptions, about: Mapping[str, str]) -> None:
@@ -554,7 +558,7 @@ def export_checkpoint(
     path = Path(out) if out is not None else checkpoint.with_suffix(SUFFIXES[format])
     if path.is_dir():
         raise ExportError(f"--out {path} is a folder: name a file")
-    wanted = Path(SUFFIXES[format]).suffix
+    wanted = ".onnx" if format == "onnx" else ".pt2"
     if path.suffix != wanted:
         raise ExportError(f"--out {path} must end in {wanted} for format {format}")
     try:
