@@ -103,6 +103,7 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
     ``RuntimeError`` when the weights cannot be downloaded.
     """
     import timm  # two seconds of imports: only when a model is built
+    from timm.models import is_model_in_modules
 
     options = dataclasses.replace(options or BackboneOptions(), **changes)
     if options.pretrained and options.checkpoint is not None:
@@ -121,7 +122,7 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
         arguments["output_stride"] = wanted
     if not stride4:
         for family, any_size in _ANY_SIZE.items():
-            if timm.is_model_in_modules(options.name, [family]):
+            if is_model_in_modules(options.name, [family]):
                 arguments.update(any_size)
 
     def create(pretrained: bool) -> nn.Module:
@@ -155,7 +156,7 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
         from timm.layers import freeze_batch_norm_2d
 
         net = freeze_batch_norm_2d(net)
-    branched = not stride4 and timm.is_model_in_modules(options.name, ["hrnet"])
+    branched = not stride4 and is_model_in_modules(options.name, ["hrnet"])
     backbone = Backbone(net, channels, strides, options.in_chans, branched=branched)
     return backbone.to(memory_format=torch.channels_last) if channels_last else backbone  # type: ignore[call-overload]
 
