@@ -57,7 +57,7 @@ class Backbone(nn.Module):
     def _find_divisor(self) -> int:
         """1 when every stage rounds its size up (as ResNets do), otherwise the largest stride."""
         largest = max(self.strides)
-        height, width = largest + 4, largest + 4 + largest // 2
+        height, width = largest + 5, largest + 3 + largest // 2  # odd: patches must not drop pixels either
         training = self.net.training
         self.net.eval()
         try:

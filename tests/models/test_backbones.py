@@ -144,14 +144,15 @@ def test_maps_are_turned_also_where_height_equals_channels():
     image = torch.randn(1, 3, 384, 384)
     with torch.no_grad():
         first = backbone(image)[0]
-        cropped = backbone(image[:, :, :224, :224])[0]  # windows of 7 cells: the first 42 see the same ones
+        cropped = backbone(image[:, :, :224, :224])[0]  # windows of 7 cells: inner ones are the same
     assert first.shape == (1, 96, 96, 96)
-    torch.testing.assert_close(first[:, :, :42, :42], cropped[:, :, :42, :42], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(first[:, :, 7:42, 7:42], cropped[:, :, 7:42, 7:42], rtol=1e-3, atol=1e-3)
 
 
 def test_swin_takes_any_size_and_always_shifts():
     backbone = create_backbone(name="swin_tiny_patch4_window7_224").eval()
     assert [b.shift_size for b in backbone.net.layers_3.blocks] == [(0, 0), (3, 3)]
+    assert backbone.size_divisor == 32  # patches of 4 pixels drop what is left over
     with torch.no_grad():
         maps = backbone(torch.randn(1, 3, 96, 160))
     assert [tuple(m.shape[1:]) for m in maps] == [(96, 24, 40), (192, 12, 20), (384, 6, 10), (768, 3, 5)]
