@@ -127,11 +127,10 @@ def test_parts_that_are_switched_off_have_no_parameters():
 # ---- the semantic encoding loss
 
 
-@pytest.mark.parametrize("ignore", [255, -1, 0])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize(
+    ("ignore", "dtype"), [(255, torch.int64), (255, torch.uint8), (-1, torch.int64), (0, torch.int32), (0, torch.uint8)]
+)
 def test_targets_equal_histc(ignore, dtype):
-    if ignore < 0 and dtype == torch.uint8:
-        pytest.skip("uint8 holds no -1")
     torch.manual_seed(0)
     labels = torch.randint(0, 9, (4, 3, 5)) * 2
     labels[0, 0] = ignore
