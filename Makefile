@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; 
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 PY := $(abspath $(VENV))/bin/python
 PYTEST_ARGS ?=
+# Tests run in that many processes: one for each usable core. WORKERS=0 runs them in one, without pytest-xdist.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 0)
 BENCH_ARGS ?=
 # Without a compiler the demo and the tests still run, on the pure-PyTorch reference; .ci/run sets this to 1.
 export RENDSEG_REQUIRE_EXTENSION ?= 0
@@ -45,7 +47,7 @@ demo: venv
 	$(PY) -m rendseg train configs/demo.yaml
 
 test: venv
-	$(PY) -m pytest tests/ $(PYTEST_ARGS)
+	$(PY) -m pytest tests/ $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
 
 bench: venv
 	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file $(BENCH_ARGS) || exit 1; done

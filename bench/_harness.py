@@ -14,6 +14,10 @@ On a GPU every candidate has two columns. The first is device time: replays of a
 calls, timed by events. The second, "plain", is as many calls in a row without a graph, so it holds what the host needs
 as well. ``bench.cold(function, *tensors)`` calls the function on several copies of the tensors in turn, more than the
 L2 cache holds; such a candidate finds its inputs in memory, and the figure with warm inputs stands beside it.
+
+On a GPU every candidate "rendseg ..." has a twin "triton ...": the same call under ``rendseg.backend("triton")``. Its
+goals are three fifths of the speed of the CUDA C++ kernels, and more than that of eager PyTorch and of torch.compile.
+On a CPU the twin is left out: Triton's interpreter tells nothing about speed.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,12 +45,15 @@ import torch  # noqa: E402
 from _floors import Floor  # noqa: E402
 
 import rendseg  # noqa: E402
+from rendseg.ops._triton import failure as triton_failure  # noqa: E402
 
 Candidate = Callable[[], Any]
 
 CALLS = 20  # in a sample on a GPU, unless they take longer than SAMPLE_MS
 SAMPLE_MS = 5.0
 GPU_BUDGET_S = 2.0  # for a column of a row
+OURS, TRITON = "rendseg", "triton"  # how candidates that call our operators begin
+TRITON_SHARE = 0.6  # of the speed of the CUDA C++ kernels
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,11 @@ def calls_per_sample(call_ms: float, candidate: Candidate) -> int:
     return max(calls, len(candidate.sets)) if isinstance(candidate, Rotation) else calls
 
 
+def backend_of(key: str) -> AbstractContextManager[None]:
+    """The backend that a candidate is called under, by its name."""
+    return rendseg.backend("triton") if key.startswith(TRITON) else nullcontext()
+
+
 def _quantiles(samples: list[float]) -> Timing:
     ordered = sorted(samples)
     last = len(ordered) - 1
@@ -119,6 +131,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.failures: list[str] = []
         self._timings: dict[tuple[str, str], Timing] = {}
         self._cuda = self.device.type == "cuda"
         if self._cuda:
@@ -128,6 +141,55 @@ class Bench:
         self.ceilings = self._measure_ceilings()
         text = ", ".join(f"{key} {value:.4g}" for key, value in self.ceilings.items())
         print(f"ceilings measured now: {text}")
+        self.no_triton = self._no_triton()
+        if self.no_triton:
+            self.note(f"no column triton: {self.no_triton}")
+        elif "cuda" not in rendseg.backends["cpp"].devices:
+            self.note(f"rendseg is Triton here, too: {rendseg.backends['cpp'].cause}")
+
+    # -- Triton ------------------------------------------------------------------------------------------------------
+
+    def _no_triton(self) -> str:
+        """Why candidates get no twin under Triton; empty when they do."""
+        if not self._cuda:
+            return "on a CPU Triton's kernels are interpreted, which tells nothing about their speed"
+        status = rendseg.backends["triton"]
+        if "cuda" not in status.devices:
+            return status.cause
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            return "TRITON_INTERPRET is set, and interpreted kernels tell nothing about speed"
+        return triton_failure()
+
+    def with_triton(self, row: str, candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
+        """The candidates, and after each of ours the same call as ``"triton ..."``; one that raises is left out."""
+        both: dict[str, Candidate] = {}
+        for key, candidate in candidates.items():
+            both[key] = candidate
+            if not key.startswith(OURS) or self.no_triton:
+                continue
+            twin = TRITON + key.removeprefix(OURS)
+            try:
+                with backend_of(twin):
+                    candidate()
+                self._synchronize()
+            except Exception as error:
+                self.failures.append(f"{row}, {twin}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                self.note(f"  FAILED {self.failures[-1]}")
+            else:
+                both[twin] = candidate
+        return both
+
+    def _triton_bars(self, row: str, timings: Mapping[str, Timing]) -> None:
+        """Each twin against ours in CUDA C++, and against the forms in PyTorch that the row holds."""
+        for key in timings:
+            if not key.startswith(TRITON):
+                continue
+            if "cuda" in rendseg.backends["cpp"].devices:
+                share = self.ratio(row, OURS + key.removeprefix(TRITON), key)
+                self.bar(f"{row}, {key}: speed over that of CUDA C++", share, at_least=TRITON_SHARE)
+            for other in timings:
+                if not other.startswith((OURS, TRITON)):
+                    self.bar(f"{row}, {key} against {other}", self.ratio(row, other, key), at_least=1)
 
     # -- timing ------------------------------------------------------------------------------------------------------
 
@@ -142,6 +204,14 @@ class Bench:
         l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         copies = sets_to_rotate(sum(t.nbytes for t in tensors), l2_bytes)
         return Rotation(function, [tensors, *(tuple(t.detach().clone() for t in tensors) for _ in range(copies - 1))])
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.compile`` for the shapes of one row, whatever was compiled before; its backward can run again."""
+        import torch._functorch.config
+
+        torch.compiler.reset()
+        torch._functorch.config.donated_buffer = False
+        return torch.compile(function, dynamic=False)
 
     def _warm_up(self, candidate: Candidate) -> float:
         """Page faults, thread pools, compilation, caches of memory; milliseconds of a call."""
@@ -177,17 +247,22 @@ class Bench:
 
     def _sampler(self, key: str, candidate: Candidate, graphs: bool) -> Callable[[], float]:
         """A function that takes one sample: milliseconds of a call."""
-        call_ms = self._warm_up(candidate)
-        if not self._cuda:
-            return lambda: _wall_ms(candidate)
-        calls = calls_per_sample(call_ms, candidate)
-        replay = self._captured(key, candidate, calls) if graphs else None
+        with backend_of(key):
+            call_ms = self._warm_up(candidate)
+            if not self._cuda:
+                return lambda: _wall_ms(candidate)
+            calls = calls_per_sample(call_ms, candidate)
+            replay = self._captured(key, candidate, calls) if graphs else None
 
         def run() -> None:
             for _ in range(calls):
                 candidate()
 
-        return lambda: _event_ms(replay or run) / calls
+        def sample() -> float:
+            with backend_of(key):
+                return _event_ms(replay or run) / calls
+
+        return sample
 
     def measure(
         self, candidates: Mapping[str, Candidate], samples: int = 0, budget_s: float = 20.0, graphs: bool = True
@@ -214,12 +289,13 @@ class Bench:
             gc.enable()
         return {key: _quantiles(values) for key, values in taken.items()}
 
-    def launches(self, candidate: Candidate) -> int | None:
+    def launches(self, candidate: Candidate, key: str = "") -> int | None:
         """Kernels, copies and fills that one call puts on a GPU, as the profiler counts them."""
         if not self._cuda:
             return None
         self._synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with backend_of(key), torch.profiler.profile(activities=activities) as profile:
             candidate()
             self._synchronize()
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
@@ -244,10 +320,11 @@ class Bench:
 
         ``images`` and ``points`` are items per call, for rates; ``facts`` (shape, dtype, layout, seed) go to the JSON.
         """
+        candidates = self.with_triton(row, candidates)
         timings = self.measure(candidates, samples, budget_s)
         more = self._gpu_columns(candidates, samples, budget_s) if self._cuda else {}
         memory = memory or self._cuda
-        peaks = {key: self.peak_extra_bytes(candidate) for key, candidate in candidates.items()} if memory else {}
+        peaks = {key: self.peak_extra_bytes(candidate, key) for key, candidate in candidates.items()} if memory else {}
         floor_ms = None
         if floor is not None:
             rate = self.ceilings[f"gemm_{precision}_gflops"] * 1e9
@@ -266,6 +343,9 @@ class Bench:
             if baseline in timings:
                 entry["ratio"] = timings[baseline].median / timing.median
                 columns.append(f"{entry['ratio']:7.2f}x {baseline}")
+            if key.startswith(TRITON) and "cuda" in rendseg.backends["cpp"].devices:
+                entry["percent_of_cuda"] = 100 * timings[OURS + key.removeprefix(TRITON)].median / timing.median
+                columns.append(f"{entry['percent_of_cuda']:.0f} % of CUDA C++")
             if images:
                 entry["images_per_s"] = images / timing.median * 1e3
                 columns.append(f"{entry['images_per_s']:.1f} images/s")
@@ -281,6 +361,7 @@ class Bench:
                 columns.append(f"peak extra {peaks[key] / 1e6:.1f} MB")
             self.rows.append(entry)
             print("  ".join(columns), flush=True)
+        self._triton_bars(row, timings)
         return timings
 
     def _gpu_columns(
@@ -297,7 +378,7 @@ class Bench:
                 "plain_median": plain[key].median,
                 "plain_p10": plain[key].p10,
                 "plain_p90": plain[key].p90,
-                "launches": self.launches(candidate),
+                "launches": self.launches(candidate, key),
             }
             if key in warm:
                 columns[key]["warm_median"] = warm[key].median
@@ -312,11 +393,15 @@ class Bench:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def peak_extra_bytes(self, candidate: Candidate) -> int | None:
+    def peak_extra_bytes(self, candidate: Candidate, key: str = "") -> int | None:
         """Highest memory above the level before the call: allocator statistics on a GPU, resident set on Linux.
 
         Everything counts, outputs and scratch alike. ``None`` where the system cannot tell.
         """
+        with backend_of(key):
+            return self._peak_extra_bytes(candidate)
+
+    def _peak_extra_bytes(self, candidate: Candidate) -> int | None:
         gc.collect()
         if self._cuda:
             torch.cuda.synchronize()
@@ -389,7 +474,7 @@ class Bench:
         return held
 
     def finish(self) -> int:
-        """Print the goals, write JSON (and a plot) atomically, return the exit status."""
+        """Print the goals, write JSON (and a plot) atomically, return the exit status: 1 when a candidate failed."""
         if self.bars:
             print("\ngoals")
             for entry in self.bars:
@@ -405,6 +490,7 @@ class Bench:
             "ceilings": self.ceilings,
             "rows": self.rows,
             "goals": self.bars,
+            "failures": self.failures,
             "notes": self.notes,
         }
         temporary = stem.with_suffix(".json.tmp")
@@ -413,7 +499,9 @@ class Bench:
         print(f"\nwrote {_shown(stem.with_suffix('.json'))}")
         if not self.args.no_plot:
             self._plot(stem.with_suffix(".png"))
-        return 0
+        for failure in self.failures:
+            print(f"FAILED {failure}", file=sys.stderr)
+        return 1 if self.failures else 0
 
     def _plot(self, path: Path) -> None:
         try:
@@ -430,7 +518,10 @@ class Bench:
             rows = [row for row in self.rows if row["row"] == name]
             labels = [row["candidate"] for row in rows]
             values = [row["median"] for row in rows]
-            colours = ["tab:green" if label.startswith("rendseg") else "tab:gray" for label in labels]
+            colours = [
+                "tab:green" if label.startswith(OURS) else "tab:olive" if label.startswith(TRITON) else "tab:gray"
+                for label in labels
+            ]
             axis.barh(labels, values, color=colours)
             axis.invert_yaxis()
             axis.set_xscale("log")

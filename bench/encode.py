@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
 from _floors import Floor, encode_backward, encode_forward  # noqa: E402
-from _harness import Bench  # noqa: E402
+from _harness import Bench, backend_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from rendseg import ops, reference  # noqa: E402
@@ -67,14 +67,18 @@ def main() -> int:
     # Right before fast: every candidate against float64 on a part of the map.
     part = x[:1, :, :8].contiguous()
     truth = reference.encode(part.double(), codewords.double(), scale.double())
-    for name, form in (("rendseg", ops.encode), ("gemm", gemm), ("broadcast", broadcast)):
-        error = (form(part, codewords, scale) - truth).abs().max() / truth.abs().max()
+    checked = {"rendseg": ops.encode, "gemm": gemm, "broadcast": broadcast}
+    if not bench.no_triton:
+        checked["triton"] = ops.encode
+    for name, form in checked.items():
+        with backend_of(name):
+            error = (form(part, codewords, scale) - truth).abs().max() / truth.abs().max()
         bench.note(f"largest relative error of {name}: {error.item():.2g}")
         assert error < 1e-3
 
     forms: dict[str, Form] = {"broadcast": broadcast, "gemm": gemm}
     if bench.with_compile:
-        forms["gemm, torch.compile"] = torch.compile(gemm)
+        forms["gemm, torch.compile"] = bench.compiled(gemm)
     forms["rendseg"] = ops.encode
 
     def forward(function: Form, features: Tensor) -> Callable[[], Any]:
@@ -145,11 +149,11 @@ def gpu_rows(bench: Bench, channels: int, height: int, width: int, codes: int, b
         inputs = [t.detach().requires_grad_() for t in (features, codewords, scale)]
         return lambda: torch.autograd.grad(form(*inputs), inputs, grad)
 
-    forms = {
-        "gemm": (gemm, x),
-        "rendseg": (ops.encode, x),
-        "rendseg, channels_last": (ops.encode, x.contiguous(memory_format=torch.channels_last)),
-    }
+    forms: dict[str, tuple[Form, Tensor]] = {"gemm": (gemm, x)}
+    if bench.with_compile:
+        forms["gemm, torch.compile"] = (bench.compiled(gemm), x)
+    forms["rendseg"] = (ops.encode, x)
+    forms["rendseg, channels_last"] = (ops.encode, x.contiguous(memory_format=torch.channels_last))
     floor = encode_forward(batch, channels, height * width, codes, size)
     backward = encode_backward(batch, channels, height * width, codes, size)
     rows: dict[str, tuple[Floor, dict[str, Callable[[], Any]]]] = {

@@ -9,6 +9,7 @@ scatter  writing 8192 refined points of 19 classes into 1024 x 2048 logits
 eager        F.grid_sample chains as in detectron2 (labels gathered as a float map)
 eager tuned  the same by hand: amax for the two largest logits, unsorted top-k, labels by integer gather, channels_last
              where that is faster
+compiled     torch.compile of eager (with --quick only when --compile asks for it)
 """
 
 from __future__ import annotations
@@ -113,13 +114,16 @@ def selecting(bench: Bench, name: str, logits: Tensor, num_points: int) -> str:
     half = logits.dtype != torch.float32
     row = f"{name} select {'x'.join(map(str, logits.shape))}{' bfloat16' if half else ''}, {num_points} points"
     # PyTorch samples halves only with half coordinates, so they are widened.
+    candidates = {
+        "eager": bench.cold(lambda x: eager_select(x.float(), num_points), logits),
+        "eager tuned": bench.cold(lambda x: eager_select(x.float(), num_points, tuned, False), logits),
+    }
+    if bench.with_compile:
+        candidates["compiled"] = bench.cold(bench.compiled(lambda x: eager_select(x.float(), num_points)), logits)
+    candidates["rendseg"] = bench.cold(lambda x: sample_uncertain_points(x, num_points), logits)
     bench.compare(
         row,
-        {
-            "eager": bench.cold(lambda x: eager_select(x.float(), num_points), logits),
-            "eager tuned": bench.cold(lambda x: eager_select(x.float(), num_points, tuned, False), logits),
-            "rendseg": bench.cold(lambda x: sample_uncertain_points(x, num_points), logits),
-        },
+        candidates,
         floor=selection(*logits.shape, num_points, logits.element_size()),
         points=n * num_points,
         shape=list(logits.shape),
@@ -158,6 +162,8 @@ def sampling(bench: Bench, name: str, features: Tensor, coords: Tensor, tuned: b
     variants: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {"eager": (eager, features)}
     if tuned:
         variants["eager tuned"] = (eager, features.contiguous(memory_format=torch.channels_last))
+    if bench.with_compile:
+        variants["compiled"] = (bench.compiled(eager), features)
     variants["rendseg"] = (lambda x: point_sample(x, coords), features)
     bench.compare(
         f"{name} forward",
@@ -206,26 +212,29 @@ def step(bench: Bench, n: int) -> None:
     def eager_gather(coords: Tensor) -> Tensor:
         return torch.cat((eager_point_sample(fine, coords), eager_point_sample(coarse, coords)), 1)
 
+    def eager_labels(coords: Tensor) -> Tensor:
+        return eager_point_sample(integer.unsqueeze(1).float(), coords, "nearest").squeeze(1).long()
+
+    candidates: dict[str, Callable[[], object]] = {
+        "eager": lambda: run(lambda x: eager_select(x, num_points), eager_gather, eager_labels),
+        "eager tuned": lambda: run(
+            lambda x: eager_select(x, num_points, tuned_uncertainty, False),
+            eager_gather,
+            lambda c: tuned_labels(labels, c),
+        ),
+    }
+    if bench.with_compile:
+        parts = [bench.compiled(part) for part in (lambda x: eager_select(x, num_points), eager_gather, eager_labels)]
+        candidates["compiled"] = lambda: run(*parts)
+    candidates["rendseg"] = lambda: run(
+        lambda x: sample_uncertain_points(x, num_points),
+        lambda c: point_sample([fine, coarse], c),
+        lambda c: point_labels(labels, c),
+    )
     row = f"PointRend training point step, {n} images"
     bench.compare(
         row,
-        {
-            "eager": lambda: run(
-                lambda x: eager_select(x, num_points),
-                eager_gather,
-                lambda c: eager_point_sample(integer.unsqueeze(1).float(), c, "nearest").squeeze(1).long(),
-            ),
-            "eager tuned": lambda: run(
-                lambda x: eager_select(x, num_points, tuned_uncertainty, False),
-                eager_gather,
-                lambda c: tuned_labels(labels, c),
-            ),
-            "rendseg": lambda: run(
-                lambda x: sample_uncertain_points(x, num_points),
-                lambda c: point_sample([fine, coarse], c),
-                lambda c: point_labels(labels, c),
-            ),
-        },
+        candidates,
         points=n * num_points,
         images=n,
         seed=0,
@@ -234,15 +243,16 @@ def step(bench: Bench, n: int) -> None:
 
     coords = torch.rand(n, num_points, 2, device=device)
     row = f"labels {n}x512x1024, {num_points} points"
-    bench.compare(
-        row,
-        {
-            "eager": lambda: eager_point_sample(labels.unsqueeze(1).float(), coords, "nearest").squeeze(1).long(),
-            "eager tuned": lambda: tuned_labels(labels, coords),
-            "rendseg": lambda: point_labels(labels, coords),
-        },
-        points=n * num_points,
-    )
+
+    def eager_bytes(c: Tensor) -> Tensor:
+        return eager_point_sample(labels.unsqueeze(1).float(), c, "nearest").squeeze(1).long()
+
+    candidates = {"eager": lambda: eager_bytes(coords), "eager tuned": lambda: tuned_labels(labels, coords)}
+    if bench.with_compile:
+        compiled = bench.compiled(eager_bytes)
+        candidates["compiled"] = lambda: compiled(coords)
+    candidates["rendseg"] = lambda: point_labels(labels, coords)
+    bench.compare(row, candidates, points=n * num_points)
 
 
 def scatter(bench: Bench) -> None:
@@ -255,9 +265,13 @@ def scatter(bench: Bench) -> None:
         expanded = indices.unsqueeze(1).expand(-1, classes, -1)
         logits.view(n, classes, -1).scatter_(2, expanded, values)
 
+    candidates: dict[str, Callable[[], object]] = {"eager": eager}
+    if bench.with_compile:
+        candidates["compiled"] = bench.compiled(eager)
+    candidates["rendseg"] = lambda: scatter_points_(logits, indices, values)
     bench.compare(
         f"scatter {num_points} points of {classes} classes into {height}x{width}",
-        {"eager": eager, "rendseg": lambda: scatter_points_(logits, indices, values)},
+        candidates,
         floor=Floor(float(n * num_points * (classes * 4 * 2 + 8)), 0.0),
         points=n * num_points,
     )

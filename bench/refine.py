@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from _floors import W1, W2, W3, Floor, RefineWorkload
-from _harness import Bench  # puts the checkout on the path, so it comes before rendseg
+from _harness import Bench, backend_of  # puts the checkout on the path, so it comes before rendseg
 
 import torch  # isort: skip
 import torch.nn.functional as F  # isort: skip
@@ -95,7 +95,7 @@ def whole(bench: Bench, work: RefineWorkload, title: str, with_compile: bool, bu
         "hand-tuned": bench.cold(lambda c, f: eager_loop(c, f, head, steps, k, margin_by_amax, False), coarse, last),
     }
     if with_compile:
-        compiled = torch.compile(eager_loop)
+        compiled = bench.compiled(eager_loop)
         candidates["compiled"] = bench.cold(lambda c, f: compiled(c, f, head, steps, k), coarse, features)
     candidates |= {
         "rendseg any head": bench.cold(
@@ -107,17 +107,21 @@ def whole(bench: Bench, work: RefineWorkload, title: str, with_compile: bool, bu
         "rendseg labels nhwc": bench.cold(labels, coarse, last),
     }
     # Right before fast: the one-call form against eager, and labels against its own logits.
-    logits, want = candidates["rendseg"](), candidates["eager"]()
+    want = candidates["eager"]()
     # TF32 rounds the operands of the head to ten bits, and the two sides add up in another order.
     tolerance = 1e-3 if bench.device.type == "cpu" else 3e-2
-    wrong = float(((logits - want).abs().amax(1) > tolerance).float().mean())
-    same = bool((candidates["rendseg labels"]().long() == logits.argmax(1)).all())
-    bench.note(
-        f"\n{title}: {100 * wrong:.4f} % of cells differ from eager by more than {tolerance}; labels exact: {same}"
-    )
-    if wrong > 1e-3 or not same:
-        raise SystemExit(f"{title}: rendseg and eager disagree; nothing is timed")
-    del logits, want
+    for ours in ("rendseg",) if bench.no_triton else ("rendseg", "triton"):
+        with backend_of(ours):
+            logits, predicted = candidates["rendseg"](), candidates["rendseg labels"]()
+        wrong = float(((logits - want).abs().amax(1) > tolerance).float().mean())
+        same = bool((predicted.long() == logits.argmax(1)).all())
+        bench.note(
+            f"\n{title}, {ours}: {100 * wrong:.4f} % of cells differ from eager by more than {tolerance}; "
+            f"labels exact: {same}"
+        )
+        if wrong > 1e-3 or not same:
+            raise SystemExit(f"{title}: {ours} and eager disagree; nothing is timed")
+    del logits, predicted, want
     images, points = work.n, work.n * work.points()
     bench.compare(
         title,
@@ -138,15 +142,19 @@ def whole(bench: Bench, work: RefineWorkload, title: str, with_compile: bool, bu
     short = PointHead(work.feature_channels, work.classes, work.hidden, work.layers, init="torch")
     short.load_state_dict(head.state_dict())
     short = short.to(bench.device, torch.bfloat16).eval()
+    candidates = {"eager": bench.cold(lambda c, f: eager_half(c, f, short, steps, k), half[0], half[1])}
+    if with_compile:
+        compiled_half = bench.compiled(eager_half)
+        candidates["compiled"] = bench.cold(lambda c, f: compiled_half(c, f, short, steps, k), half[0], half[1])
+    candidates |= {
+        "rendseg": bench.cold(lambda c, f: refine(c, f, short, steps=steps, num_points=k), half[0], half[2]),
+        "rendseg labels": bench.cold(
+            lambda c, f: refine(c, f, short, steps=steps, num_points=k, output="labels"), half[0], half[2]
+        ),
+    }
     bench.compare(
         f"{title}, bfloat16",
-        {
-            "eager": bench.cold(lambda c, f: eager_half(c, f, short, steps, k), half[0], half[1]),
-            "rendseg": bench.cold(lambda c, f: refine(c, f, short, steps=steps, num_points=k), half[0], half[2]),
-            "rendseg labels": bench.cold(
-                lambda c, f: refine(c, f, short, steps=steps, num_points=k, output="labels"), half[0], half[2]
-            ),
-        },
+        candidates,
         floor=work.floor(2),
         serial=True,
         precision="bf16",
@@ -200,11 +208,18 @@ def stages(bench: Bench) -> None:
         fine = upsample(t)
         return fine, margin_by_amax(fine).flatten(1).topk(k, dim=1, sorted=False).indices
 
+    def and_compiled(function: Callable[..., object], *tensors: Tensor) -> dict[str, Callable[[], object]]:
+        if not bench.with_compile:
+            return {}
+        compiled = bench.compiled(function)
+        return {"compiled": bench.cold(compiled, *tensors) if tensors else compiled}
+
     bench.compare(
         "W1 subdivide",
         {
             "eager": bench.cold(eager_select, logits),
             "hand-tuned": bench.cold(tuned_select, logits),
+            **and_compiled(eager_select, logits),
             "rendseg": bench.cold(lambda t: subdivide(t, k), logits),
             "rendseg no logits": bench.cold(lambda t: subdivide(t, k, return_logits=False), logits),
         },
@@ -222,6 +237,7 @@ def stages(bench: Bench) -> None:
         "W1 subdivide, label mode",
         {
             "interpolate+topk2+argmax": bench.cold(eager_labels, logits),
+            **and_compiled(eager_labels, logits),
             "rendseg": bench.cold(lambda t: torch.ops.rendseg._subdivide_labels(t, k), logits),
         },
         baseline="interpolate+topk2+argmax",
@@ -234,11 +250,16 @@ def stages(bench: Bench) -> None:
     assert fine is not None
     grid = (2 * coords - 1).unsqueeze(2)
     taps = min(W1.pixels_per_point * k, features[0, 0].numel()) * W1.feature_channels * 4
+
+    def eager_gather(t: Tensor) -> Tensor:
+        return F.grid_sample(t, grid, align_corners=False)
+
     bench.compare(
         "W1 gather",
         {
-            "eager": bench.cold(lambda t: F.grid_sample(t, grid, align_corners=False), features),
-            "eager nhwc": bench.cold(lambda t: F.grid_sample(t, grid, align_corners=False), last),
+            "eager": bench.cold(eager_gather, features),
+            "eager nhwc": bench.cold(eager_gather, last),
+            **and_compiled(eager_gather, features),
             "rendseg": bench.cold(lambda t: point_sample(t, coords), features),
             "rendseg nhwc": bench.cold(lambda t: point_sample(t, coords), last),
         },
@@ -259,6 +280,7 @@ def stages(bench: Bench) -> None:
         "W1 head",
         {
             "eager": lambda: head(sampled, points),
+            **and_compiled(lambda: head(sampled, points)),
             "rendseg gather+head": lambda: refine(tile, last, head, steps=1, num_points=4 * side * side),
         },
         floor=Floor(0, k * W1.flops_per_point()),
@@ -270,6 +292,7 @@ def stages(bench: Bench) -> None:
         "W1 scatter",
         {
             "eager": lambda: fine.flatten(2).scatter_(2, spread, values),
+            **and_compiled(lambda: fine.flatten(2).scatter_(2, spread, values)),
             "rendseg": lambda: scatter_points_(fine, indices, values),
         },
         floor=Floor(3 * k * classes * 4, 0),

@@ -1,4 +1,4 @@
-"""The command ``rendseg``: train, eval, predict, experiment, doctor.
+"""The command ``rendseg``: train, eval, predict, export, experiment, data check, doctor.
 
 ``doctor`` must work where nearly nothing is installed, so that this module imports the standard library only; the
 commands themselves are in ``rendseg/engine/commands.py``, imported once it is known that their packages are there.
@@ -26,7 +26,9 @@ USAGE = """\
 usage: rendseg train CONFIG [key=value ...]
        rendseg eval CHECKPOINT [key=value ...]
        rendseg predict CHECKPOINT IMAGES... --out DIR
+       rendseg export CHECKPOINT --format pt2|aoti|onnx [--out FILE] [key=value ...]
        rendseg experiment CONFIG [--only VARIANT] [key=value ...]
+       rendseg data check CONFIG [key=value ...]
        rendseg doctor"""
 
 

@@ -1,16 +1,32 @@
-"""Shared by all tests: what a machine without a GPU or Triton skips, and counts of the kinds of cases that ran."""
+"""Shared by all tests: what a machine without a GPU or Triton skips, counts of the kinds of cases, and several workers.
+
+Under pytest-xdist (``make test`` starts a worker for each core) a worker computes with its share of the cores, and the
+long tests come first. Nothing here needs xdist: ``pytest tests/`` runs everything in one process.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
 
 import pytest
 import torch
 
 KINDS = ("gradcheck", "opcheck", "bad_input")
-_KINDS_OF: dict[str, list[str]] = {}
 _COUNTS: Counter[tuple[str, str]] = Counter()
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
+def share_of_cores(cores: int, workers: int) -> int:
+    """Threads for each of ``workers`` processes that run at the same time."""
+    return max(1, cores // max(workers, 1))
+
+
+if WORKERS > 1:
+    # Set also for the processes that tests start. A test about numbers of threads sets its own.
+    os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(len(os.sched_getaffinity(0)), WORKERS)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,17 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("triton") is None:
         absent["triton"] = "needs the package triton"
     for item in items:
-        _KINDS_OF[item.nodeid] = [kind for kind in KINDS if item.get_closest_marker(kind)]
         for marker, reason in absent.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if WORKERS > 1:  # begun last, a long test would keep one worker busy while the others have nothing left to do
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # A case counts once: by its call, or by the set-up that skipped or broke it.
+    # A case counts once: by its call, or by the set-up that skipped or broke it. The markers are among the keywords,
+    # which reach the process that prints the summary also from a worker.
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        for kind in _KINDS_OF.get(report.nodeid, ()):
-            _COUNTS[kind, report.outcome] += 1
+        for kind in KINDS:
+            if kind in report.keywords:
+                _COUNTS[kind, report.outcome] += 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

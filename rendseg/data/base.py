@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,18 +14,29 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .augment import seeded, to_sample, training_transform
-from .images import IGNORE
+from .augment import fit_size, resize_pair, seeded, to_sample, training_transform
+from .images import IGNORE, LabelReader, read_image
 from .options import AugmentOptions, DataError
 
 Split = Literal["train", "val"]
 
 
+@dataclass
+class Examined:
+    """What :meth:`SegmentationDataset.examine` found: uint8 image [H, W, 3] and label [H, W], None where unreadable,
+    and one line per problem."""
+
+    image: np.ndarray | None
+    label: np.ndarray | None
+    problems: list[str]
+
+
 class SegmentationDataset(Dataset[dict[str, Any]]):
     """Images with label maps. Subclasses give ``__len__``, :meth:`read` and :meth:`sample_name`.
 
-    ``dataset[i]`` is ``{"image": float32 [3, H, W], "label": int64 [H, W], "name": str}``: RGB, normalised by `mean`
-    and `std`; classes with 255 for ignored pixels. The split ``train`` is augmented; ``val`` is as in the file.
+    ``dataset[i]`` is ``{"image": float32 [3, H, W], "label": int64 [H, W], "name": str}``: RGB (or BGR, see
+    `channel_order`), normalised by `mean` and `std`; classes with 255 for ignored pixels. The split ``train`` is
+    augmented; ``val`` is as in the file, or resized to ``val_size``.
 
     The augmentation of sample `i` depends on (`augment_seed`, epoch, `i`) alone, neither on the number of workers nor
     on what was read before; call :meth:`set_epoch` before iterating over the loader. The epoch lies in shared memory,
@@ -32,7 +47,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         class_names: C names.
         palette: uint8 [C, 3] colours for pictures.
         ignore_index: 255.
-        mean, std: of the normalisation, three numbers each for RGB in [0, 1].
+        channel_order: "rgb" or "bgr", of the samples' images.
+        mean, std: of the normalisation, three numbers each for values in [0, 1], in `channel_order`.
     """
 
     ignore_index = IGNORE
@@ -54,6 +70,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.palette = np.ascontiguousarray(palette, np.uint8)
         self.mean = options.mean
         self.std = options.std
+        self.channel_order = options.channel_order
         self.augment_seed = augment_seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._transform = training_transform(options) if split == "train" else None
@@ -69,6 +86,14 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     def sample_name(self, index: int) -> str:
         """A name that is unique within the split and usable as a file name stem."""
         raise NotImplementedError
+
+    def examine(self, index: int) -> Examined:
+        """Everything that is wrong with the files of an image, where :meth:`read` raises the first."""
+        try:
+            image, label = self.read(index)
+        except DataError as error:
+            return Examined(None, None, [str(error)])
+        return Examined(image, label, [])
 
     @property
     def epoch(self) -> int:
@@ -105,11 +130,16 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         label = torch.from_numpy(classes)
         size = None
+        if self.split == "val" and self.options.val_size is not None:
+            wanted = self.options.val_size
+            if self.options.val_keep_ratio:
+                wanted = fit_size(label.shape[0], label.shape[1], wanted)
+            image, label = resize_pair(image, label, wanted)
         if self._transform is not None:
             size = self.options.crop_size or (label.shape[0], label.shape[1])
             with seeded(self.augment_seed, epoch, index):
                 image, label = self._transform(tv_tensors.Image(image), tv_tensors.Mask(label))
-        values, target = to_sample(image, label, self.mean, self.std, size)
+        values, target = to_sample(image, label, self.mean, self.std, size, self.channel_order)
         return {"image": values, "label": target, "name": self.sample_name(index)}
 
 
@@ -120,3 +150,116 @@ def check_pair(image_shape: tuple[int, ...], label_shape: tuple[int, ...], image
             f"{label_path}: label map has size {label_shape[1]}x{label_shape[0]}, its image {image_path} "
             f"{image_shape[1]}x{image_shape[0]}; resize one of them or pair the right files"
         )
+
+
+class ImageFiles(SegmentationDataset):
+    """Data sets of image and label files.
+
+    A subclass's constructor calls :meth:`_add` for every pair of files, each part of a split within :meth:`_part`, and
+    :meth:`_listed` at the end. What is wrong with one file is an error there and then, or, if `problems` is given, is
+    appended to it while the listing goes on (see :func:`rendseg.data.build_dataset`).
+
+    Attributes:
+        left_out: how many images `problems` speaks of.
+    """
+
+    _reader: LabelReader
+
+    def __init__(
+        self,
+        options: AugmentOptions,
+        split: Split,
+        class_names: list[str],
+        palette: np.ndarray,
+        augment_seed: int = 0,
+        problems: list[str] | None = None,
+    ) -> None:
+        super().__init__(options, split, class_names, palette, augment_seed)
+        self._problems = problems
+        self._files: list[tuple[Path, Path]] = []
+        self._names: list[str] = []
+        self._index_of: dict[str, int] = {}
+        self.left_out = 0
+
+    def _report(self, message: str) -> None:
+        if self._problems is None:
+            raise DataError(message)
+        self._problems.append(message)
+
+    @contextmanager
+    def _part(self) -> Iterator[None]:
+        """What the block raises about one part of the split as a whole is reported like what is wrong with a file."""
+        try:
+            yield
+        except DataError as error:
+            if self._problems is None:
+                raise
+            self._problems.append(str(error))
+
+    def _add(self, image: Path, label: Path, name: str, remedy: str = "add it or remove the image") -> None:
+        """Takes up an image; `remedy` is for a label map that is missing."""
+        if not label.is_file():
+            problem = f"{image}: image without label map, {label} is missing; {remedy}"
+        elif name in self._index_of:
+            other = self._files[self._index_of[name]][0]
+            problem = (
+                f"{image}: is listed twice in the split {self.split}; remove one mention of it"
+                if other == image
+                else f"{image}: its name {name!r} is that of {other} too; rename or remove one of them"
+            )
+        else:
+            self._index_of[name] = len(self._files)
+            self._files.append((image, label))
+            self._names.append(name)
+            return
+        self.left_out += 1
+        self._report(problem)
+
+    def _listed(self, cache: bool) -> None:
+        """Ends the constructor."""
+        self._index_of = {}  # served the listing alone
+        if self._problems is not None:
+            self._problems = None
+        elif cache:
+            self.keep_in_memory()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def files(self, index: int) -> tuple[Path, Path]:
+        """The paths of an image and of its label map."""
+        return self._files[index]
+
+    def sample_name(self, index: int) -> str:
+        return self._names[index]
+
+    def read_image(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return read_image(self._files[index][0])
+
+    def read_label(self, index: int) -> np.ndarray:
+        """uint8 [H, W]."""
+        return self._reader(self._files[index][1])
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = self.read_image(index), self.read_label(index)
+        check_pair(image.shape, label.shape, *self._files[index])
+        return image, label
+
+    def examine(self, index: int) -> Examined:
+        image = label = None
+        problems = []
+        try:
+            image = self.read_image(index)
+        except DataError as error:
+            problems.append(str(error))
+        try:
+            label = self.read_label(index)
+        except DataError as error:
+            problems.append(str(error))
+        if image is not None and label is not None:
+            try:
+                check_pair(image.shape, label.shape, *self._files[index])
+            except DataError as error:
+                problems.append(str(error))
+        return Examined(image, label, problems)

@@ -7,6 +7,8 @@
 * ``split: lists``: ``ROOT/train.txt`` and ``ROOT/val.txt``, one name per line, with or without extension;
 * ``split: fraction``: a random `val_fraction` of the images, drawn by `seed`.
 
+`train` and `val` name the folder or list, or several: ``train: [train, extra]``.
+
 Label maps are one-channel images (grey, palette, 1 or 16 bits) whose values are classes, or are translated by
 `class_map`, e.g. ``{0: 0, 255: 1}``; or colour images translated by `color_map`, e.g. ``{"#000000": 0, "#804080":
 1}``.
@@ -18,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import SegmentationDataset, Split, check_pair
-from .images import IGNORE, LabelReader, find_images, read_image
-from .options import DataError, FolderOptions
+from .base import ImageFiles, Split
+from .images import IGNORE, LabelReader, find_images, read_list
+from .options import DataError, FolderOptions, names_of
 
 
 def distinct_colors(count: int) -> np.ndarray:
@@ -47,10 +49,12 @@ def _parse_colors(color_map: dict[str, int]) -> dict[tuple[int, int, int], int]:
     return colors
 
 
-class Folder(SegmentationDataset):
+class Folder(ImageFiles):
     """See the module."""
 
-    def __init__(self, options: FolderOptions, split: Split, augment_seed: int = 0) -> None:
+    def __init__(
+        self, options: FolderOptions, split: Split, augment_seed: int = 0, problems: list[str] | None = None
+    ) -> None:
         if options.class_map is not None and options.color_map is not None:
             raise DataError("data.class_map and data.color_map exclude each other: give one of them")
         mapping = options.class_map if options.class_map is not None else options.color_map
@@ -72,7 +76,7 @@ class Folder(SegmentationDataset):
         palette = distinct_colors(len(names)) if options.palette is None else np.array(options.palette)
         if palette.shape != (len(names), 3) or palette.min() < 0 or palette.max() > 255:
             raise DataError(f"data.palette: wanted {len(names)} colours of three values 0..255, got {options.palette}")
-        super().__init__(options, split, names, palette, augment_seed)
+        super().__init__(options, split, names, palette, augment_seed, problems)
 
         ignored = options.ignore_label
         ignore_values = () if ignored is None else (ignored,) if isinstance(ignored, int) else tuple(ignored)
@@ -88,45 +92,52 @@ class Folder(SegmentationDataset):
         for folder, key in ((self._image_folder, "images"), (self._label_folder, "labels")):
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder; create it or set data.{key} to its name in data.root")
-        self._images = self._choose(options, split)
-        self._labels = [self._label_path(path, options) for path in self._images]
-        if options.cache:
-            self.keep_in_memory()
-
-    def _choose(self, options: FolderOptions, split: Split) -> list[Path]:
-        part = options.train if split == "train" else options.val
-        if options.split == "folders":
-            folder = self._image_folder / part
-            if not folder.is_dir():
-                raise DataError(
-                    f"{folder}: no such folder; name it in data.{split}, or set data.split to lists or fraction"
-                )
-            return self._with_suffix(find_images(folder, recursive=True), folder, options)
-        paths = self._with_suffix(find_images(self._image_folder, recursive=True), self._image_folder, options)
         if options.split == "fraction":
-            if len(paths) < 2:
-                raise DataError(f"{self._image_folder}: holds one image, too few to divide; use data.split: lists")
-            order = np.random.default_rng(options.seed).permutation(len(paths))
-            count = min(max(1, round(len(paths) * options.val_fraction)), len(paths) - 1)
-            chosen = order[:count] if split == "val" else order[count:]
-            return [paths[index] for index in sorted(chosen)]
+            for path in self._fraction(options):
+                self._add_image(path, options)
+        else:
+            for part in names_of(options.train if split == "train" else options.val):
+                with self._part():
+                    for path in (
+                        self._folder(part, options) if options.split == "folders" else self._list(part, options)
+                    ):
+                        self._add_image(path, options)
+        self._listed(options.cache)
+
+    def _folder(self, part: str, options: FolderOptions) -> list[Path]:
+        folder = self._image_folder / part
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder; name it in data.{self.split}, or set data.split to lists or fraction"
+            )
+        return self._with_suffix(find_images(folder, recursive=True), folder, options)
+
+    def _fraction(self, options: FolderOptions) -> list[Path]:
+        paths = self._with_suffix(find_images(self._image_folder, recursive=True), self._image_folder, options)
+        if len(paths) < 2:
+            raise DataError(f"{self._image_folder}: holds one image, too few to divide; use data.split: lists")
+        order = np.random.default_rng(options.seed).permutation(len(paths))
+        count = min(max(1, round(len(paths) * options.val_fraction)), len(paths) - 1)
+        chosen = order[:count] if self.split == "val" else order[count:]
+        return [paths[index] for index in sorted(chosen)]
+
+    def _list(self, part: str, options: FolderOptions) -> list[Path]:
+        paths = self._with_suffix(find_images(self._image_folder, recursive=True), self._image_folder, options)
         listing = self._root / part
         if not listing.is_file() and listing.with_name(listing.name + ".txt").is_file():
             listing = listing.with_name(listing.name + ".txt")
-        if not listing.is_file():
-            raise DataError(f"{listing}: no such list file of image names; create it or name it in data.{split}")
         known: dict[str, Path] = {}
         for path in paths:
             relative = path.relative_to(self._image_folder)
             known[relative.as_posix()] = known[relative.with_suffix("").as_posix()] = path
-        names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
-        names = [name for name in names if name and not name.startswith("#")]
-        if not names:
-            raise DataError(f"{listing}: the list is empty; write one image name per line")
-        for name in names:
-            if name not in known:
-                raise DataError(f"{listing}: {name!r} is not in {self._image_folder}; correct the list")
-        return [known[name] for name in names]
+        chosen = []
+        for name in read_list(listing, self.split):
+            if name in known:
+                chosen.append(known[name])
+            else:
+                self.left_out += 1
+                self._report(f"{listing}: {name!r} is not in {self._image_folder}; correct the list")
+        return chosen
 
     @staticmethod
     def _with_suffix(paths: list[Path], folder: Path, options: FolderOptions) -> list[Path]:
@@ -135,21 +146,8 @@ class Folder(SegmentationDataset):
             raise DataError(f"{folder}: no image name ends in data.image_suffix {options.image_suffix!r}; correct it")
         return chosen
 
-    def _label_path(self, image: Path, options: FolderOptions) -> Path:
+    def _add_image(self, image: Path, options: FolderOptions) -> None:
         relative = image.relative_to(self._image_folder)
         stem = relative.stem.removesuffix(options.image_suffix) if options.image_suffix else relative.stem
         label = self._label_folder / relative.with_name(stem + options.label_suffix)
-        if not label.is_file():
-            raise DataError(f"{image}: image without label map, {label} is missing; add it or remove the image")
-        return label
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def sample_name(self, index: int) -> str:
-        return "_".join(self._images[index].relative_to(self._image_folder).with_suffix("").parts)
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image, label = read_image(self._images[index]), self._reader(self._labels[index])
-        check_pair(image.shape, label.shape, self._images[index], self._labels[index])
-        return image, label
+        self._add(image, label, "_".join(relative.with_suffix("").parts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Configuration keys to set, such as train.optimizer.lr=0.02."),
@@ -36,11 +40,12 @@ def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         from rendseg.data import DataError
         from rendseg.engine.checkpoint import CheckpointError
         from rendseg.engine.config import ConfigError
+        from rendseg.engine.export import ExportError
         from rendseg.engine.train import Interrupted, TrainingError
 
         try:
             command(*args, **kwargs)
-        except (ConfigError, DataError, CheckpointError, TrainingError, Interrupted) as error:
+        except (ConfigError, DataError, CheckpointError, ExportError, TrainingError, Interrupted) as error:
             if os.environ.get("RENDSEG_DEBUG") == "1":
                 raise
             if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted):
@@ -101,6 +106,35 @@ def predict(
         raise typer.Exit(1)
 
 
+class _Splits(str, Enum):
+    train = "train"
+    val = "val"
+    all = "all"
+
+
+@data_app.command(name="check")
+@_one_line_errors
+def data_check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")],
+    overrides: Overrides = None,
+    split: Annotated[_Splits, typer.Option(help="The part to read.")] = _Splits.all,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the counts and problems to it.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read; default: one per core, at most 8.")
+    ] = None,
+) -> None:
+    """Read a data set whole: count its images and classes, suggest class weights, and name every bad file.
+
+    Exit code 0: all files are sound; 1: some are not; 2: none could be read.
+    """
+    from rendseg.engine.config import load_config
+    from rendseg.engine.data_check import check_files
+
+    code = check_files(load_config(config, overrides or ()).data, split.value, json, workers)
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command()
 @_one_line_errors
 def experiment(
@@ -112,6 +146,47 @@ def experiment(
     from rendseg.engine.experiment import run_experiment
 
     run_experiment(config, overrides or (), only or ())
+
+
+@app.command()
+@_one_line_errors
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pt file of a run.")],
+    overrides: Overrides = None,
+    format: Annotated[str, typer.Option(help="pt2 (torch.export), aoti (AOTInductor) or onnx.")] = "pt2",
+    out: Annotated[Path | None, typer.Option(help="File to write; default: CHECKPOINT with another suffix.")] = None,
+    output: Annotated[str, typer.Option(help="labels or logits.")] = "labels",
+    size: Annotated[str | None, typer.Option(metavar="H,W", help="Size of images; default: that of training.")] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic/--static", help="Any number of images, or --batch.")] = True,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size/--fixed-size", help="Any size that is a multiple of the largest stride.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Number of images with --static.")] = 1,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Input uint8 [N, H, W, 3] RGB, not normalised float32.")
+    ] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 to 23; default: that of torch.onnx.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    check: Annotated[bool, typer.Option(help="Run the artefact on random images and compare.")] = True,
+) -> None:
+    """Write a trained model as a file that runs without rendseg's Python: pt2, AOTInductor or ONNX."""
+    from rendseg.engine.export import export_checkpoint, parse_size
+
+    export_checkpoint(
+        checkpoint,
+        format,
+        out,
+        size=None if size is None else parse_size(size),
+        device=device,
+        overrides=overrides or (),
+        check=check,
+        output=output,
+        dynamic_batch=dynamic,
+        dynamic_size=dynamic_size,
+        batch=batch,
+        preprocessing=with_preprocessing,
+        opset=opset,
+    )
 
 
 @app.command()

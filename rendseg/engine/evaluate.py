@@ -19,6 +19,7 @@ from rendseg.engine.checkpoint import load_checkpoint, load_weights, write_json
 from rendseg.engine.config import Config, ConfigError, EvalConfig, build_config
 from rendseg.engine.loader import Sample, evaluation_samples
 from rendseg.engine.metrics import SegmentationMetrics
+from rendseg.engine.tasks import task_lines, task_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,10 +57,15 @@ def load_trained(
     return config, classes, network.eval(), contents
 
 
-def move(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images and labels on the device; the copy overlaps with computation where memory is pinned."""
+def move(batch: tuple[Tensor, Any], device: torch.device) -> tuple[Tensor, Any]:
+    """Images and labels (or a dictionary of them) on the device; the copy overlaps with computation where memory is
+    pinned."""
     images, labels = batch
-    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    if isinstance(labels, Mapping):
+        moved: Any = {task: label.to(device, non_blocking=True) for task, label in labels.items()}
+    else:
+        moved = labels.to(device, non_blocking=True)
+    return images.to(device, non_blocking=True), moved
 
 
 @torch.no_grad()
@@ -98,6 +104,7 @@ def evaluate(
         ).to(accelerator.device)
         for kind in KINDS
     }
+    tasks = task_metrics(network, dataset, accelerator.device)
     network.eval()
     started = time.perf_counter()
     mine = range(accelerator.process_index, count, accelerator.num_processes)
@@ -109,6 +116,8 @@ def evaluate(
         )
         with accelerator.autocast():
             predictions = predict_both(network, images)
+            if tasks is not None:
+                tasks.update(network, images, batch)
         for kind, prediction in predictions.items():
             metrics[kind].update(prediction, labels)
         if progress is not None:
@@ -116,6 +125,8 @@ def evaluate(
     result: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - started, 3)}
     for kind in KINDS:
         result[kind] = _plain(metrics[kind].reduce(accelerator).compute(), dataset.class_names)
+    if tasks is not None:
+        result["tasks"] = tasks.reduce(accelerator).compute()
     return result
 
 
@@ -166,7 +177,7 @@ def format_table(result: Mapping[str, Any]) -> str:
         for name, values in block:
             pairs = zip(values[::2], values[1::2], strict=True)
             lines.append(f"{name:<{width}}" + "   ".join(_pair(a, b) for a, b in pairs))
-    return "\n".join(lines)
+    return "\n".join([*lines, *task_lines(result)])
 
 
 def _pair(coarse: float | None, refined: float | None) -> str:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rendseg.data import DataError
 
 Sample = dict[str, Any]
+Labels = Tensor | dict[str, Tensor]  # of one task, or by task
 
 
 class SampleOrder:
@@ -42,7 +43,7 @@ class SampleOrder:
 class BatchPositions(Sampler[list[tuple[int, int]]]):
     """The batches of one process from ``start`` on, each a list of ``(epoch, index)``."""
 
-    def __init__(self, order: SampleOrder, start: int, batches: int, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, order: Any, start: int, batches: int, batch_size: int, rank: int, world: int) -> None:
         self.order, self.start, self.batches = order, start, batches
         self.batch_size, self.rank, self.world = batch_size, rank, world
 
@@ -76,7 +77,7 @@ class _Samples(Dataset[Any]):
             return _Problem(str(error))
 
 
-def _stack(samples: Sequence[Sample | _Problem]) -> tuple[Tensor, Tensor] | _Problem:
+def _stack(samples: Sequence[Sample | _Problem]) -> tuple[Tensor, Labels] | _Problem:
     for sample in samples:
         if isinstance(sample, _Problem):
             return sample
@@ -85,6 +86,9 @@ def _stack(samples: Sequence[Sample | _Problem]) -> tuple[Tensor, Tensor] | _Pro
     if len({image.shape for image in images}) > 1:
         names = ", ".join(f"{s['name']} {list(s['image'].shape[1:])}" for s in samples)  # type: ignore[index]
         return _Problem(f"the images of a training batch differ in size; set data.crop_size ({names})")
+    if "labels" in samples[0]:  # type: ignore[operator]
+        tasks = [sample["labels"] for sample in samples]  # type: ignore[index]
+        return torch.stack(images), {task: torch.stack([of[task] for of in tasks]) for task in tasks[0]}
     return torch.stack(images), torch.stack(labels)
 
 
@@ -107,9 +111,13 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]:
 
 def training_batches(
     dataset: Any, seed: int, start: int, batches: int, batch_size: int, workers: int, rank: int = 0, world: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``batches`` pairs of images [B, 3, H, W] and labels [B, H, W] from stream position ``start`` on."""
-    positions = BatchPositions(SampleOrder(len(dataset), seed), start, batches, batch_size, rank, world)
+) -> Iterator[tuple[Tensor, Labels]]:
+    """``batches`` pairs of images [B, 3, H, W] and labels [B, H, W] (or a dictionary of them, by task) from stream
+    position ``start`` on."""
+    from rendseg.engine.tasks import sample_order
+
+    order = sample_order(dataset, seed, batch_size * world)
+    positions = BatchPositions(order, start, batches, batch_size, rank, world)
     for batch in _loader(_Samples(dataset), workers, batch_sampler=positions, collate_fn=_stack):
         if isinstance(batch, _Problem):
             raise DataError(batch.message)

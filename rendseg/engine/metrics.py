@@ -18,7 +18,7 @@ from torch import Tensor
 
 def _window(values: Tensor, radius: int, dim: int, largest: bool) -> Tensor:
     """Largest (or smallest) value within `radius` along `dim`; positions outside do not count."""
-    neutral = 0 if largest else 255
+    neutral = 0 if largest else torch.iinfo(values.dtype).max
     shape = list(values.shape)
     shape[dim] = radius
     edge = values.new_full(shape, neutral)
@@ -42,7 +42,7 @@ def boundary_bands(labels: Tensor, ignored: Tensor, distance: int, image_border:
     over the label map decide it, all classes are done at once. Ignored pixels are in no band and make no boundary.
 
     Args:
-        labels: uint8 [B, H, W].
+        labels: uint8 or int16 [B, H, W].
         ignored: bool [B, H, W].
         distance: at least 1.
         image_border: whether what lies outside of the image counts as another class (as in Cheng et al.).
@@ -51,7 +51,7 @@ def boundary_bands(labels: Tensor, ignored: Tensor, distance: int, image_border:
         bool [B, H, W].
     """
     height, width = labels.shape[-2:]
-    high, low = labels.masked_fill(ignored, 0), labels.masked_fill(ignored, 255)
+    high, low = labels.masked_fill(ignored, 0), labels.masked_fill(ignored, torch.iinfo(labels.dtype).max)
     for dim, side in ((1, height), (2, width)):
         radius = min(distance, side)
         high, low = _window(high, radius, dim, True), _window(low, radius, dim, False)
@@ -68,7 +68,7 @@ class SegmentationMetrics:
     """Counts predictions against labels; see :meth:`compute` for the definitions.
 
     Args:
-        num_classes: C, at most 255.
+        num_classes: C, at most 4095.
         ignore_index: label of the pixels that are counted nowhere.
         boundary_ratio: width of the boundary band as a fraction of the image diagonal; it is rounded to whole pixels,
             at least 1. 0.02 is the value of Cheng et al.
@@ -81,8 +81,8 @@ class SegmentationMetrics:
     def __init__(
         self, num_classes: int, ignore_index: int = 255, boundary_ratio: float = 0.02, image_border: bool = True
     ) -> None:
-        if not 1 <= num_classes <= 255:
-            raise ValueError(f"num_classes must be 1 to 255, got {num_classes}")
+        if not 1 <= num_classes <= 4095:
+            raise ValueError(f"num_classes must be 1 to 4095, got {num_classes}")
         if 0 <= ignore_index < num_classes:
             raise ValueError(f"ignore_index must lie outside 0..{num_classes - 1}, got {ignore_index}")
         if not boundary_ratio > 0:
@@ -146,7 +146,7 @@ class SegmentationMetrics:
             low, high = (int(value) for value in filled.aminmax())
             if low < 0 or high >= classes:
                 raise ValueError(f"{name} must be 0..{classes - 1}, got {low if low < 0 else high}")
-            maps.append(filled.to(torch.uint8))
+            maps.append(filled.to(torch.uint8 if classes <= 255 else torch.int16))
         guess, truth = maps
         if self.confusion.device != labels.device:
             self.to(labels.device)

@@ -56,6 +56,7 @@ from rendseg.engine.sharding import (
     shard,
     shard_optimizer_state,
 )
+from rendseg.engine.tasks import with_tasks
 
 # Keys that may differ between a run and its continuation because they do not change what is learned.
 HARMLESS_KEYS = ("resume", "output", "device", "eval", "data.root", "model.backbone.checkpoint") + tuple(
@@ -305,12 +306,13 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
     main = accelerator.is_main_process
     say: Callable[[str], object] = print if main else (lambda text: None)  # accelerator.print: one voice per machine
     run_dir = config.run_dir
-    found = _find_resume(config)
-    _check_shared(accelerator, run_dir, found)
 
     # Data and model. The seed comes first, so that the initial weights are a function of it.
     training_data = build_data(config, "train")
     validation_data = build_data(config, "val")
+    config = with_tasks(config, training_data)
+    found = _find_resume(config)
+    _check_shared(accelerator, run_dir, found)
     seed_everything(config.seed)
     network = build_network(config, training_data.num_classes)
     if world > 1 and device.type == "cuda":  # PyTorch has no synchronised batch norm on the CPU

@@ -3,6 +3,9 @@
 from .backbones import Backbone, create_backbone
 from .build import build_model
 from .decoder import Decoder, DecoderOutput
+from .deeplab import DeepLabV3, DeepLabV3Options, DeepLabV3Plus, DeepLabV3PlusOptions
+from .encnet import ENCNET_PRESETS, ENCNet, ENCNetOptions
+from .fcn import FCN, FCNOptions
 from .losses import dice_loss, focal_loss, lovasz_softmax_loss, ohem_loss, segmentation_loss
 from .options import (
     PRESETS,
@@ -18,17 +21,31 @@ from .options import (
 )
 from .pointrend import PointRend
 from .registry import build_decoder, decoder_names, register_decoder
+from .se_loss import presence_targets, se_loss
 from .segmenter import SegmentationOutput, Segmenter
 from .semantic_fpn import SemanticFPN
+from .unified import UPP, UnifiedPointRend, UnifiedSegmenter, UPPOptions
+from .upernet import UPERNET_PRESETS, UPerNet, UPerNetOptions
 
 __all__ = [
+    "ENCNET_PRESETS",
+    "FCN",
     "PRESETS",
     "AuxiliaryOptions",
+    "UPERNET_PRESETS",
+    "UPP",
     "Backbone",
     "BackboneOptions",
     "Decoder",
     "DecoderOptions",
     "DecoderOutput",
+    "DeepLabV3",
+    "DeepLabV3Options",
+    "DeepLabV3Plus",
+    "DeepLabV3PlusOptions",
+    "ENCNet",
+    "ENCNetOptions",
+    "FCNOptions",
     "LossOptions",
     "ModelOptions",
     "PointRend",
@@ -37,6 +54,11 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "SemanticFPNOptions",
+    "UPPOptions",
+    "UPerNet",
+    "UPerNetOptions",
+    "UnifiedPointRend",
+    "UnifiedSegmenter",
     "build_decoder",
     "build_model",
     "create_backbone",
@@ -47,6 +69,8 @@ __all__ = [
     "ohem_loss",
     "parse_options",
     "pointrend_options",
+    "presence_targets",
     "register_decoder",
+    "se_loss",
     "segmentation_loss",
 ]

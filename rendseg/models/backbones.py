@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .options import BackboneOptions
+from .resnet_stride4 import STRIDE4, create_stride4
 
 # Weights of a classifier, which a backbone does not have.
 _CLASSIFIER = ("fc.", "classifier.", "head.", "head_fc.", "last_linear.", "norm.")
+# Families that take one image size only, unless told otherwise. Windows are always shifted, as in segmentation codes:
+# the size for which the weights were trained must not decide it.
+_ANY_SIZE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"),
+        {"strict_img_size": False, "always_partition": True},
+    ),
+    **dict.fromkeys(("vision_transformer", "deit", "eva"), {"dynamic_img_size": True}),
+}
 _PREFIXES = ("module.", "model.", "backbone.", "encoder.", "net.")
 
 
@@ -23,13 +33,21 @@ class Backbone(nn.Module):
 
     ``names`` are ``c1`` .. ``c5``: ``c5`` is the last stage, so that ``c2`` of a ResNet is the output of its first
     stage (stride 4); networks without a stride-2 map begin at ``c2``. An image size that is no multiple of
-    ``size_divisor`` gives maps that do not fit together: pad first (the models do).
+    ``size_divisor`` gives maps that do not fit together: pad first (the models do). Maps of networks that work on
+    ``[N, H, W, C]`` (timm's ``output_fmt``) are turned.
+
+    ``branched``: some parameters serve only some of the maps (HRNet). In training every parameter then receives a
+    gradient, of zeros where its map is not used, so that DDP does not wait for it.
     """
 
-    def __init__(self, net: nn.Module, channels: list[int], strides: list[int], in_chans: int = 3) -> None:
+    def __init__(
+        self, net: nn.Module, channels: list[int], strides: list[int], in_chans: int = 3, *, branched: bool = False
+    ) -> None:
         super().__init__()
         self.net = net
         self.in_chans = in_chans
+        self.branched = branched
+        self.turned = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.channels = list(channels)
         self.strides = list(strides)
         self.names = [f"c{5 - len(channels) + 1 + i}" for i in range(len(channels))]
@@ -39,7 +57,7 @@ class Backbone(nn.Module):
     def _find_divisor(self) -> int:
         """1 when every stage rounds its size up (as ResNets do), otherwise the largest stride."""
         largest = max(self.strides)
-        height, width = largest + 4, largest + 4 + largest // 2
+        height, width = largest + 5, largest + 3 + largest // 2  # odd: patches must not drop pixels either
         training = self.net.training
         self.net.eval()
         try:
@@ -57,44 +75,71 @@ class Backbone(nn.Module):
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must have shape [N, {self.in_chans}, H, W], got {list(images.shape)}")
         maps = list(self.net(images))
-        for i, (m, channels) in enumerate(zip(maps, self.channels, strict=True)):
-            if m.shape[1] != channels and m.shape[-1] == channels:  # windowed transformers answer [N, H, W, C]
-                maps[i] = m.permute(0, 3, 1, 2)
+        if self.turned:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        if self.branched and self.training and torch.is_grad_enabled():
+            maps = list(_Together.apply(*maps))
         return maps
 
 
+class _Together(torch.autograd.Function):
+    """The maps themselves; in backward a map without a gradient gets zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> tuple[Tensor, ...]:
+        return tuple(m.view_as(m) for m in maps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grads
+
+
 def create_backbone(options: BackboneOptions | None = None, *, channels_last: bool = False, **changes: Any) -> Backbone:
-    """The backbone that ``options`` (with ``changes``) describe.
+    """The backbone that ``options`` (with ``changes``) describe: a network of timm, or one of ``resnet53``,
+    ``resnet103``, ``resnet53c``, ``resnet103c`` (see ``resnet_stride4``; output stride 4).
 
     Errors: ``ValueError`` for an unknown name (naming the nearest), one without ``features_only``, an output stride
     that the network does not have, or a checkpoint that does not fit; ``FileNotFoundError`` for a missing checkpoint;
     ``RuntimeError`` when the weights cannot be downloaded.
     """
     import timm  # two seconds of imports: only when a model is built
+    from timm.models import is_model_in_modules
 
     options = dataclasses.replace(options or BackboneOptions(), **changes)
     if options.pretrained and options.checkpoint is not None:
         raise ValueError("give either pretrained or checkpoint for the backbone, not both")
     if options.checkpoint is not None and not os.path.isfile(options.checkpoint):
         raise FileNotFoundError(f"backbone checkpoint {options.checkpoint!r} does not exist")
-    if not timm.is_model(options.name):
-        close = difflib.get_close_matches(options.name, timm.list_models(), n=3, cutoff=0.4)
+    if not timm.is_model(options.name) and options.name not in STRIDE4:
+        close = difflib.get_close_matches(options.name, [*timm.list_models(), *STRIDE4], n=3, cutoff=0.4)
         raise ValueError(
             f"timm {timm.__version__} has no network {options.name!r}; nearest: {', '.join(close) or 'none'}"
         )
-    wanted = 32 if options.output_stride is None else options.output_stride
+    stride4 = options.name in STRIDE4
+    wanted = (4 if stride4 else 32) if options.output_stride is None else options.output_stride
     arguments: dict[str, Any] = {"features_only": True, "in_chans": options.in_chans}
     if wanted != 32:
         arguments["output_stride"] = wanted
+    if not stride4:
+        for family, any_size in _ANY_SIZE.items():
+            if is_model_in_modules(options.name, [family]):
+                arguments.update(any_size)
+
+    def create(pretrained: bool) -> nn.Module:
+        if stride4:
+            return create_stride4(options.name, wanted, pretrained=pretrained, in_chans=options.in_chans)
+        return timm.create_model(options.name, pretrained=pretrained, **arguments)
+
     try:
-        net = timm.create_model(options.name, pretrained=False, **arguments)
+        net = create(False)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+        only = "" if wanted == 32 else "; networks that cannot be dilated need backbone.output_stride: 32"
         raise ValueError(
-            f"backbone {options.name!r} cannot be built with features_only and output_stride {wanted}: {error}"
+            f"backbone {options.name!r} cannot be built with features_only and output_stride {wanted}: {error}{only}"
         ) from error
     if options.pretrained:
         try:
-            net = timm.create_model(options.name, pretrained=True, **arguments)
+            net = create(True)
         except Exception as error:  # noqa: BLE001 - the hub raises many kinds
             raise RuntimeError(
                 f"the pretrained weights of {options.name!r} could not be loaded: {type(error).__name__}: {error}. "
@@ -103,15 +148,38 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
     if options.checkpoint is not None:
         load_backbone_weights(net, options.checkpoint)
     info: Any = net.feature_info
-    channels, strides = list(info.channels()), [int(s) for s in info.reduction()]
+    channels, strides = list(info.channels()), [int(s) // (2 if stride4 else 1) for s in info.reduction()]
     if options.output_stride is not None and max(strides) != options.output_stride:
         raise ValueError(f"backbone {options.name!r} has output stride {max(strides)}, not {options.output_stride}")
+    _set_dilation(net, options)
     if options.freeze_norm:
         from timm.layers import freeze_batch_norm_2d
 
         net = freeze_batch_norm_2d(net)
-    backbone = Backbone(net, channels, strides, options.in_chans)
+    branched = not stride4 and is_model_in_modules(options.name, ["hrnet"])
+    backbone = Backbone(net, channels, strides, options.in_chans, branched=branched)
     return backbone.to(memory_format=torch.channels_last) if channels_last else backbone  # type: ignore[call-overload]
+
+
+def _set_dilation(net: nn.Module, options: BackboneOptions) -> None:
+    """Apply ``first_dilation`` and ``dilated_shortcut_pool`` to a network of timm's ResNet blocks."""
+    if options.first_dilation == "previous" and options.dilated_shortcut_pool:
+        return
+    from timm.models.resnet import BasicBlock, Bottleneck
+
+    blocks: list[Any] = [m for m in net.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    if not blocks:
+        raise ValueError(
+            f"backbone.first_dilation and backbone.dilated_shortcut_pool apply to ResNets only, got {options.name!r}"
+        )
+    for block in blocks:
+        first = block.conv2 if isinstance(block, Bottleneck) else block.conv1
+        if options.first_dilation == "full" and first.dilation[0] != block.dilation:
+            first.dilation = first.padding = (block.dilation, block.dilation)
+        if not options.dilated_shortcut_pool and block.downsample is not None:
+            pool = block.downsample[0]
+            if isinstance(pool, nn.AvgPool2d) and pool.stride in (1, (1, 1)):
+                block.downsample[0] = nn.Identity()
 
 
 def load_backbone_weights(net: nn.Module, path: str) -> None:

@@ -10,6 +10,7 @@ from .options import ModelOptions, parse_options
 from .pointrend import PointRend
 from .registry import build_decoder
 from .segmenter import Segmenter
+from .unified import UPP, UnifiedPointRend, UnifiedSegmenter
 
 
 def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> Segmenter:
@@ -22,9 +23,10 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
     options = parse_options(config)
     backbone = create_backbone(options.backbone)
     decoder = build_decoder(options.decoder, backbone, num_classes)
+    unified = isinstance(decoder, UPP)
     if options.name == "segmenter":
         switches = options.pointrend
-        return Segmenter(
+        return (UnifiedSegmenter if unified else Segmenter)(
             backbone,
             decoder,
             loss=options.loss,
@@ -34,7 +36,7 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
             coarse_loss_at=switches.coarse_loss_at,
             channels_last=options.channels_last,
         )
-    return PointRend(
+    return (UnifiedPointRend if unified else PointRend)(
         backbone,
         decoder,
         options=options.pointrend,

@@ -22,7 +22,8 @@ class Decoder(nn.Module):
 
     A subclass sets ``num_classes``, ``stride`` (of the coarse logits), ``feature_channels`` and ``feature_strides`` (of
     the maps it adds to the backbone's, by name), and, where the decoder needs image sizes that are a multiple of
-    something beyond its stride, ``size_divisor``. All parameters take part in every training step, or DDP would wait.
+    something beyond its stride, ``size_divisor``. ``default_point_features`` names the maps of PointRend's fine
+    features where a configuration names none. All parameters take part in every training step, or DDP would wait.
     """
 
     num_classes: int
@@ -30,6 +31,7 @@ class Decoder(nn.Module):
     size_divisor: int = 1
     feature_channels: dict[str, int]
     feature_strides: dict[str, int]
+    default_point_features: tuple[str, ...] = ("c2",)
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

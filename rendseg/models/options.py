@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from .resnet_stride4 import STRIDE4
+
 T = TypeVar("T")
 
 PointRule = int | str
@@ -22,7 +24,8 @@ POINT_RULES = ("area/256", "width/16", "(width/16)^2")
 
 @dataclass(frozen=True)
 class BackboneOptions:
-    """A timm network that serves ``features_only``. ``None`` means: as the PointRend preset says."""
+    """A timm network that serves ``features_only``, or ``resnet53``, ``resnet103`` (output stride 4). ``None`` means:
+    as the PointRend preset says."""
 
     name: str = "resnet18"
     pretrained: bool = False
@@ -31,8 +34,14 @@ class BackboneOptions:
     """A local file of weights instead; excludes ``pretrained``."""
     output_stride: int | None = None
     """8, 16 or 32 where the network can; otherwise its own. Default of every preset 32, except paddleseg and deeplab:
-    8."""
+    8; of resnet53 and resnet103 always 4."""
     in_chans: int = 3
+    first_dilation: Literal["previous", "full"] = "previous"
+    """Dilation of the first block of a dilated ResNet stage: that of the stage before (timm, torchvision,
+    mmsegmentation, PyTorch-Encoding) or the stage's own (PaddleSeg)."""
+    dilated_shortcut_pool: bool = True
+    """Average pooling in the shortcut of ``resnet*d`` also where dilation replaces the stride (timm); PaddleSeg has
+    none there."""
     freeze_norm: bool | None = None
     """Turn BatchNorm into fixed affine layers. ``None``: when the preset says so (detectron2) and weights are
     loaded."""
@@ -74,8 +83,9 @@ class PointRendOptions:
 
     preset: Literal["rendseg", "detectron2", "mmseg", "paddleseg", "deeplab"] = "rendseg"
     """The preset that filled in what was not given."""
-    point_features: tuple[str, ...] = ("p2",)
-    """Names of the maps that give fine features: the decoder's (p2 ..) or the backbone's (c1 .. c5)."""
+    point_features: tuple[str, ...] | None = None
+    """Names of the maps that give fine features: the decoder's (p2 ..) or the backbone's (c1 .. c5); ``None``: the
+    decoder's ``default_point_features`` (its finest map, or c2)."""
     coarse_stride: int | None = None
     """Bring the coarse logits to this stride (bilinearly) where the decoder gives another; ``None``: the decoder's."""
     steps: int | None = None
@@ -231,7 +241,6 @@ _SWITCHES: dict[str, dict[str, Any]] = {
         "steps": 2,
     },
     "paddleseg": {
-        "point_features": ("p5",),  # its neck answers coarse to fine, so the first map is the deepest
         "coarse_stride": 8,
         "padding_mode": "zeros",
         "init": "paddleseg",
@@ -311,7 +320,7 @@ def check_pointrend(options: PointRendOptions, where: str = "pointrend") -> None
                 raise ValueError(f"{where}.{name} must be a number or one of {', '.join(POINT_RULES)}, got {rule!r}")
         elif rule <= 0:
             raise ValueError(f"{where}.{name} must be positive, got {rule}")
-    if not options.point_features:
+    if options.point_features is not None and not options.point_features:
         raise ValueError(f"{where}.point_features must name at least one map")
     if not 1 <= options.oversample_ratio < float("inf"):
         raise ValueError(f"{where}.oversample_ratio must be at least 1 and finite, got {options.oversample_ratio}")
@@ -452,7 +461,8 @@ def _fill(options: ModelOptions) -> ModelOptions:
     parts = PRESET_PARTS[options.pointrend.preset]
     backbone = options.backbone
     if backbone.output_stride is None:
-        backbone = dataclasses.replace(backbone, output_stride=parts["backbone"]["output_stride"])
+        stride = 4 if backbone.name in STRIDE4 else parts["backbone"]["output_stride"]
+        backbone = dataclasses.replace(backbone, output_stride=stride)
     if backbone.freeze_norm is None:
         loaded = backbone.pretrained or backbone.checkpoint is not None
         backbone = dataclasses.replace(backbone, freeze_norm=parts["backbone"]["freeze_norm"] and loaded)

@@ -74,9 +74,10 @@ class PointRend(Segmenter):
             coarse_loss_at=options.coarse_loss_at,
             channels_last=channels_last,
         )
-        self.options = options
+        self.point_features = options.point_features or decoder.default_point_features
+        self.options = dataclasses.replace(options, point_features=self.point_features)
         channels, strides = self.map_channels(), self.map_strides()
-        unknown = [name for name in options.point_features if name not in channels]
+        unknown = [name for name in self.point_features if name not in channels]
         if unknown:
             raise ValueError(
                 f"point_features must name maps of the backbone or decoder ({', '.join(channels)}), got {unknown}"
@@ -85,11 +86,11 @@ class PointRend(Segmenter):
         self.steps = _steps(self.coarse_stride, options.steps)
         self.left_over = self.coarse_stride // SCALE**self.steps  # factor of the final bilinear upsampling
         # Coordinates are relative to the padded image, so every map that is sampled has to cover exactly that.
-        sampled = [strides[name] for name in options.point_features]
+        sampled = [strides[name] for name in self.point_features]
         self.size_divisor = math.lcm(self.size_divisor, self.coarse_stride, *sampled)
         if head is None:
             head = PointHead(
-                sum(channels[name] for name in options.point_features),
+                sum(channels[name] for name in self.point_features),
                 decoder.num_classes,
                 options.hidden_channels,
                 options.num_layers,
@@ -122,7 +123,7 @@ class PointRend(Segmenter):
             align_corners=options.sampling_align_corners,
             random_coords=draws,
         )
-        logits = self._point_logits([maps[name] for name in options.point_features], coarse, coords)
+        logits = self._point_logits([maps[name] for name in self.point_features], coarse, coords)
         value = segmentation_loss(
             logits,
             ops.point_labels(labels, coords, self.loss.ignore_index),
@@ -146,7 +147,7 @@ class PointRend(Segmenter):
         images, _ = self._pad(images)
         decoded, maps = self._features(images)
         coarse = self._coarse(decoded, images)
-        fine = [maps[name] for name in self.options.point_features]
+        fine = [maps[name] for name in self.point_features]
         count = num_points(self.options.inference_points, images.shape[2], images.shape[3])
         points: list[Tensor] | None = None
         as_labels = output == "labels" and self.left_over == 1

@@ -82,6 +82,8 @@ class SemanticFPN(Decoder):
         self.feature_strides = dict(zip(self.outputs, level_strides, strict=True))
         ladder = self.outputs[::-1] if self.reversed else self.outputs
         self.stride = self.feature_strides[ladder[0]]
+        # PaddleSeg takes the first map that its pyramid answers, which is the deepest.
+        self.default_point_features = (ladder[0],)
         if self.reversed:  # the resize to the common size is only in place when every level covers the same area
             self.size_divisor = max(level_strides)
         for i, name in enumerate(ladder):

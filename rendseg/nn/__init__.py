@@ -1,9 +1,24 @@
 """Building blocks."""
 
-from .conv import ConvNorm, make_norm
+from .aspp import ASPP, default_rates
+from .conv import ConvNorm, SeparableConvNorm, make_norm
+from .enc_module import EncModule
 from .encoding import Encoding
 from .fcn_head import FCNHead
 from .fpn import FPN
 from .point_head import PointHead
+from .ppm import PPM
 
-__all__ = ["FPN", "ConvNorm", "Encoding", "FCNHead", "PointHead", "make_norm"]
+__all__ = [
+    "ASPP",
+    "FPN",
+    "ConvNorm",
+    "EncModule",
+    "Encoding",
+    "FCNHead",
+    "PPM",
+    "PointHead",
+    "SeparableConvNorm",
+    "default_rates",
+    "make_norm",
+]

@@ -1,4 +1,4 @@
-"""Convolution with its norm and activation in one module, and the choice of norm by name."""
+"""Convolution with its norm and activation in one module, plain and depthwise separable; the choice of norm by name."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def make_norm(name: str, channels: int) -> nn.Module | None:
 class ConvNorm(nn.Conv2d):
     """A convolution of odd ``kernel_size`` that keeps the size at stride 1, then ``norm``, then ReLU when ``relu``.
 
-    Parameters are called ``weight``, ``bias`` (only without a norm) and ``norm.*``. Initialised by Kaiming's normal
-    rule over the fan out (``init="msra"``) or the uniform rule over the fan in (``init="xavier"``); zero bias.
+    Parameters are called ``weight``, ``bias`` (only without a norm, unless ``bias`` says otherwise) and ``norm.*``.
+    Initialised by Kaiming's normal rule over the fan out (``init="msra"``) or the uniform rule over the fan in
+    (``init="xavier"``); zero bias.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ConvNorm(nn.Conv2d):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
+        bias: bool | None = None,
     ) -> None:
         norm_layer = make_norm(norm, out_channels)
         super().__init__(
@@ -56,12 +58,14 @@ class ConvNorm(nn.Conv2d):
             padding=dilation * (kernel_size // 2),
             dilation=dilation,
             groups=groups,
-            bias=norm_layer is None,
+            bias=norm_layer is None if bias is None else bias,
         )
         self.norm = norm_layer
         self.relu = relu
         if init == "msra":
             nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+            if groups > 1:  # PyTorch counts the fan out of all groups together
+                self.weight.data.mul_(groups**0.5)
         elif init == "xavier":
             nn.init.kaiming_uniform_(self.weight, a=1)
         else:
@@ -74,3 +78,36 @@ class ConvNorm(nn.Conv2d):
         if self.norm is not None:
             x = self.norm(x)
         return F.relu(x, inplace=True) if self.relu else x
+
+
+class SeparableConvNorm(nn.Module):
+    """A depthwise ``kernel_size`` convolution with ``norm`` (and ReLU when ``depthwise_relu``), then a 1x1 convolution
+    with ``norm`` and ReLU; called ``depthwise`` and ``pointwise``.
+
+    Source: Chen et al. 2018 (DeepLabV3+), section 3.1. PaddleSeg leaves the first ReLU out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        norm: str = "bn",
+        dilation: int = 1,
+        depthwise_relu: bool = True,
+    ) -> None:
+        super().__init__()
+        self.depthwise = ConvNorm(
+            in_channels,
+            in_channels,
+            kernel_size,
+            norm=norm,
+            relu=depthwise_relu,
+            dilation=dilation,
+            groups=in_channels,
+        )
+        self.pointwise = ConvNorm(in_channels, out_channels, 1, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))

@@ -11,9 +11,11 @@ from .conv import ConvNorm
 class FCNHead(nn.Module):
     """``[N, in_channels, H, W]`` -> logits ``[N, num_classes, H, W]``.
 
-    ``num_convs`` 3x3 convolutions (with ``norm`` and ReLU) called ``convs.0`` .., with ``concat_input`` one more,
-    ``conv_cat``, over their output and the input side by side; dropout of whole channels; the 1x1 ``classifier``.
-    ``num_convs=0`` leaves only dropout and classifier. Under autocast the convolutions run in its dtype.
+    ``num_convs`` convolutions of ``kernel_size`` (with ``norm`` and ReLU) called ``convs.0`` .., with ``concat_input``
+    one more, ``conv_cat``, over their output and the input side by side; dropout of whole channels; the 1x1
+    ``classifier``.
+    ``num_convs=0`` leaves only dropout and classifier. :meth:`features` gives the maps before dropout, with
+    ``out_channels`` channels. Under autocast the convolutions run in its dtype.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class FCNHead(nn.Module):
         concat_input: bool = False,
         dropout: float = 0.1,
         norm: str = "bn",
+        kernel_size: int = 3,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -37,18 +40,27 @@ class FCNHead(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if concat_input and num_convs == 0:
             raise ValueError("concat_input needs num_convs of at least 1")
         widths = [in_channels] + [channels] * num_convs
-        self.convs = nn.Sequential(*(ConvNorm(a, b, 3, norm=norm) for a, b in zip(widths, widths[1:], strict=False)))
-        self.conv_cat = ConvNorm(in_channels + channels, channels, 3, norm=norm) if concat_input else None
+        self.convs = nn.Sequential(
+            *(ConvNorm(a, b, kernel_size, norm=norm) for a, b in zip(widths, widths[1:], strict=False))
+        )
+        self.conv_cat = ConvNorm(in_channels + channels, channels, kernel_size, norm=norm) if concat_input else None
+        self.out_channels = widths[-1]
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """The maps ``[N, out_channels, H, W]`` that dropout and classifier read."""
         y = self.convs(x)
         if self.conv_cat is not None:
             y = self.conv_cat(torch.cat((x, y), 1))
-        return self.classifier(self.dropout(y))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.features(x)))

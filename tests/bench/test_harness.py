@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +124,7 @@ def test_the_columns_of_a_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.
     cuda = StandIn()
     monkeypatch.setattr(harness.torch, "cuda", cuda)
     monkeypatch.setattr(bench, "_cuda", True)
-    monkeypatch.setattr(bench, "launches", lambda candidate: 2)
+    monkeypatch.setattr(bench, "launches", lambda candidate, key: 2)
 
     def stubborn() -> None:
         if cuda.capturing:
@@ -137,7 +138,7 @@ def test_the_columns_of_a_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.
     )
     rows = {row["candidate"]: row for row in bench.rows}
     assert cuda.captures == 4, "three candidates, and the warm form of the cold one"
-    assert cuda.replays > 0 and "stubborn: no CUDA graph" in bench.notes[0] and len(bench.notes) == 1
+    assert cuda.replays > 0 and "stubborn: no CUDA graph" in bench.notes[1] and len(bench.notes) == 2
     for row in rows.values():
         assert 0 < row["median"] <= 1 and row["plain_median"] > 0
         assert row["launches"] == 2 and row["peak_extra_bytes"] == 250
@@ -145,3 +146,151 @@ def test_the_columns_of_a_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.
     assert rows["eager"]["l2"] == "warm" and "warm_median" not in rows["eager"]
     assert bench.finish() == 0
     assert (tmp_path / "trial-gpu-quick.json").is_file()
+
+
+# --- the column triton ------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_has_no_column_triton(harness: Any, tmp_path: Path) -> None:
+    bench = quick(harness, tmp_path)
+    x = torch.randn(64)
+    bench.compare("exp", {"eager": lambda: x.exp(), "rendseg": lambda: x.exp(), "rendseg nhwc": lambda: x.exp()})
+    assert [row["candidate"] for row in bench.rows] == ["eager", "rendseg", "rendseg nhwc"]
+    assert "on a CPU Triton's kernels are interpreted" in bench.no_triton
+    assert f"no column triton: {bench.no_triton}" in bench.notes and bench.bars == []
+
+
+class Backends:
+    """Of ``rendseg``: which setting is in force, without a GPU that could serve it."""
+
+    def __init__(self, cpp: tuple[str, ...] = ("cpu", "cuda"), triton: tuple[str, ...] = ("cuda",)) -> None:
+        self.chosen = "auto"
+        self.backends = {
+            "cpp": SimpleNamespace(devices=cpp, cause="" if "cuda" in cpp else "no CUDA kernels are built"),
+            "triton": SimpleNamespace(devices=triton, cause="" if triton else "the package triton is not installed"),
+        }
+
+    @contextmanager
+    def backend(self, name: str) -> Iterator[None]:
+        before, self.chosen = self.chosen, name
+        try:
+            yield
+        finally:
+            self.chosen = before
+
+
+@pytest.fixture
+def on_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``on_gpu(backends)`` is a ``Bench`` that believes in a GPU; a call takes as long as its candidate says."""
+
+    def make(backends: Backends) -> Any:
+        bench = quick(harness, tmp_path)
+        monkeypatch.setattr(harness.torch, "cuda", StandIn())
+        for name in ("backend", "backends"):
+            monkeypatch.setattr(harness.rendseg, name, getattr(backends, name))
+        monkeypatch.setattr(harness, "triton_failure", lambda: "")
+        monkeypatch.setattr(bench, "_cuda", True)
+        monkeypatch.setattr(bench, "launches", lambda candidate, key: None)
+
+        def sampler(key: str, candidate: Any, graphs: bool) -> Any:
+            def sample() -> float:
+                with harness.backend_of(key):
+                    return float(candidate())
+
+            return sample
+
+        monkeypatch.setattr(bench, "_sampler", sampler)
+        bench.no_triton = bench._no_triton()
+        return bench
+
+    return make
+
+
+def milliseconds(backends: Backends, auto: float, triton: float) -> Any:
+    return lambda: {"auto": auto, "triton": triton}[backends.chosen]
+
+
+def test_every_candidate_of_ours_has_a_twin_under_triton(on_gpu: Any, tmp_path: Path) -> None:
+    backends = Backends()
+    bench = on_gpu(backends)
+    bench.compare(
+        "exp",
+        {
+            "eager": milliseconds(backends, 4.0, -1.0),
+            "compiled": milliseconds(backends, 2.0, -1.0),
+            "rendseg": milliseconds(backends, 1.0, 1.25),
+            "rendseg nhwc": milliseconds(backends, 1.0, 2.5),
+        },
+    )
+    rows = {row["candidate"]: row for row in bench.rows}
+    assert list(rows) == ["eager", "compiled", "rendseg", "triton", "rendseg nhwc", "triton nhwc"]
+    medians = {key: row["median"] for key, row in rows.items()}
+    assert medians == {
+        "eager": 4.0, "compiled": 2.0, "rendseg": 1.0, "triton": 1.25, "rendseg nhwc": 1.0, "triton nhwc": 2.5
+    }  # fmt: skip
+    assert rows["triton"]["percent_of_cuda"] == pytest.approx(80) and rows["triton"]["ratio"] == pytest.approx(3.2)
+    assert rows["triton nhwc"]["percent_of_cuda"] == pytest.approx(40) and "percent_of_cuda" not in rows["rendseg"]
+    assert rows["triton"]["plain_median"] == 1.25 and backends.chosen == "auto"
+    goals = {bar["label"]: (bar["value"], bar["goal"], bar["reached"]) for bar in bench.bars}
+    assert goals == {
+        "exp, triton: speed over that of CUDA C++": (0.8, ">= 0.6", True),
+        "exp, triton against eager": (3.2, ">= 1", True),
+        "exp, triton against compiled": (1.6, ">= 1", True),
+        "exp, triton nhwc: speed over that of CUDA C++": (0.4, ">= 0.6", False),
+        "exp, triton nhwc against eager": (1.6, ">= 1", True),
+        "exp, triton nhwc against compiled": (0.8, ">= 1", False),
+    }
+    assert bench.finish() == 0, "a goal that is missed is no failure"
+    written = json.loads((tmp_path / "trial-gpu-quick.json").read_text())
+    assert written["rows"][3]["percent_of_cuda"] == pytest.approx(80) and written["failures"] == []
+
+
+def test_a_twin_that_raises_is_left_out_and_ends_the_run_as_failed(on_gpu: Any, tmp_path: Path) -> None:
+    backends = Backends()
+    bench = on_gpu(backends)
+
+    def broken() -> float:
+        if backends.chosen == "triton":
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return 1.0
+
+    bench.compare("exp", {"eager": milliseconds(backends, 4.0, -1.0), "rendseg": broken})
+    assert [row["candidate"] for row in bench.rows] == ["eager", "rendseg"] and backends.chosen == "auto"
+    assert bench.finish() == 1
+    written = json.loads((tmp_path / "trial-gpu-quick.json").read_text())
+    assert written["failures"] == ["exp, triton: RuntimeError: out of resource: shared memory"]
+
+
+def test_without_cuda_kernels_there_is_nothing_to_hold_triton_to(on_gpu: Any) -> None:
+    backends = Backends(cpp=("cpu",))
+    bench = on_gpu(backends)
+    bench.compare("exp", {"eager": milliseconds(backends, 4.0, 1.0), "rendseg": milliseconds(backends, 1.0, 1.0)})
+    assert [bar["label"] for bar in bench.bars] == ["exp, triton against eager"]
+    assert "percent_of_cuda" not in bench.rows[-1]
+
+
+@pytest.mark.parametrize("cause", ["absent", "interpreted", "broken"])
+def test_why_a_gpu_may_have_no_column_triton(
+    harness: Any, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    bench = on_gpu(Backends(triton=() if cause == "absent" else ("cuda",)))
+    if cause == "interpreted":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if cause == "broken":
+        monkeypatch.setattr(harness, "triton_failure", lambda: "RuntimeError: no C compiler")
+    bench.no_triton = bench._no_triton()
+    wanted = {"absent": "not installed", "interpreted": "TRITON_INTERPRET is set", "broken": "no C compiler"}[cause]
+    assert wanted in bench.no_triton
+    assert list(bench.with_triton("exp", {"rendseg": lambda: 1.0})) == ["rendseg"]
+
+
+def test_compiled_again_for_other_shapes(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = quick(harness, tmp_path)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes half a minute
+    for size in (3, 4):
+        x = torch.randn(size, requires_grad=True)
+        out = bench.compiled(lambda t: (t * 2).sin())(x)
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        torch.testing.assert_close(grad, 2 * (2 * x).cos())

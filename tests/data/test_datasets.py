@@ -513,6 +513,15 @@ def test_unreadable(camvid: Path, content: bytes) -> None:
 
 
 @pytest.mark.bad_input
+def test_modes_without_rgb(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"name": "camvid", "root": str(camvid)}
+    Image.new("F", (60, 40)).save(camvid / "val" / "im0.jpg", "tiff")
+    fails(options, r"val/im0.jpg: image of floating point values; convert", index=0)
+    monkeypatch.setattr("rendseg.data.images._open", lambda path, kind: Image.new("La", (60, 40)))
+    fails(options, r"val/im0.jpg: image has mode La, which has no RGB; convert it to 8-bit RGB", index=0)
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "png", "png palette", "bmp", "tiff", "webp"])
 @pytest.mark.parametrize("lenient", [False, True])
 def test_truncated_is_never_accepted_silently(

@@ -1,18 +1,22 @@
 """Compiles the CUDA ops of ``csrc/cuda`` with g++ into a library whose kernels run on the CPU.
 
 The very ``.cu`` and ``.cuh`` files: ``cuda_on_cpu.h`` stands in for nvcc. Objects are kept in ``build/emulation`` and
-made anew when a source changes. ``RENDSEG_EMULATION_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer;
-a process that loads such a library must have been started with ``sanitizer_environment()``.
+made anew when a source changes; processes that build at the same time wait for each other.
+``RENDSEG_EMULATION_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer; a process that loads such a
+library must have been started with ``sanitizer_environment()``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,11 +79,24 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits for other processes that build in ``folder``; the lock of one that dies is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build_library(sanitize: bool = SANITIZE) -> Path:
     """The path of the library, made or brought up to date."""
+    with locked(ROOT / "build" / "emulation" / ("sanitized" if sanitize else "plain")):
+        return _build_library(sanitize)
+
+
+def _build_library(sanitize: bool) -> Path:
     # A torch of another version has other headers; ninja sees a change of the command line.
     folder = ROOT / "build" / "emulation" / ("sanitized" if sanitize else "plain")
-    folder.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "cuda_on_cpu.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     torch_flags = [f"-isystem {path}" for path in cpp_extension.include_paths() if "cuda" not in path.lower()]
     torch_libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]

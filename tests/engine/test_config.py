@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from rendseg.engine.config import Config, ConfigError, Section, all_keys, build_config, differences, load_config
+from rendseg.engine.config import (
+    Config,
+    ConfigError,
+    Section,
+    all_keys,
+    build_config,
+    differences,
+    load_config,
+    read_mapping,
+)
 from tests.engine.tiny import tiny_content
 
 REPO = Path(__file__).resolve().parents[2]
@@ -167,3 +176,12 @@ def test_the_shipped_configurations_are_valid(path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("RENDSEG_DATA", os.environ.get("RENDSEG_DATA", str(REPO)))
     config = load_config(path)
     assert config.name == path.stem
+
+
+def test_anchors_can_be_merged_and_changed(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_mapping(path)["b"] == {"x": 1, "y": 3}
+    path.write_text("b: {x: 1, x: 2}\n")
+    with pytest.raises(ConfigError, match="the key 'x' is given twice"):
+        read_mapping(path)

@@ -245,8 +245,8 @@ def test_bad_update(pred: torch.Tensor, labels: torch.Tensor, kind: type, messag
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be 1 to 255, got 0"),
-        ({"num_classes": 256}, "num_classes must be 1 to 255, got 256"),
+        ({"num_classes": 0}, "num_classes must be 1 to 4095, got 0"),
+        ({"num_classes": 4096}, "num_classes must be 1 to 4095, got 4096"),
         ({"num_classes": 3, "ignore_index": 2}, r"ignore_index must lie outside 0..2, got 2"),
         ({"num_classes": 3, "boundary_ratio": 0}, "boundary_ratio must be positive, got 0"),
     ],

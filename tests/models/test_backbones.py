@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from rendseg.models import create_backbone
+from rendseg.models import create_backbone, parse_options
 
 SMALL = [64, 64, 128, 256, 512]
 LARGE = [64, 256, 512, 1024, 2048]
@@ -132,3 +132,95 @@ def test_failed_download_says_what_to_do(monkeypatch):
         RuntimeError, match=r"weights of 'resnet18' could not be loaded: OSError: Name .*backbone.checkpoint"
     ):
         create_backbone(name="resnet18", pretrained=True)
+
+
+# ---- maps of networks that work on [N, H, W, C], branches, dilation, stems of stride 1
+
+
+def test_maps_are_turned_also_where_height_equals_channels():
+    """At 384x384 the first map of swin_tiny is 96x96 with 96 channels: shapes alone cannot tell."""
+    torch.manual_seed(0)
+    backbone = create_backbone(name="swin_tiny_patch4_window7_224").eval()
+    image = torch.randn(1, 3, 384, 384)
+    with torch.no_grad():
+        first = backbone(image)[0]
+        cropped = backbone(image[:, :, :224, :224])[0]  # windows of 7 cells: inner ones are the same
+    assert first.shape == (1, 96, 96, 96)
+    torch.testing.assert_close(first[:, :, 7:42, 7:42], cropped[:, :, 7:42, 7:42], rtol=1e-3, atol=1e-3)
+
+
+def test_swin_takes_any_size_and_always_shifts():
+    backbone = create_backbone(name="swin_tiny_patch4_window7_224").eval()
+    assert [b.shift_size for b in backbone.net.layers_3.blocks] == [(0, 0), (3, 3)]
+    assert backbone.size_divisor == 32  # patches of 4 pixels drop what is left over
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 96, 160))
+    assert [tuple(m.shape[1:]) for m in maps] == [(96, 24, 40), (192, 12, 20), (384, 6, 10), (768, 3, 5)]
+
+
+def test_branches_that_are_not_used_get_zeros():
+    backbone = create_backbone(name="hrnet_w18_small").train()
+    backbone(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
+    grads = {n: p.grad for n, p in backbone.named_parameters()}
+    assert all(g is not None for g in grads.values())
+    assert not grads["net.incre_modules.0.0.conv1.weight"].any() and grads["net.conv1.weight"].any()
+
+
+def dilations(backbone, block):
+    return [getattr(stage[0], block).dilation[0] for stage in (backbone.net.layer3, backbone.net.layer4)]
+
+
+@pytest.mark.parametrize(("name", "conv"), [("resnet18d", "conv1"), ("resnet50d", "conv2")])
+def test_first_dilation_and_shortcut_pool(name, conv):
+    """Output stride 8: stages dilated by 2 and 4."""
+    timms = create_backbone(name=name, output_stride=8)
+    assert dilations(timms, conv) == [1, 2]
+    assert isinstance(timms.net.layer3[0].downsample[0], nn.AvgPool2d)
+    paddles = create_backbone(name=name, output_stride=8, first_dilation="full", dilated_shortcut_pool=False).eval()
+    assert dilations(paddles, conv) == [2, 4]
+    assert [type(s[0].downsample[0]) for s in (paddles.net.layer3, paddles.net.layer4)] == [nn.Identity] * 2
+    assert isinstance(paddles.net.layer2[0].downsample[0], nn.AvgPool2d)  # stride 2
+    assert timms.state_dict().keys() == paddles.state_dict().keys()
+    with torch.no_grad():
+        assert paddles(torch.randn(1, 3, 37, 50))[-1].shape[2:] == (5, 7)
+
+
+@pytest.mark.parametrize(("name", "deep"), [("resnet53", False), ("resnet53c", True)])
+def test_stem_of_stride_1(name, deep):
+    """ResNet-50 as torchvision writes it, with a stem of stride 1 and the last two stages dilated."""
+    torchvision = pytest.importorskip("torchvision")
+    backbone = create_backbone(name=name).eval()
+    assert backbone.strides == [1, 2, 4, 4, 4] and backbone.channels == LARGE and backbone.size_divisor == 1
+    assert backbone.net.conv1[0].stride == (1, 1) if deep else backbone.net.conv1.kernel_size == (3, 3)
+    images = torch.randn(1, 3, 19, 26)
+    with torch.no_grad():
+        maps = backbone(images)
+    assert [tuple(m.shape[2:]) for m in maps] == [(19, 26), (10, 13), (5, 7), (5, 7), (5, 7)]
+    if deep:
+        return
+    other = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    other.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    other.load_state_dict(backbone.net.state_dict(), strict=False)
+    with torch.no_grad():
+        x = other.relu(other.bn1(other.conv1(images)))
+        for wanted, stage in zip(maps, (None, other.layer1, other.layer2, other.layer3, other.layer4), strict=True):
+            x = x if stage is None else stage(other.maxpool(x) if stage is other.layer1 else x)
+            torch.testing.assert_close(wanted, x, rtol=1e-3, atol=1e-4)
+
+
+def test_stride_4_by_configuration():
+    options = parse_options({"backbone": {"name": "resnet103"}, "pointrend": {"preset": "deeplab"}})
+    assert options.backbone.output_stride == 4
+    assert create_backbone(name="resnet53", output_stride=8).strides == [1, 2, 4, 8, 8]
+
+
+@pytest.mark.bad_input
+def test_output_strides_that_a_network_does_not_have():
+    with pytest.raises(ValueError, match="'resnet53' has output stride 4, 8 or 16, got 32: set output_stride"):
+        create_backbone(name="resnet53", output_stride=32)
+    with pytest.raises(ValueError, match="cannot be built .* output_stride 8: .*need backbone.output_stride: 32"):
+        create_backbone(name="swin_tiny_patch4_window7_224", output_stride=8)
+    with pytest.raises(ValueError, match="output_stride: 32|has output stride 32, not 8"):
+        create_backbone(name="hrnet_w18_small", output_stride=8)
+    with pytest.raises(ValueError, match="apply to ResNets only, got 'test_convnext'"):
+        create_backbone(name="test_convnext", output_stride=8, first_dilation="full")

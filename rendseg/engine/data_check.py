@@ -1,0 +1,357 @@
+"""``rendseg data check``: reads a data set whole, counts it and names every file that cannot be used.
+
+All counts are sums of integers over the images in their order, so that the result does not depend on the number of
+processes. An image and its label map count only if both are sound and of one size.
+
+Class weights for ``model.loss.class_weights`` are suggested by two rules; a class that never occurs gets 1:
+
+* ``share``: (share of the labelled pixels)^-0.25, scaled to a mean of 1 per pixel;
+* ``median_frequency``: the median of the classes' frequencies over a class's own, where its frequency is its share in
+  the labelled pixels of those images in which it occurs (Eigen and Fergus, ICCV 2015).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from rendseg.data import DataError, SegmentationDataset, build_dataset, parse_options
+from rendseg.data.base import ImageFiles, Split
+from rendseg.engine.checkpoint import CheckpointError, write_json
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+VALUES = 256  # of a byte
+
+
+@dataclass
+class Record:
+    """One image: size (height, width), pixels of each class and, last, ignored ones [C + 1], pixels of each red, green
+    and blue value [768]; None: it has problems."""
+
+    problems: list[str]
+    size: tuple[int, int] = (0, 0)
+    pixels: np.ndarray | None = None
+    colors: np.ndarray | None = None
+
+
+class _Records(Dataset[Record]):
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Record:
+        found = self.dataset.examine(index)
+        if found.problems or found.image is None or found.label is None:
+            return Record(found.problems)
+        height, width = found.label.shape
+        pixels = np.bincount(found.label.ravel(), minlength=self.dataset.num_classes)[: self.dataset.num_classes]
+        colors = np.array(Image.fromarray(found.image).histogram(), np.int64)
+        return Record([], (height, width), np.append(pixels, found.label.size - pixels.sum()), colors)
+
+
+def _itself(record: Any) -> Any:
+    return record
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches the whole process group; the parent answers it and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _records(dataset: SegmentationDataset, workers: int) -> Iterator[Record]:
+    loader = DataLoader(
+        _Records(dataset),
+        sampler=range(len(dataset)),
+        batch_size=None,
+        collate_fn=_itself,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts if workers else None,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:  # a process that the system ended, say for memory
+        if "worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"a process that reads images has ended ({reason}); use fewer --workers") from error
+
+
+@dataclass
+class SplitReport:
+    """What was found in one split of C classes.
+
+    Attributes:
+        listed: images that the split consists of; `sound`: those that count below; `unlabelled`: those of which all
+            pixels are ignored.
+        problems: one line per file that cannot be used.
+        sizes: (height, width) -> images.
+        pixels, images: [C + 1], of each class and, last, of what is ignored: pixels, and images in which it occurs.
+        reach: [C + 1], likewise: labelled pixels of the images in which it occurs.
+        colors: pixels of each red, green and blue value [768].
+    """
+
+    split: Split
+    class_names: list[str] = field(default_factory=list)
+    listed: int = 0
+    sound: int = 0
+    unlabelled: int = 0
+    problems: list[str] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pixels: np.ndarray = field(init=False)
+    images: np.ndarray = field(init=False)
+    reach: np.ndarray = field(init=False)
+    colors: np.ndarray = field(default_factory=lambda: np.zeros(3 * VALUES, np.int64))
+
+    def __post_init__(self) -> None:
+        self.pixels, self.images, self.reach = np.zeros((3, len(self.class_names) + 1), np.int64)
+
+    def add(self, record: Record) -> None:
+        self.problems += record.problems
+        if record.pixels is None or record.colors is None:
+            return
+        occurs, labelled = record.pixels > 0, int(record.pixels[:-1].sum())
+        self.sound += 1
+        self.unlabelled += labelled == 0
+        self.sizes[record.size] += 1
+        self.pixels += record.pixels
+        self.images += occurs
+        self.reach += occurs * labelled
+        self.colors += record.colors
+
+    @property
+    def ignored(self) -> int:
+        """Ignored pixels."""
+        return int(self.pixels[-1])
+
+    @property
+    def labelled(self) -> int:
+        """Pixels of classes."""
+        return int(self.pixels[:-1].sum())
+
+    def shares(self) -> np.ndarray:
+        """float64 [C]: share of each class in the labelled pixels."""
+        return self.pixels[:-1] / max(1, self.labelled)
+
+    def absent(self) -> list[str]:
+        """Names of the classes that never occur."""
+        return [name for name, count in zip(self.class_names, self.pixels, strict=False) if not count]
+
+    def class_weights(self) -> dict[str, list[float]]:
+        """The two rules of the module, rounded to four significant digits; empty without a labelled pixel."""
+        shares = self.shares()
+        present = shares > 0
+        if not present.any():
+            return {}
+        fourth_root, median = np.ones_like(shares), np.ones_like(shares)
+        fourth_root[present] = shares[present] ** -0.25
+        fourth_root[present] /= (shares * fourth_root)[present].sum()
+        frequency = (self.pixels / np.maximum(1, self.reach))[:-1][present]
+        median[present] = np.median(frequency) / frequency
+        return {"share": _rounded(fourth_root), "median_frequency": _rounded(median)}
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the red, green and blue values in [0, 1] over all pixels."""
+        counts = self.colors.reshape(3, VALUES)
+        values = np.arange(VALUES, dtype=np.int64)
+        total = np.maximum(1, counts.sum(1))
+        mean = (counts * values).sum(1) / total
+        square = (counts * values**2).sum(1) / total
+        return _rounded(mean / 255), _rounded(np.sqrt(np.maximum(0, square - mean**2)) / 255)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        mean, std = self.mean_and_std()
+        shares = self.shares()
+        return {
+            "listed": self.listed,
+            "sound": self.sound,
+            "unlabelled": self.unlabelled,
+            "problems": self.problems,
+            "sizes": [
+                {"height": height, "width": width, "images": count}
+                for (height, width), count in sorted(self.sizes.items(), key=lambda item: (-item[1], item[0]))
+            ],
+            "pixels": self.labelled + self.ignored,
+            "labelled_pixels": self.labelled,
+            "ignored_pixels": self.ignored,
+            "ignored_share": self.ignored / max(1, self.labelled + self.ignored),
+            "classes": [
+                {"name": name, "pixels": int(p), "share": float(s), "images": int(i)}
+                for name, p, s, i in zip(self.class_names, self.pixels, shares, self.images, strict=False)
+            ],
+            "absent": self.absent(),
+            "class_weights": self.class_weights(),
+            "mean": mean if self.sound else None,
+            "std": std if self.sound else None,
+        }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+@dataclass
+class DataReport:
+    """The splits, and what concerns several of them."""
+
+    splits: list[SplitReport]
+    notes: list[str]
+
+    @property
+    def problems(self) -> int:
+        """Distinct problems: a missing root is one, although it spoils two splits."""
+        return len({line for report in self.splits for line in report.problems})
+
+    @property
+    def exit_code(self) -> int:
+        """0: every file is sound; 1: some are not; 2: none is."""
+        if not any(report.sound for report in self.splits):
+            return 2
+        return 1 if self.problems else 0
+
+
+def check_data(
+    options: Any,
+    splits: Sequence[Split] = SPLITS,
+    workers: int = 0,
+    tell: Callable[[str], object] = lambda line: None,
+    progress: bool = False,
+) -> DataReport:
+    """Walk the splits of a ``data:`` section.
+
+    Args:
+        options: the section, as :func:`rendseg.data.build_dataset` takes it.
+        workers: processes that read; 0: this one.
+        tell: called with the line of each problem as soon as it is found, once.
+        progress: show a bar on the standard error output while it is a terminal.
+
+    Raises:
+        DataError: options that cannot be used at all.
+    """
+    options = parse_options(options)
+    reports, paths, told = [], [], set()
+
+    def tell_once(lines: Iterable[str]) -> None:
+        for line in lines:
+            if line not in told:
+                told.add(line)
+                tell(line)
+
+    for split in splits:
+        problems: list[str] = []
+        try:
+            dataset = build_dataset(options, split, problems=problems)
+        except DataError as error:
+            dataset = None
+            problems.append(str(error))
+        tell_once(problems)
+        report = SplitReport(split, [] if dataset is None else dataset.class_names, problems=problems)
+        reports.append(report)
+        if dataset is None:
+            continue
+        report.listed = len(dataset)
+        if isinstance(dataset, ImageFiles):
+            report.listed += dataset.left_out
+            paths.append({dataset.files(index)[0] for index in range(len(dataset))})
+        bar: Iterable[Record] = tqdm(
+            _records(dataset, workers), split, total=len(dataset), unit=" images", disable=None if progress else True
+        )
+        for record in bar:
+            report.add(record)
+            tell_once(record.problems)
+    notes = []
+    if len(paths) == 2 and (common := sorted(paths[0] & paths[1])):
+        notes.append(f"{len(common)} images belong to train and to val, such as {common[0]}")
+    return DataReport(reports, notes)
+
+
+# ------------------------------------------------------------------------------------------------------ printing
+
+
+def format_report(report: SplitReport) -> str:
+    """The table of one split: a line about the images, one per class, and the weights."""
+    lines = [f"{report.split}: {_plural(report.listed, 'image')}, {report.sound} sound{_sizes(report)}"]
+    if not report.sound:
+        return lines[0]
+    weights = report.class_weights()
+    width = max(len("ignored"), *(len(name) for name in report.class_names))
+    lines.append(f"  {'class':<{width}}  {'pixels':>15}  {'share':>9}  {'images':>8}  {'share^-1/4':>10}  median freq.")
+    for index, (name, share) in enumerate(zip(report.class_names, report.shares(), strict=True)):
+        row = f"  {name:<{width}}  {report.pixels[index]:>15,}  {share:>9.4%}  {report.images[index]:>8,}"
+        if report.pixels[index]:
+            row += f"  {weights['share'][index]:>10.4g}  {weights['median_frequency'][index]:>12.4g}"
+        lines.append(row)
+    total = report.labelled + report.ignored
+    of_all = f"  {'ignored':<{width}}  {report.ignored:>15,}  {report.ignored / total:>9.4%}"
+    lines.append(f"{of_all}  {report.images[-1]:>8,}  (share of all pixels)")
+    if report.unlabelled:
+        lines.append(f"  without a labelled pixel: {_plural(report.unlabelled, 'image')}")
+    if absent := report.absent():
+        lines.append(f"  never occurring: {', '.join(absent)}")
+    mean, std = report.mean_and_std()
+    lines.append(f"  data.mean={_listed(mean)} data.std={_listed(std)}  # of red, green and blue")
+    if report.split == "train" and weights:
+        lines += [f"  model.loss.class_weights={_listed(values)}  # {rule}" for rule, values in weights.items()]
+    return "\n".join(lines)
+
+
+def _sizes(report: SplitReport) -> str:
+    """``", 480x360"``, or the smallest, largest and most frequent width x height."""
+    sizes = sorted(report.sizes, key=lambda size: (size[0] * size[1], size))
+    if not sizes:
+        return ""
+    if len(sizes) == 1:
+        return f", {sizes[0][1]}x{sizes[0][0]}"
+    (small, large), (common, count) = (sizes[0], sizes[-1]), report.sizes.most_common(1)[0]
+    return (
+        f", {len(sizes)} sizes from {small[1]}x{small[0]} to {large[1]}x{large[0]}, most often {common[1]}x{common[0]} "
+        f"({_plural(count, 'image')})"
+    )
+
+
+def _listed(values: Iterable[float]) -> str:
+    return f"[{','.join(f'{value:.4g}' for value in values)}]"
+
+
+def _plural(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def default_workers() -> int:
+    """Processes for the cores at hand, at most eight; none for one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 else min(8, cores)
+
+
+def check_files(options: Any, split: str, json: Path | None, workers: int | None) -> int:
+    """``rendseg data check``: prints the tables, the problems on the standard error output; returns the exit code."""
+    splits = SPLITS if split == "all" else tuple(name for name in SPLITS if name == split)
+    if not splits:
+        raise DataError(f"--split must be train, val or all, got {split!r}")
+    workers = default_workers() if workers is None else workers
+    report = check_data(options, splits, workers, lambda line: tqdm.write(f"rendseg: {line}", sys.stderr), True)
+    for part in report.splits:
+        print(format_report(part))
+    for note in report.notes:
+        print(f"note: {note}")
+    if report.problems:
+        print(f"{_plural(report.problems, 'problem')}; each is one line above")
+    elif report.exit_code == 0:
+        print("every file is sound")
+    if json is not None:
+        content = {"problems": report.problems, "notes": report.notes}
+        try:
+            write_json(json, {**content, "splits": {part.split: part.to_dict() for part in report.splits}})
+        except OSError as error:
+            raise CheckpointError(f"could not write {json}: {error}") from error
+    return report.exit_code

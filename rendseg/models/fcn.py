@@ -1,0 +1,111 @@
+"""FCN: Fully Convolutional Networks (Long et al. 2015) in the form of PSPNet's and mmsegmentation's heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..nn.fcn_head import FCNHead
+from ..nn.fpn import upsample_to
+from .backbones import Backbone
+from .decoder import Decoder, DecoderOutput
+from .options import DecoderOptions
+from .registry import register_decoder
+
+
+@dataclass(frozen=True)
+class FCNOptions(DecoderOptions):
+    """Options of ``fcn``; the defaults are mmsegmentation's."""
+
+    name: str = "fcn"
+    levels: tuple[str, ...] = ("c5",)
+    """Backbone maps that the head reads. Several are brought to the finest and put side by side: ``[c2, c3, c4, c5]``
+    is the head of HRNet."""
+    channels: int = 512
+    num_convs: int = 2
+    kernel_size: int = 3
+    """Of the convolutions; HRNet's head has 1."""
+    concat_input: bool = True
+    """One more convolution over input and output of the others."""
+    dropout: float = 0.1
+    norm: Literal["bn", "syncbn", "gn", "none"] = "bn"
+    align_corners: bool = False
+    """Of the enlargement of several levels."""
+
+
+def check_levels(names: Sequence[str], in_channels: Mapping[str, int], where: str) -> None:
+    """``ValueError`` unless every name is a map of the backbone."""
+    unknown = [name for name in names if name not in in_channels]
+    if unknown or not names:
+        got = list(names) if where.endswith("s") else names[0]
+        raise ValueError(f"{where} must name maps of the backbone ({', '.join(in_channels)}), got {got!r}")
+
+
+class FCN(Decoder):
+    """An ``FCNHead`` on one backbone map, or on several side by side.
+
+    ``forward(features)`` -> logits ``[N, num_classes, H/s, W/s]`` (``s`` the stride of the finest level) and the map
+    ``decoder``: what the classifier reads.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[str, int],
+        strides: Mapping[str, int],
+        num_classes: int,
+        *,
+        levels: Sequence[str] = ("c5",),
+        channels: int = 512,
+        num_convs: int = 2,
+        kernel_size: int = 3,
+        concat_input: bool = True,
+        dropout: float = 0.1,
+        norm: str = "bn",
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__(num_classes)
+        check_levels(levels, in_channels, "levels")
+        self.levels = tuple(levels)
+        self.stride = min(strides[name] for name in levels)
+        self.finest = next(name for name in levels if strides[name] == self.stride)
+        self.factors = {name: strides[name] // self.stride for name in levels}
+        self.mode = "bilinear_aligned" if align_corners else "bilinear"
+        self.head = FCNHead(
+            sum(in_channels[name] for name in levels),
+            channels,
+            num_classes,
+            num_convs=num_convs,
+            concat_input=concat_input,
+            dropout=dropout,
+            norm=norm,
+            kernel_size=kernel_size,
+        )
+        self.feature_channels = {"decoder": self.head.out_channels}
+        self.feature_strides = {"decoder": self.stride}
+
+    def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
+        height, width = features[self.finest].shape[2:]
+        maps = [upsample_to(features[n], f, (height, width), self.mode) for n, f in self.factors.items()]
+        x = self.head.features(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+        return DecoderOutput(self.head.classifier(self.head.dropout(x)), {"decoder": x}, {})
+
+
+@register_decoder("fcn", FCNOptions)
+def _build(options: FCNOptions, backbone: Backbone, num_classes: int) -> FCN:
+    return FCN(
+        dict(zip(backbone.names, backbone.channels, strict=True)),
+        dict(zip(backbone.names, backbone.strides, strict=True)),
+        num_classes,
+        levels=options.levels,
+        channels=options.channels,
+        num_convs=options.num_convs,
+        kernel_size=options.kernel_size,
+        concat_input=options.concat_input,
+        dropout=options.dropout,
+        norm=options.norm,
+        align_corners=options.align_corners,
+    )

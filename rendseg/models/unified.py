@@ -1,0 +1,375 @@
+"""Unified Perceptual Parsing (Xiao et al. 2018), section 3.2: UPerNet with heads for several kinds of labels at once.
+
+N images, H W their size; h w the size of the finest level, of stride s.
+
+========== ======== =============================== ==================================== ==================
+task       on       head                            labels                               loss, weight
+========== ======== =============================== ==================================== ==================
+object     fused    3x3, 1x1                        ``[N, H, W]``                        as every decoder's
+part       fused    3x3, 1x1 for all objects' parts ``[N, H, W]``                        see below, 0.5
+material   p2       3x3, 1x1                        ``[N, H, W]``                        cross-entropy, 1
+texture    p2, no   four 3x3 of 128, 1x1            ``[N, H, W]``, or ``[N]``: the whole cross-entropy, 1
+           gradient                                 image
+scene      PPM      3x3, mean over the map, 1x1     ``[N]``                              cross-entropy, 0.25
+========== ======== =============================== ==================================== ==================
+
+The object task is the decoder's own (``coarse``), so that PointRend, evaluation and export treat the model like any
+other. A batch holds the labels of some tasks; a task without labels costs nothing and has loss 0, whose graph reaches
+the head's parameters, so that processes of a distributed run agree on what has gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.conv import ConvNorm
+from .backbones import Backbone
+from .decoder import DecoderOutput
+from .losses import segmentation_loss
+from .pointrend import PointRend
+from .registry import register_decoder
+from .segmenter import Segmenter
+from .upernet import UPerNet, UPerNetOptions, upernet_switches
+
+TASKS = ("object", "part", "material", "texture", "scene")
+
+
+@dataclass(frozen=True)
+class UPPOptions(UPerNetOptions):
+    """Options of ``upp``: those of ``upernet``, and the tasks. Numbers of classes left ``None`` come from the data set
+    (which fills them in before training); a task without classes has no head."""
+
+    preset: Literal["mmseg", "csail", "paddleseg", "pytorch_encoding", "deeplab"] = "csail"
+    """As for ``upernet``; csail with ``pool`` prroi, as in the authors' multi-task code."""
+    scene_classes: int | None = None
+    part_classes: int | None = None
+    """Names of parts: what ``part`` labels count."""
+    material_classes: int | None = None
+    texture_classes: int | None = None
+    object_parts: tuple[tuple[int, ...], ...] | None = None
+    """``[object, part, part, ...]`` for every object that has parts: which of the parts are its."""
+    scene_weight: float = 0.25
+    part_weight: float = 0.5
+    material_weight: float = 1.0
+    texture_weight: float = 1.0
+    texture_channels: int = 128
+    texture_convs: int = 4
+    """3x3 convolutions of the texture head."""
+
+
+def _head(channels: int, classes: int, norm: str, width: int | None = None, convs: int = 1) -> nn.Sequential:
+    """``convs`` 3x3 convolutions with norm and ReLU, then a 1x1 one."""
+    width = width or channels
+    widths = [channels, *[width] * convs]
+    layers = [ConvNorm(a, b, 3, norm=norm) for a, b in zip(widths, widths[1:], strict=False)]
+    last = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+    return nn.Sequential(*layers, last)
+
+
+class UPP(UPerNet):
+    """UPerNet whose classifier is the object task, with the heads of the other tasks.
+
+    ``forward`` gives the object task's coarse logits alone; :meth:`task_logits` the others'. ``extra_losses`` reads the
+    labels of the other tasks from ``task_labels``, which :class:`UnifiedSegmenter` sets around it. Modules are
+    called ``classifier`` (the object head), ``scene_head``, ``part_head``, ``material_head`` and ``texture_head``.
+
+    Parts: an object of ``object_parts`` owns one channel for "no part" and one for each of its parts. In an image where
+    at least one of them is labelled, its pixels (by the object labels) are classified among these, where a pixel
+    without a part of the object counts as "no part"; the loss is the sum over objects of the mean over these pixels.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[str, int],
+        strides: Mapping[str, int],
+        num_classes: int,
+        *,
+        scene_classes: int = 0,
+        part_classes: int = 0,
+        material_classes: int = 0,
+        texture_classes: int = 0,
+        object_parts: Sequence[Sequence[int]] = (),
+        weights: Mapping[str, float] | None = None,
+        texture_channels: int = 128,
+        texture_convs: int = 4,
+        norm: str = "bn",
+        **switches: Any,
+    ) -> None:
+        super().__init__(in_channels, strides, num_classes, norm=norm, **switches)
+        weights = {"scene": 0.25, "part": 0.5, "material": 1.0, "texture": 1.0, **(weights or {})}
+        counts = {
+            "scene": scene_classes,
+            "part": part_classes,
+            "material": material_classes,
+            "texture": texture_classes,
+        }
+        for name, count in counts.items():
+            if count < 0:
+                raise ValueError(f"{name}_classes must not be negative, got {count}")
+            if not 0 <= weights[name] < float("inf"):
+                raise ValueError(f"{name}_weight must be finite and not negative, got {weights[name]}")
+        if texture_channels < 1 or texture_convs < 1:
+            raise ValueError(
+                f"texture_channels and texture_convs must be at least 1, got {texture_channels} and {texture_convs}"
+            )
+        self.weights = weights
+        self.classes = {"object": num_classes, **{name: count for name, count in counts.items() if count}}
+        self.object_parts = self._check_parts(object_parts, num_classes, part_classes)
+        channels, fused = self.feature_channels[self.outputs[0]], self.feature_channels["fused"]
+        if isinstance(self.classifier, nn.Conv2d) and self.classifier.kernel_size == (1, 1):
+            self.classifier = _head(fused, num_classes, norm)
+        if scene_classes:
+            self.scene_head = _head(channels, scene_classes, norm)
+        if part_classes:
+            self.part_head = _head(fused, sum(map(len, self.object_parts)), norm)
+        if material_classes:
+            self.material_head = _head(channels, material_classes, norm)
+        if texture_classes:
+            self.texture_head = _head(channels, texture_classes, norm, texture_channels, texture_convs)
+        self._part_tables(num_classes, part_classes)
+        self.task_labels: dict[str, Tensor] = {}
+        """Labels of the tasks besides ``object`` for the call under way, of the padded image."""
+
+    @staticmethod
+    def _check_parts(
+        object_parts: Sequence[Sequence[int]], num_classes: int, part_classes: int
+    ) -> tuple[tuple[int, ...], ...]:
+        if bool(object_parts) != bool(part_classes):
+            raise ValueError(
+                f"part_classes ({part_classes}) and object_parts ({len(object_parts)} objects) need each other"
+            )
+        seen = set()
+        for owner, *parts in object_parts:
+            if not 0 <= owner < num_classes or owner in seen:
+                raise ValueError(f"object_parts must begin with different objects 0..{num_classes - 1}, got {owner}")
+            seen.add(owner)
+            if not parts or len(set(parts)) < len(parts) or not all(0 <= p < part_classes for p in parts):
+                raise ValueError(
+                    f"object_parts of object {owner} must be different parts 0..{part_classes - 1}, got {parts}"
+                )
+        return tuple(tuple(group) for group in object_parts)
+
+    def _part_tables(self, num_classes: int, part_classes: int) -> None:
+        """``group_of [num_classes]``: object -> group or -1. ``slots [G, K]``: channels of a group's "no part" and
+        parts, -1 beyond. ``place [G, part_classes + 1]``: part -> place among the slots, 0 for "no part"."""
+        groups = len(self.object_parts)
+        group_of = torch.full((num_classes,), -1)
+        slots = torch.full((groups, max(map(len, self.object_parts), default=1)), -1)
+        place = torch.zeros(groups, part_classes + 1, dtype=torch.int64)
+        first = 0
+        for g, (owner, *parts) in enumerate(self.object_parts):
+            group_of[owner] = g
+            slots[g, : 1 + len(parts)] = torch.arange(first, first + 1 + len(parts))
+            place[g, parts] = torch.arange(1, 1 + len(parts))
+            first += 1 + len(parts)
+        for name, table in (("group_of", group_of), ("slots", slots), ("place", place)):
+            self.register_buffer(name, table, persistent=False)
+
+    group_of: Tensor
+    slots: Tensor
+    place: Tensor
+
+    def task_logits(self, output: DecoderOutput, task: str) -> Tensor:
+        """Logits of a task other than ``object``: ``[N, classes, h, w]``; of ``scene`` ``[N, classes]``; of ``part``
+        the channels of all groups."""
+        finest = output.features[self.outputs[0]]
+        if task == "scene":
+            *convs, last = self.scene_head
+            x = output.features[self.outputs[-1]]
+            for layer in convs:
+                x = layer(x)
+            return last(x.mean((2, 3), keepdim=True)).flatten(1)
+        if task == "part":
+            return self.part_head(output.features["fused"])
+        if task == "material":
+            return self.material_head(finest)
+        return self.texture_head(finest.detach())
+
+    def extra_losses(self, output: DecoderOutput, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+        losses = {}
+        for task in self.classes:
+            if task == "object":
+                continue
+            if task not in self.task_labels:
+                head = getattr(self, f"{task}_head")
+                losses[f"loss_{task}"] = torch.stack([p.float().sum() for p in head.parameters()]).sum() * 0
+                continue
+            logits = self.task_logits(output, task)
+            wanted = self.task_labels[task]
+            if task == "scene":
+                value = segmentation_loss(logits, wanted, ignore_index=ignore_index)
+            elif task == "part":
+                size = (logits.shape[2], logits.shape[3])
+                value = self._part_loss(logits, _at(labels, size), _at(wanted, size), ignore_index)
+            else:
+                size = (logits.shape[2], logits.shape[3])
+                value = segmentation_loss(logits, _at(wanted, size), ignore_index=ignore_index)
+            losses[f"loss_{task}"] = self.weights[task] * value
+        return losses
+
+    def _part_loss(self, logits: Tensor, objects: Tensor, parts: Tensor, ignore_index: int) -> Tensor:
+        """``logits [N, channels, h, w]``, ``objects`` and ``parts [N, h, w]`` with ``ignore_index`` -> scalar."""
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        images, groups = logits.shape[0], len(self.object_parts)
+        known = objects != ignore_index
+        group = torch.where(known, self.group_of[objects.masked_fill(~known, 0)], -1)
+        owned, group = group >= 0, group.clamp(min=0)
+        last = self.place.shape[1] - 1  # its column says "no part" for every group
+        target = self.place[group, parts.masked_fill(parts == ignore_index, last)]
+        slots = self.slots[group].permute(0, 3, 1, 2)
+        own = logits.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, -torch.inf)
+        loss = F.cross_entropy(own, target.masked_fill(~owned, -100), reduction="none")
+        # Sums over the pixels of every (image, group).
+        cell = (torch.arange(images, device=group.device)[:, None, None] * groups + group).flatten()
+
+        def per_cell(values: Tensor) -> Tensor:
+            return values.new_zeros(images * groups).index_add(0, cell, values.flatten()).view(images, groups)
+
+        labelled = per_cell((owned & (target > 0)).to(loss.dtype)) > 0
+        pixels = (per_cell(owned.to(loss.dtype)) * labelled).sum(0)
+        return ((per_cell(loss) * labelled).sum(0) / pixels.clamp(min=1)).sum()
+
+
+def _at(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """``labels [N, H, W]`` at the centres of a grid of ``size`` cells, which must divide them evenly."""
+    steps = [full // part for full, part in zip(labels.shape[1:], size, strict=True)]
+    return labels[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
+
+
+class UnifiedSegmenter(Segmenter):
+    """A backbone and :class:`UPP`.
+
+    ``forward(images, labels)``: ``labels`` is a mapping of task to labels (see the module; a task may be absent, also
+    ``object``), or the object labels alone. Everything that concerns the object task is as in :class:`Segmenter`;
+    :meth:`predict_tasks` answers for all.
+    """
+
+    decoder: UPP
+    _kept: list[DecoderOutput] | None = None
+
+    def losses(self, images: Tensor, labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {"object": labels} if isinstance(labels, Tensor) else dict(labels)
+        unknown = [task for task in given if task not in self.decoder.classes]
+        if unknown:
+            raise ValueError(f"labels are of tasks {unknown}; the model has {', '.join(self.decoder.classes)}")
+        main = given.pop("object", None)
+        if main is None:
+            size = (images.shape[0], *images.shape[2:])
+            main = torch.full(size, self.loss.ignore_index, device=images.device, dtype=torch.int64)
+        self.decoder.task_labels = {task: self._task_labels(images, task, value) for task, value in given.items()}
+        try:
+            return super().losses(images, main)
+        finally:
+            self.decoder.task_labels = {}
+
+    def _task_labels(self, images: Tensor, task: str, labels: Tensor) -> Tensor:
+        """Checked, int64, and of the padded image."""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels of {task} must be an integer tensor, got {labels.dtype}")
+        batch, _, height, width = images.shape
+        whole = labels.dim() == 1 and task in ("scene", "texture")
+        if labels.shape != ((batch,) if whole else (batch, height, width)) or (task == "scene" and not whole):
+            wanted = {"scene": f"[B] = [{batch}]", "texture": f"[B] or [B, H, W] = {[batch, height, width]}"}
+            raise ValueError(
+                f"labels of {task} must have shape {wanted.get(task, f'[B, H, W] = {[batch, height, width]}')} as in "
+                f"images, got {list(labels.shape)}"
+            )
+        labels = labels.long()
+        if task == "scene":
+            return labels
+        if whole:
+            labels = labels[:, None, None].expand(batch, height, width)
+        pad = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
+        return F.pad(labels, pad, value=self.loss.ignore_index)
+
+    @torch.no_grad()
+    def predict_tasks(self, images: Tensor) -> dict[str, Tensor]:
+        """The answer to every task, int64: ``object``, ``material`` and ``texture`` ``[B, H, W]``, ``scene [B]``, and
+        ``part [B, H, W]``: among the parts of the object predicted there, -1 for none."""
+        with self._keep() as kept:
+            answer = self.predict(images, output="labels")
+        assert answer.labels is not None
+        objects = answer.labels.long()
+        height, width = images.shape[-2:]
+        results = {"object": objects}
+        for task in self.decoder.classes:
+            if task == "object":
+                continue
+            logits = self.decoder.task_logits(kept[0], task).float()
+            if task == "scene":
+                results[task] = logits.argmax(1)
+                continue
+            factor = self.decoder.feature_strides["fused"]
+            if task == "part":
+                results[task] = self._part_labels(logits, objects, factor)
+            else:
+                results[task] = self._enlarge(logits, factor)[:, :, :height, :width].argmax(1)
+        return results
+
+    def _part_labels(self, logits: Tensor, objects: Tensor, factor: int) -> Tensor:
+        result = torch.full_like(objects, -1)
+        height, width = objects.shape[1:]
+        for group in self.decoder.group_of[objects.unique()].tolist():
+            if group < 0:
+                continue
+            owner, *parts = self.decoder.object_parts[group]
+            first = int(self.decoder.slots[group, 0])
+            own = self._enlarge(logits[:, first : first + 1 + len(parts)].contiguous(), factor)
+            names = torch.tensor([-1, *parts], device=objects.device)
+            result = torch.where(objects == owner, names[own[:, :, :height, :width].argmax(1)], result)
+        return result
+
+    @contextmanager
+    def _keep(self) -> Iterator[list[DecoderOutput]]:
+        """Collects what the decoder answers meanwhile."""
+        self._kept = []
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+    def _features(self, images: Tensor) -> tuple[DecoderOutput, dict[str, Tensor]]:
+        found = super()._features(images)
+        if self._kept is not None:
+            self._kept.append(found[0])
+        return found
+
+
+class UnifiedPointRend(UnifiedSegmenter, PointRend):
+    """PointRend around :class:`UPP`: it refines the object task."""
+
+
+@register_decoder("upp", UPPOptions)
+def _build(options: UPPOptions, backbone: Backbone, num_classes: int) -> UPP:
+    switches = upernet_switches(options)
+    if options.pool is None and options.preset == "csail":
+        switches["pool"] = "prroi"
+    return UPP(
+        dict(zip(backbone.names, backbone.channels, strict=True)),
+        dict(zip(backbone.names, backbone.strides, strict=True)),
+        num_classes,
+        scene_classes=options.scene_classes or 0,
+        part_classes=options.part_classes or 0,
+        material_classes=options.material_classes or 0,
+        texture_classes=options.texture_classes or 0,
+        object_parts=options.object_parts or (),
+        weights={
+            "scene": options.scene_weight,
+            "part": options.part_weight,
+            "material": options.material_weight,
+            "texture": options.texture_weight,
+        },
+        texture_channels=options.texture_channels,
+        texture_convs=options.texture_convs,
+        **switches,
+    )
