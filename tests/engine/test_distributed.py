@@ -3,7 +3,6 @@ every decoder continued exactly in one."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -27,10 +26,9 @@ from rendseg.engine.train import train
 from rendseg.models import decoder_names
 from rendseg.models.losses import loss_term
 from rendseg.models.options import DiceTerm, FocalTerm, LossTerm, LovaszTerm, OhemTerm
-from rendseg.models.registry import decoder_options_class
 from tests.engine import processes
 from tests.engine.processes import launch, run, run_all, succeed
-from tests.engine.tiny import tiny_content
+from tests.engine.tiny import narrow, tiny_content
 
 
 def content(out: Path, name: str, *, exact: bool = False, **train_options: Any) -> dict[str, Any]:
@@ -265,21 +263,12 @@ def test_one_process_has_nothing_to_shard(tmp_path: Path, capsys: pytest.Capture
 # ------------------------------------------------------------------------------------------ every decoder continues
 
 
-def narrow(decoder: str) -> dict[str, Any]:
-    """The options of a decoder with few channels."""
-    fields = dataclasses.fields(decoder_options_class(decoder))
-    small = {f.name: 16 for f in fields if "channels" in f.name and isinstance(f.default, int)}
-    return {"name": decoder, **small}
-
-
 @pytest.mark.parametrize("decoder", decoder_names())
 def test_every_decoder_continues_exactly_after_kill_9(tmp_path: Path, decoder: str) -> None:
     def plain(name: str) -> dict[str, Any]:
         made = content(tmp_path, name, iterations=4, batch_size=2)
         made["model"]["decoder"] = narrow(decoder)
         made["data"]["num_val_images"] = 1
-        if decoder != "semantic_fpn":
-            made["model"]["pointrend"]["point_features"] = ["c2"]
         return made
 
     train(build_config(plain("whole")))

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -336,42 +334,6 @@ def test_bf16(tmp_path: Path) -> None:
     history = train(tiny_config(tmp_path, precision="bf16", iterations=2, log_every=1))["history"]
     assert all(math.isfinite(row["loss"]) for row in history)
     assert all(v.dtype != torch.bfloat16 for v in weights(tiny_config(tmp_path)).values())
-
-
-TWO_PROCESSES = """
-import sys
-sys.path.insert(0, {repo!r})
-from tests.engine import processes
-from tests.engine.tiny import tiny_config, tiny_content, tiny_network
-from rendseg.engine import train as module
-module.build_network = tiny_network
-module.train(tiny_config({out!r}, "name=two", batch_size=2, iterations=3, log_every=1))
-"""
-
-
-def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DDP over gloo: two processes of 2 images make the steps of one process of 4, and evaluate each image once."""
-    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(repo=str(REPO), out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, str(tmp_path / "script.py")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    monkeypatch.setattr(module, "build_network", tiny_network)
-    one = train(tiny_config(tmp_path, "name=one", batch_size=4, iterations=3, log_every=1))
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert two["environment"]["processes"] == 2
-    assert [r["loss"] for r in two["history"]] == pytest.approx([r["loss"] for r in one["history"]], rel=1e-5)
-    saved = [load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two")]
-    for key, value in saved[0]["model"].items():
-        torch.testing.assert_close(saved[1]["model"][key], value, rtol=1e-4, atol=1e-6)
-    assert len(saved[1]["training"]["rng"]) == 2
-    assert two["final"]["refined"]["num_pixels"] == one["final"]["refined"]["num_pixels"]
-    assert two["final"]["refined"]["miou"] == pytest.approx(one["final"]["refined"]["miou"], abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

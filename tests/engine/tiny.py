@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rendseg.engine.config import Config, build_config
+from rendseg.models.registry import decoder_options_class
 
 
 def tiny_content(out: Path | str, **train: Any) -> dict[str, Any]:
@@ -42,6 +44,13 @@ def tiny_content(out: Path | str, **train: Any) -> dict[str, Any]:
 
 def tiny_config(out: Path | str, *overrides: str, **train: Any) -> Config:
     return build_config(tiny_content(out, **train), overrides)
+
+
+def narrow(decoder: str) -> dict[str, Any]:
+    """The section of a decoder with few channels."""
+    fields = dataclasses.fields(decoder_options_class(decoder))
+    small = {f.name: 16 for f in fields if "channels" in f.name and "int" in str(f.type)}
+    return {"name": decoder, **small}
 
 
 class TinyNet(nn.Module):

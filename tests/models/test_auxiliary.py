@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rendseg.models import build_model, decoder_names
-
-TINY = {"semantic_fpn": {"channels": 8, "head_channels": 8}}
+from tests.engine.tiny import narrow
 
 
 def model(auxiliary, name="pointrend", decoder="semantic_fpn", classes=4, **sections):
@@ -16,7 +15,7 @@ def model(auxiliary, name="pointrend", decoder="semantic_fpn", classes=4, **sect
     config = {
         "name": name,
         "backbone": {"name": "test_resnet"},
-        "decoder": {"name": decoder, **TINY.get(decoder, {})},
+        "decoder": narrow(decoder),
         "pointrend": {"hidden_channels": 8, "train_points": 16, **sections.pop("pointrend", {})},
         "auxiliary": auxiliary,
         **sections,
