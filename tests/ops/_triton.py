@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,40 @@ TRITON = [
         reason="torch finds no GPU: run with TRITON_INTERPRET=1 to interpret the kernels on the CPU",
     ),
 ]
+
+
+def _patch_once_per_launch() -> None:
+    """Triton's interpreter patches ``triton.language`` anew at every call of a device function, which is a third of the
+    time it takes; the patches of one launch last until its end."""
+    from triton.runtime import interpreter
+
+    patch, execute = getattr(interpreter, "_patch_lang", None), interpreter.GridExecutor.__call__
+    if patch is None:
+        return
+    patched: set[str] = set()
+
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        modules = {v.__name__ for v in fn.__globals__.values() if inspect.ismodule(v)} & {
+            "triton.language",
+            "triton.language.core",
+        }
+        if patched and modules <= patched:
+            return None  # what a launch restores is what it patched first
+        patched.update(modules)
+        return patch(fn)
+
+    def execute_once(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        try:
+            return execute(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_once
+
+
+if INTERPRETED and INSTALLED:
+    _patch_once_per_launch()
 
 
 def implementation(file: str, op: str) -> Callable[..., Any]:
