@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import arch_of, check_grid, check_indices, compile_case, divide, launch_tuned, shape_class
+from ._common import arch_of, check_grid, check_indices, compile_case, divide, is_amd, launch_tuned, shape_class
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
@@ -270,9 +270,9 @@ def _tile() -> dict[str, int]:
 
 
 def _small_tile(size: int, arch: str) -> dict[str, int]:
-    """Configuration of _select_kernel: 16 keys to a thread (32 spill)."""
+    """Configuration of _select_kernel: 16 keys to a thread (32 spill), of which AMD has twice as many to a warp."""
     block = max(128, triton.next_power_of_2(size))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(8 if is_amd(arch) else 16, max(1, block // 512))}
 
 
 class Selection:

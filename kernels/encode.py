@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.encode import _check_aggregate, _check_encode, _check_scaled_l2, _result_dtype, _wide
-from ._common import arch_of, has_tf32, is_amd, launch_tuned, shape_class
+from ._common import VERSION, arch_of, has_tf32, is_amd, launch_tuned, shape_class
 from ._compile import CompileCase
 
 # Which op a kernel works for.
@@ -612,6 +612,8 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
         m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
+    if VERSION < (3, 9) and backward and not wide and padded <= 32 and has_tf32(arch):
+        s = 32  # spills otherwise
     if is_amd(arch):  # each of 4 warps may have 512 registers, of 8 half as many
         warps = 4
     most = max(16, triton.next_power_of_2(channels))
