@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.encode import _check_aggregate, _check_encode, _check_scaled_l2, _result_dtype, _wide
-from ._common import VERSION, arch_of, has_tf32, is_amd, launch_tuned, shape_class
+from ._common import VERSION, arch_of, before_sm_90, has_tf32, is_amd, launch_tuned, shape_class
 from ._compile import CompileCase
 
 # Which op a kernel works for.
@@ -347,6 +347,7 @@ def _encode_backward_kernel(
     given_grad_ptr,
     parts_ptr,
     sums_ptr,
+    spill_ptr,
     positions,
     channels,
     codes,
@@ -399,6 +400,8 @@ def _encode_backward_kernel(
     parts_ptr: ``[B * chunks, K, D]`` float32 or float64, written: sums of g x', g the gradient of the logits; not by
         aggregate.
     sums_ptr: ``[3, B * chunks, K]`` float32 or float64, written: sums of a, of g, and of g ||x - c||^2.
+    spill_ptr: ``[B * chunks, 2, BLOCK_M, BLOCK_K]`` float32 or float64, where BLOCK_K is over 128: what the products
+        over codewords take a part at a time, because each warp would hold all of it.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // chunks
@@ -482,18 +485,38 @@ def _encode_backward_kernel(
             scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
             pull = 2.0 * scale[None, :] * logits_grad
             total_pull = tl.sum(pull, axis=1)
+        if BLOCK_K > 128:
+            spilled = spill_ptr + row * (2 * BLOCK_M * BLOCK_K) + tl.arange(0, BLOCK_M)[:, None] * BLOCK_K
+            if OP != _AGGREGATE:
+                tl.store(spilled + k[None, :], pull)
+            if OP != _SCALED_L2:
+                tl.store(spilled + BLOCK_M * BLOCK_K + k[None, :], assigned)
+            tl.debug_barrier()
         for start in tl.range(0, channels, BLOCK_D, num_stages=1):  # registers again
             d = start + lanes
             has_channel = d < channels
             result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
             if OP != _AGGREGATE:
                 values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
-                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
-                result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
-                result += total_pull[:, None] * values
-            if OP != _SCALED_L2:
-                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
-                result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
+                result = total_pull[:, None] * values
+            if BLOCK_K > 128:
+                for first_k in range(0, codes, 32):
+                    part = first_k + tl.arange(0, 32)
+                    if OP != _AGGREGATE:
+                        c = _codes(centered_ptr, part, d, channels, 1, codes, channels, ACC, INDEX)
+                        pulled = -tl.load(spilled + part[None, :])
+                        result = tl.dot(pulled, c, result, input_precision=PRECISION, out_dtype=ACC)
+                    if OP != _SCALED_L2:
+                        g = _codes(grad, part, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                        weight = tl.load(spilled + BLOCK_M * BLOCK_K + part[None, :])
+                        result = tl.dot(weight, g, result, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                if OP != _AGGREGATE:
+                    c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
+                    result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
+                if OP != _SCALED_L2:
+                    g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                    result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
             target = x_grad + target_at[:, None] + (d.to(INDEX) * x_grad_d)[None, :]
             mask = has_position[:, None] & has_channel[None, :]
             tl.store(target, result.to(x_grad_ptr.dtype.element_ty), mask=mask)
@@ -607,7 +630,7 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
     elif padded <= 32:
         m, d, s, warps, stages = 64, 32, 64, 4, 1 if backward else 2
     elif padded <= 64:
-        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
+        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (32 if before_sm_90(arch) else 64, 32, 64, 8, 2)
     elif padded <= 128:
         m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
     else:
@@ -784,6 +807,8 @@ def _backward(
     # aggregate needs no sums of g x'
     parts = torch.empty((0 if op == AGGREGATE else rows, codes, channels), dtype=wide, device=x.device)
     sums = torch.empty((3, rows, codes), dtype=wide, device=x.device)
+    kept = (rows, 2, tile.positions, tile.codes) if tile.codes > 128 else (0,)
+    spill = torch.empty(kept, dtype=wide, device=x.device)
     strides, width, flat = _map_strides(x)
     grad_strides, _, grad_flat = _map_strides(x_grad)
     given_strides = (0, 0, 0) if given is None else given.stride()
@@ -807,6 +832,7 @@ def _backward(
             third,
             sums if op == AGGREGATE else parts,
             sums,
+            spill,
             positions,
             channels,
             codes,
@@ -976,7 +1002,7 @@ def _main_case(
     wide = "fp64" if dtype == "fp64" else "fp32"
     tile = _tile(channels, codes, dtype == "fp64", backward, arch)
     kernel = _encode_backward_kernel if backward else _encode_kernel
-    wides = {"centered_ptr", "shift_ptr", "squares_ptr", "products_ptr", "parts_ptr", "sums_ptr"}
+    wides = {"centered_ptr", "shift_ptr", "squares_ptr", "products_ptr", "parts_ptr", "sums_ptr", "spill_ptr"}
     if op != SCALED_L2:
         wides.add("out_ptr")
     # One stride of each tensor is 1: that of channels in channels_last, that of positions in NCHW.
