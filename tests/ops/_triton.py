@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -28,11 +29,17 @@ TRITON = [
 ]
 
 
-def _patch_once_per_launch() -> None:
-    """Triton's interpreter patches ``triton.language`` anew at every call of a device function, which is a third of the
-    time it takes; the patches of one launch last until its end."""
+def _hasten_the_interpreter() -> None:
+    """Leaves out two thirds of what Triton's interpreter does, to no effect on the results.
+
+    It patches ``triton.language`` anew at every call of a device function, while the patches of one launch last until
+    its end; and it computes whether 32-bit integers overflow for an assert that is not live.
+    """
     from triton.runtime import interpreter
 
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     patch, execute = getattr(interpreter, "_patch_lang", None), interpreter.GridExecutor.__call__
     if patch is None:
         return
@@ -59,7 +66,7 @@ def _patch_once_per_launch() -> None:
 
 
 if INTERPRETED and INSTALLED:
-    _patch_once_per_launch()
+    _hasten_the_interpreter()
 
 
 def implementation(file: str, op: str) -> Callable[..., Any]:

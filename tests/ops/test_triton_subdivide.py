@@ -38,7 +38,7 @@ SMALLER = {
     "several bands and tiles": (cases.make(1, 4, 3, 66, seed=3), {"num_points": 300}),
 }
 # Without the empty distance between the special values.
-SPECIAL = {"NaN": range(19), "infinities": (*range(4, 9), *range(29, 32), 38, 39), "all NaN": range(18)}
+SPECIAL = {"NaN": (6, range(19)), "infinities": (9, (*range(4, 9), *range(29, 32), 38, 39)), "all NaN": (4, range(9))}
 # Those where a dtype or a layout more can make a difference; the others run in two combinations.
 THOROUGH = ("odd sizes", "factor 3", "aligned corners", "class index", "one channel", "ties")
 ALWAYS = ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last"))
@@ -98,14 +98,15 @@ def test_other_strides(name: str, layout: str) -> None:
 def test_float64() -> None:
     for name in ("odd sizes", "factor 4, aligned corners"):
         logits, kwargs = CASES[name]
-        for _, x in cases.layouts(logits):
+        for _, x in list(cases.layouts(logits))[:2]:
             check_against_interpolate(x, kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name, logits", list(cases.special_cases()), ids=[case[0] for case in cases.special_cases()])
 def test_special_values(name: str, logits: Tensor, dtype: torch.dtype) -> None:
-    for layout, x in list(cases.layouts(logits[..., list(SPECIAL[name])].to(dtype)))[:2]:
+    rows, columns = SPECIAL[name]
+    for layout, x in list(cases.layouts(logits[:, :, :rows, list(columns)].to(dtype)))[:2]:
         fine, indices, _ = run("subdivide", x, 50)
         want = F.interpolate(x.double(), scale_factor=2, mode="bilinear")
         assert torch.equal(fine.isnan(), want.isnan()), layout
@@ -166,7 +167,8 @@ def test_gradient(size: tuple[int, int], factor: int, aligned: bool) -> None:
         grad = cases.make(1, channels, size[0] * factor, size[1] * factor, seed=1)
         want = subdivide_backward(grad, *size, aligned)
         layouts = dict(cases.layouts(grad.float()))
-        for layout in ("contiguous", "channels_last", "a slice") if channels == 3 else ("channels_last",):
+        layout_names = ("contiguous", "channels_last", "a slice") if factor == 3 else ("contiguous", "channels_last")
+        for layout in layout_names if channels == 3 else ("channels_last",):
             got = run("_subdivide_backward", layouts[layout], *size, aligned)
             # Positions of F.interpolate are rounded where corners are aligned, those of the kernel are not.
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * factor**2)
