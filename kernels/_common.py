@@ -2,12 +2,20 @@
 
 The arithmetic is that of ``csrc/math/``: every operation is rounded, so kernels that use these functions are launched
 with ``**EXACT``, which keeps the compiler from fusing a product with a sum.
+
+Every launcher takes its tile from one function of the shape class and the architecture, the same that lists the cases
+of ``_compile.py``, so that nothing needs tuning. With ``RENDSEG_TRITON_AUTOTUNE=1`` in the environment the first launch
+of a shape class times the tiles beside the default and the process keeps the fastest; see :func:`launch_tuned`.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +34,24 @@ INDEX_LIMIT = INT32_LIMIT - 2**16
 
 # Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def _mend_interpreter() -> None:
+    """Bounds of loops are arrays of one element, of which NumPy 2.4 makes no ``int`` any more, as older Triton asks."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+if INTERPRETED.value and VERSION < (3, 9):
+    _mend_interpreter()
 
 
 # Host side
@@ -62,6 +88,108 @@ def strides(tensor: Tensor) -> Sequence[int]:
 def on_device(tensor: Tensor) -> Any:
     """Context that makes the GPU of ``tensor`` the current one; does nothing for a CPU tensor (the interpreter)."""
     return torch.cuda.device_of(tensor)
+
+
+@functools.lru_cache
+def arch_of(device: torch.device) -> str:
+    """What a launch is configured for: ``"sm_90"`` or ``"gfx942"`` as in ``_compile.py``; ``"cpu"`` if interpreted."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def is_amd(arch: str) -> bool:
+    """Whether ``arch`` has 64 lanes to a warp, and registers for half as many values to a lane."""
+    return arch.startswith("gfx")
+
+
+def before_sm_90(arch: str) -> bool:
+    """Whether ``arch`` is an NVIDIA GPU whose tensor cores read both operands from registers."""
+    return arch.startswith("sm_") and int(arch[3:]) < 90
+
+
+def has_tf32(arch: str) -> bool:
+    """Whether tensor cores of ``arch`` multiply in TF32, once or three times."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 80
+
+
+# Tuning
+
+AUTOTUNE = "RENDSEG_TRITON_AUTOTUNE"
+_FASTEST: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def shape_class(*sizes: int) -> tuple[int, ...]:
+    """Sizes up to the next power of two: shapes that share their tuned tile."""
+    return tuple(triton.next_power_of_2(size) for size in sizes)
+
+
+def tiles_beside(tile: Mapping[str, Any], sizes: Sequence[str], arch: str) -> list[dict[str, Any]]:
+    """``tile``, and it with its warps, or one of the named ``sizes``, halved and doubled.
+
+    No tile has fewer elements than threads, which the histograms count on, and no size of a product is below 16.
+    """
+    tiles = [dict(tile)]
+    for name in ("num_warps", *sizes):
+        for value in (tile[name] // 2, tile[name] * 2):
+            other = dict(tile) | {name: value}
+            threads = other["num_warps"] * (64 if is_amd(arch) else 32)
+            elements = math.prod(other[key] for key in other if key.startswith("BLOCK"))
+            if 1 <= other["num_warps"] <= (8 if is_amd(arch) else 16) and elements >= threads:
+                if name == "num_warps" or value >= 16:
+                    tiles.append(other)
+    return tiles
+
+
+def launch_tuned(
+    kernel: str,
+    key: tuple[Any, ...],
+    tile: Mapping[str, Any],
+    sizes: Sequence[str],
+    device: torch.device,
+    launch: Callable[[dict[str, Any]], None],
+    changed: Sequence[Tensor] = (),
+) -> None:
+    """``launch(tile)``; with ``RENDSEG_TRITON_AUTOTUNE=1`` the fastest of :func:`tiles_beside` for this ``key``.
+
+    ``launch`` may run many times: it overwrites what it writes, but for ``changed``, which is put back each time. While
+    a CUDA graph is captured nothing is timed. Tiles differ in the last digits of sums, no more.
+    """
+    if os.environ.get(AUTOTUNE, "0") == "0":
+        return launch(dict(tile))
+    arch = arch_of(device)
+    chosen = _FASTEST.get((kernel, arch, *key))
+    if chosen is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return launch(dict(tile))
+        before = [tensor.clone() for tensor in changed]
+
+        def again(candidate: dict[str, Any]) -> None:
+            for tensor, copy in zip(changed, before, strict=True):
+                tensor.copy_(copy)
+            launch(candidate)
+
+        tiles = tiles_beside(tile, sizes, arch)
+        times = [_seconds(functools.partial(again, candidate), device) for candidate in tiles]
+        chosen = _FASTEST[(kernel, arch, *key)] = tiles[times.index(min(times))]
+        for tensor, copy in zip(changed, before, strict=True):
+            tensor.copy_(copy)
+    launch(dict(chosen))
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    """What ``call`` takes; infinite if the GPU has not the registers or shared memory for it."""
+    try:
+        if device.type == "cuda":
+            return triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
 
 
 # Cases for kernels/_compile.py

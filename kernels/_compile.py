@@ -1,7 +1,8 @@
 """Compiles Triton kernels without a GPU, and reads registers, shared memory and spills from the result.
 
-Every ``kernels/<op>.py`` lists in ``compile_cases()`` what it launches by default; ``tests/test_triton_compile.py``
-asserts that nothing spills, and ``python -m rendseg.kernels._compile`` prints the table.
+Every ``kernels/<op>.py`` lists in ``compile_cases(arch)`` what it launches by default on an architecture: each kernel
+in each configuration of its own, and in those dtypes and layouts that change what it takes.
+``tests/test_triton_compile.py`` asserts that nothing spills; ``python -m rendseg.kernels._compile`` prints the table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TARGETS: dict[str, GPUTarget] = {
@@ -49,7 +49,7 @@ class CompileCase:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int | None = None  # Triton's default for the target, as in a launch that names none
     options: Mapping[str, Any] = field(default_factory=dict)
     divisible: tuple[str, ...] = ()
 
@@ -79,19 +79,13 @@ def build(case: CompileCase, target: str) -> Any:
     source = ASTSource(
         fn=case.kernel,
         signature=signature,
-        constexprs=_constexprs(case, target),
+        constexprs=dict(case.constexprs),
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"enable_fp_fusion": False, **case.options, "num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"enable_fp_fusion": False, **case.options, "num_warps": case.num_warps}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
     return triton.compile(source, target=TARGETS[target], options=options)
-
-
-def _constexprs(case: CompileCase, target: str) -> dict[str, Any]:
-    """Those of the case, with the precision of products that the launchers take on AMD, which has no tf32x3."""
-    values = dict(case.constexprs)
-    if target.startswith("gfx") and str(values.get("PRECISION", "")).startswith("tf32"):
-        values["PRECISION"] = "ieee"
-    return values
 
 
 def compile_case(case: CompileCase, target: str) -> Compiled:
@@ -115,6 +109,8 @@ def _read_cubin(kernel: Any, target: str) -> tuple[int, int, int]:
         registers, stack, local = (int(number) for number in found.groups())
         if not stack and not local:
             return registers, 0, 0
+        from triton.backends.nvidia.compiler import get_ptxas  # a Triton for AMD alone may lack it
+
         # A stack is no spill yet: the arguments of a failed assert lie there. The assembler tells the two apart.
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])
@@ -156,9 +152,9 @@ def kernel_files() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_"))
 
 
-def cases_of(file: str) -> list[CompileCase]:
-    """``compile_cases()`` of ``kernels/<file>.py``."""
-    return list(importlib.import_module(f"rendseg.kernels.{file}").compile_cases())
+def cases_of(file: str, target: str) -> list[CompileCase]:
+    """``compile_cases(target)`` of ``kernels/<file>.py``."""
+    return list(importlib.import_module(f"rendseg.kernels.{file}").compile_cases(target))
 
 
 def table(rows: Iterable[Compiled]) -> str:
@@ -183,9 +179,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per line in place of the table")
     options = parser.parse_args(arguments)
     index, count = (int(number) for number in options.part.split("/"))
-    cases = [case for file in options.files or kernel_files() for case in cases_of(file)]
-    rows = [compile_case(case, target) for target in options.target or ["sm_90"] for case in cases[index::count]]
-    print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
+    rows = []
+    for target in options.target or ["sm_90"]:
+        cases = [case for file in options.files or kernel_files() for case in cases_of(file, target)]
+        for case in cases[index::count]:
+            rows.append(compile_case(case, target))
+            if options.json:
+                print(json.dumps(asdict(rows[-1])), flush=True)
+    if not options.json:
+        print(table(rows))
     return int(any(row.spills for row in rows))
 
 

@@ -16,15 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_grid, check_indices, compile_case, divide
+from ._common import arch_of, check_grid, check_indices, compile_case, divide, is_amd, launch_tuned, shape_class
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
 SMALL = 8192
 DIGITS = 4
-BLOCK = 2048  # keys that a program looks at together
-WARPS = 8
 MAX_BLOCKS = 512  # programs for one image, whose counts each of them adds up
 
 # What a selected index becomes.
@@ -266,10 +264,15 @@ def _select_kernel(
     _emit(chosen, rank, i, n, indices, out, points, k, height, width, total, rows, p_n, p_p, p_c, MODE)
 
 
-def _small_tile(size: int) -> dict[str, int]:
-    """Configuration of _select_kernel: 16 keys to a thread (32 spill)."""
+def _tile() -> dict[str, int]:
+    """Configuration of the launches over blocks, whatever the size: keys looked at together, and warps."""
+    return {"BLOCK": 2048, "num_warps": 8}
+
+
+def _small_tile(size: int, arch: str) -> dict[str, int]:
+    """Configuration of _select_kernel: 16 keys to a thread (32 spill), of which AMD has twice as many to a warp."""
     block = max(128, triton.next_power_of_2(size))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(8 if is_amd(arch) else 16, max(1, block // 512))}
 
 
 class Selection:
@@ -319,52 +322,61 @@ class Selection:
         if images == 0:
             return
         tail: tuple[Any, ...] = (k, height, width, total, rows, *steps)
+        device = self.keys.device
+        key = (mode, *shape_class(images, size, k))
         if self.table is None:
-            _select_kernel[(images,)](self.keys, indices, out, points, size, *tail, MODE=mode, **_small_tile(size))
+
+            def launch(tile: dict[str, int]) -> None:
+                _select_kernel[(images,)](self.keys, indices, out, points, size, *tail, MODE=mode, **tile)
+
+            launch_tuned("select", key, _small_tile(size, arch_of(device)), (), device, launch)
             return
-        tiles = triton.cdiv(size, BLOCK)
-        per_program = triton.cdiv(tiles, MAX_BLOCKS)
-        blocks = triton.cdiv(tiles, per_program)
-        grid = (check_grid(images * blocks),)
-        state = torch.empty((DIGITS, images, 2), dtype=torch.int32, device=self.keys.device)
-        counts = torch.empty((images, blocks, 2), dtype=torch.int32, device=self.keys.device)
-        sizes = (size, images, blocks, per_program, k)
-        for digit in range(1 if self.counting else 0, DIGITS):
-            _digit_kernel[grid](self.keys, self.table, state, *sizes, DIGIT=digit, BLOCK=BLOCK, num_warps=WARPS)
-        _count_kernel[grid](self.keys, self.table, state, counts, *sizes, BLOCK=BLOCK, num_warps=WARPS)
-        _write_kernel[grid](
-            self.keys,
-            state,
-            counts,
-            indices,
-            out,
-            points,
-            size,
-            images,
-            blocks,
-            per_program,
-            *tail,
-            MODE=mode,
-            BLOCK=BLOCK,
-            BLOCKS=triton.next_power_of_2(blocks),
-            num_warps=WARPS,
-        )
+        table = self.table
+
+        def launch_all(tile: dict[str, int]) -> None:
+            tiles = triton.cdiv(size, tile["BLOCK"])
+            per_program = triton.cdiv(tiles, MAX_BLOCKS)
+            blocks = triton.cdiv(tiles, per_program)
+            grid = (check_grid(images * blocks),)
+            state = torch.empty((DIGITS, images, 2), dtype=torch.int32, device=device)
+            counts = torch.empty((images, blocks, 2), dtype=torch.int32, device=device)
+            sizes = (size, images, blocks, per_program, k)
+            for digit in range(1 if self.counting else 0, DIGITS):
+                _digit_kernel[grid](self.keys, table, state, *sizes, DIGIT=digit, **tile)
+            _count_kernel[grid](self.keys, table, state, counts, *sizes, **tile)
+            _write_kernel[grid](
+                self.keys,
+                state,
+                counts,
+                indices,
+                out,
+                points,
+                size,
+                images,
+                blocks,
+                per_program,
+                *tail,
+                MODE=mode,
+                BLOCKS=triton.next_power_of_2(blocks),
+                **tile,
+            )
+
+        launch_tuned("select_large", key, _tile(), ("BLOCK",), device, launch_all, changed=(table,))
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: str) -> list[CompileCase]:
     """Every kernel in every configuration that is used by default."""
     keys = {"keys": "*i32", "histogram": "*i32", "state": "*i32"}
     counts = {"keys": "*i32", "state": "*i32", "counts": "*i32", "indices": "*i64", "out": "*fp32"}
-    fixed = {"BLOCK": BLOCK, "num_warps": WARPS}
-    cases = [compile_case(_digit_kernel, f"select digit {d}", keys, fixed | {"DIGIT": d}) for d in range(DIGITS)]
+    fixed = _tile()
+    cases = [compile_case(_digit_kernel, f"select digit {d}", keys, fixed | {"DIGIT": d}) for d in (0, 3)]
     cases.append(compile_case(_count_kernel, "select count", keys | {"counts": "*i32"}, fixed))
     for mode, name in ((CELLS, "cells"), (POINTS, "points"), (DRAWS, "draws")):
         points = {"points": "*i64" if mode == DRAWS else "*fp32"}
         options = fixed | {"MODE": mode, "BLOCKS": MAX_BLOCKS}
         cases.append(compile_case(_write_kernel, f"select write {name}", counts | points, options))
-        for size in (128, 1024, 4096, SMALL):
+        for size in (128, 4096, SMALL) if mode == CELLS else (SMALL,):
             pointers = {"keys": "*i32", "indices": "*i64", "out": "*fp32"} | points
-            cases.append(
-                compile_case(_select_kernel, f"select {name} {size}", pointers, _small_tile(size) | {"MODE": mode})
-            )
+            tile = _small_tile(size, arch)
+            cases.append(compile_case(_select_kernel, f"select {name} {size}", pointers, tile | {"MODE": mode}))
     return cases

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.encode import _check_aggregate, _check_encode, _check_scaled_l2, _result_dtype, _wide
+from ._common import VERSION, arch_of, before_sm_90, has_tf32, is_amd, launch_tuned, shape_class
 from ._compile import CompileCase
 
 # Which op a kernel works for.
@@ -346,6 +347,7 @@ def _encode_backward_kernel(
     given_grad_ptr,
     parts_ptr,
     sums_ptr,
+    spill_ptr,
     positions,
     channels,
     codes,
@@ -398,6 +400,8 @@ def _encode_backward_kernel(
     parts_ptr: ``[B * chunks, K, D]`` float32 or float64, written: sums of g x', g the gradient of the logits; not by
         aggregate.
     sums_ptr: ``[3, B * chunks, K]`` float32 or float64, written: sums of a, of g, and of g ||x - c||^2.
+    spill_ptr: ``[B * chunks, 2, BLOCK_M, BLOCK_K]`` float32 or float64, where BLOCK_K is over 128: what the products
+        over codewords take a part at a time, because each warp would hold all of it.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // chunks
@@ -481,18 +485,38 @@ def _encode_backward_kernel(
             scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
             pull = 2.0 * scale[None, :] * logits_grad
             total_pull = tl.sum(pull, axis=1)
+        if BLOCK_K > 128:
+            spilled = spill_ptr + row * (2 * BLOCK_M * BLOCK_K) + tl.arange(0, BLOCK_M)[:, None] * BLOCK_K
+            if OP != _AGGREGATE:
+                tl.store(spilled + k[None, :], pull)
+            if OP != _SCALED_L2:
+                tl.store(spilled + BLOCK_M * BLOCK_K + k[None, :], assigned)
+            tl.debug_barrier()
         for start in tl.range(0, channels, BLOCK_D, num_stages=1):  # registers again
             d = start + lanes
             has_channel = d < channels
             result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
             if OP != _AGGREGATE:
                 values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
-                c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
-                result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
-                result += total_pull[:, None] * values
-            if OP != _SCALED_L2:
-                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
-                result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
+                result = total_pull[:, None] * values
+            if BLOCK_K > 128:
+                for first_k in range(0, codes, 32):
+                    part = first_k + tl.arange(0, 32)
+                    if OP != _AGGREGATE:
+                        c = _codes(centered_ptr, part, d, channels, 1, codes, channels, ACC, INDEX)
+                        pulled = -tl.load(spilled + part[None, :])
+                        result = tl.dot(pulled, c, result, input_precision=PRECISION, out_dtype=ACC)
+                    if OP != _SCALED_L2:
+                        g = _codes(grad, part, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                        weight = tl.load(spilled + BLOCK_M * BLOCK_K + part[None, :])
+                        result = tl.dot(weight, g, result, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                if OP != _AGGREGATE:
+                    c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
+                    result = tl.dot(-pull, c, result, input_precision=PRECISION, out_dtype=ACC)
+                if OP != _SCALED_L2:
+                    g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                    result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
             target = x_grad + target_at[:, None] + (d.to(INDEX) * x_grad_d)[None, :]
             mask = has_position[:, None] & has_channel[None, :]
             tl.store(target, result.to(x_grad_ptr.dtype.element_ty), mask=mask)
@@ -571,11 +595,9 @@ def _acc(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _precision(device: torch.device, dtype: torch.dtype) -> str:
+def _precision(arch: str, wide: bool) -> str:
     """Three TF32 products for one of float32, where there is TF32; one alone would move logits by as much as 0.1."""
-    if dtype == torch.float64 or device.type != "cuda" or torch.version.hip:
-        return "ieee"
-    return "tf32x3" if torch.cuda.get_device_capability(device)[0] >= 8 else "ieee"
+    return "tf32x3" if has_tf32(arch) and not wide else "ieee"
 
 
 @dataclass(frozen=True)
@@ -600,7 +622,7 @@ class _Tile:
         }
 
 
-def _tile(channels: int, codes: int, wide: bool, backward: bool) -> _Tile:
+def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _Tile:
     """Tile of a shape; arrays of positions x codewords stay in registers, one in forward and three in backward."""
     padded = max(16, triton.next_power_of_2(codes))
     if wide:
@@ -608,11 +630,15 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool) -> _Tile:
     elif padded <= 32:
         m, d, s, warps, stages = 64, 32, 64, 4, 1 if backward else 2
     elif padded <= 64:
-        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
+        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (32 if before_sm_90(arch) else 64, 32, 64, 8, 2)
     elif padded <= 128:
         m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
+    if VERSION < (3, 9) and backward and not wide and padded <= 32 and has_tf32(arch):
+        s = 32  # spills otherwise
+    if is_amd(arch):  # each of 4 warps may have 512 registers, of 8 half as many
+        warps = 4
     most = max(16, triton.next_power_of_2(channels))
     return _Tile(m, min(d, most), min(s, most), padded, warps, stages)
 
@@ -642,6 +668,14 @@ def _index(*tensors: Tensor) -> Any:
     reach = max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
     # A tile may reach beyond the last position and channel, where nothing is read.
     return tl.int32 if reach < 2**30 else tl.int64
+
+
+_TUNED = ("BLOCK_D", "BLOCK_S")  # not the positions, which the chunks are made of
+
+
+def _layout(x: Tensor) -> tuple[bool, bool]:
+    """Which neighbours in memory a tile has: channels, positions."""
+    return x.stride(1) == 1, x.stride(-1) == 1
 
 
 def _center(codewords: Tensor, wide: torch.dtype, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -691,7 +725,7 @@ def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given:
     if not positions or not channels:
         return out.zero_()
     centered, shift, squares, _ = _center(codewords, wide, None)
-    tile = _tile(channels, codes, wide == torch.float64, backward=False)
+    tile = _tile(channels, codes, wide == torch.float64, False, arch_of(x.device))
     tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
     if op == SCALED_L2:
         per_chunk, chunks, parts, sums = 1, tiles, out, out
@@ -699,32 +733,39 @@ def _forward(op: int, x: Tensor, codewords: Tensor, scale: Tensor | None, given:
         parts = torch.empty((images, chunks, codes, channels), dtype=wide, device=x.device)
         sums = torch.empty((images, chunks, codes), dtype=wide, device=x.device)
     strides, width, flat = _map_strides(x)
-    _encode_kernel[(images * chunks,)](
-        x,
-        x if given is None else given,
-        centered,
-        shift,
-        squares,
-        x if scale is None else scale,
-        parts,
-        sums,
-        positions,
-        channels,
-        codes,
-        width,
-        tiles,
-        per_chunk,
-        chunks,
-        *strides,
-        *((0, 0, 0) if given is None else given.stride()),
-        0 if scale is None else scale.stride(0),
-        OP=op,
-        ACC=_acc(wide),
-        PRECISION=_precision(x.device, wide),
-        FLAT=flat,
-        INDEX=_index(x),
-        **tile.meta(),
-    )
+    given_strides = (0, 0, 0) if given is None else given.stride()
+    arch = arch_of(x.device)
+
+    def launch(meta: dict[str, int]) -> None:
+        _encode_kernel[(images * chunks,)](
+            x,
+            x if given is None else given,
+            centered,
+            shift,
+            squares,
+            x if scale is None else scale,
+            parts,
+            sums,
+            positions,
+            channels,
+            codes,
+            width,
+            tiles,
+            per_chunk,
+            chunks,
+            *strides,
+            *given_strides,
+            0 if scale is None else scale.stride(0),
+            OP=op,
+            ACC=_acc(wide),
+            PRECISION=_precision(arch, wide == torch.float64),
+            FLAT=flat,
+            INDEX=_index(x),
+            **meta,
+        )
+
+    key = (op, x.dtype, *_layout(x), flat, *shape_class(images, positions, channels, codes))
+    launch_tuned("encode", key, tile.meta(), _TUNED, x.device, launch)
     if op == SCALED_L2:
         return out
     entries = codes * channels
@@ -760,12 +801,14 @@ def _backward(
         x_grad.zero_()
         return codewords_grad.zero_(), third.zero_()
     centered, shift, squares, products = _center(codewords, wide, grad)
-    tile = _tile(channels, codes, wide == torch.float64, backward=True)
+    tile = _tile(channels, codes, wide == torch.float64, True, arch_of(x.device))
     tiles, per_chunk, chunks = _chunks(images, positions, codes, channels, tile, wide == torch.float64)
     rows = images * chunks
     # aggregate needs no sums of g x'
     parts = torch.empty((0 if op == AGGREGATE else rows, codes, channels), dtype=wide, device=x.device)
     sums = torch.empty((3, rows, codes), dtype=wide, device=x.device)
+    kept = (rows, 2, tile.positions, tile.codes) if tile.codes > 128 else (0,)
+    spill = torch.empty(kept, dtype=wide, device=x.device)
     strides, width, flat = _map_strides(x)
     grad_strides, _, grad_flat = _map_strides(x_grad)
     given_strides = (0, 0, 0) if given is None else given.stride()
@@ -773,41 +816,48 @@ def _backward(
     grad_e_strides = (0, 0, 0) if grad is None else grad.stride()
     scale_ = x if scale is None else scale
     scale_stride = 0 if scale is None else scale.stride(0)
-    _encode_backward_kernel[(rows,)](
-        x,
-        x if given is None else given,
-        grad_e,
-        centered,
-        shift,
-        squares,
-        products,
-        scale_,
-        x_grad,
-        third,
-        sums if op == AGGREGATE else parts,
-        sums,
-        positions,
-        channels,
-        codes,
-        width,
-        tiles,
-        per_chunk,
-        chunks,
-        rows,
-        *strides,
-        *given_strides,
-        *grad_e_strides,
-        *grad_strides,
-        *(third.stride() if op == AGGREGATE else (0, 0, 0)),
-        scale_stride,
-        OP=op,
-        ACC=_acc(wide),
-        PRECISION=_precision(x.device, wide),
-        FLAT=flat,
-        GRAD_FLAT=grad_flat,
-        INDEX=_index(x, x_grad) if grad is None else _index(x, x_grad, grad),
-        **tile.meta(),
-    )
+    arch = arch_of(x.device)
+
+    def launch(meta: dict[str, int]) -> None:
+        _encode_backward_kernel[(rows,)](
+            x,
+            x if given is None else given,
+            grad_e,
+            centered,
+            shift,
+            squares,
+            products,
+            scale_,
+            x_grad,
+            third,
+            sums if op == AGGREGATE else parts,
+            sums,
+            spill,
+            positions,
+            channels,
+            codes,
+            width,
+            tiles,
+            per_chunk,
+            chunks,
+            rows,
+            *strides,
+            *given_strides,
+            *grad_e_strides,
+            *grad_strides,
+            *(third.stride() if op == AGGREGATE else (0, 0, 0)),
+            scale_stride,
+            OP=op,
+            ACC=_acc(wide),
+            PRECISION=_precision(arch, wide == torch.float64),
+            FLAT=flat,
+            GRAD_FLAT=grad_flat,
+            INDEX=_index(x, x_grad) if grad is None else _index(x, x_grad, grad),
+            **meta,
+        )
+
+    key = (op, x.dtype, *_layout(x), flat, *shape_class(images, positions, channels, codes))
+    launch_tuned("encode_backward", key, tile.meta(), _TUNED, x.device, launch)
     _encode_backward_reduce_kernel[(triton.cdiv(codes * channels, _BLOCK),)](
         sums if op == AGGREGATE else parts,
         sums,
@@ -872,61 +922,66 @@ def aggregate_backward_triton(grad: Tensor, assignment: Tensor, x: Tensor, codew
     return assignment_grad, x_grad, codewords_grad
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: str) -> list[CompileCase]:
     """Every kernel as it is launched by default for 512 channels and 32 codewords, and with other numbers of them."""
     cases = []
-    for dtype in ("fp32", "bf16"):
-        for channels_last in (False, True):
-            for op in (ENCODE, SCALED_L2, AGGREGATE):
-                cases += [_main_case(op, dtype, channels_last, 512, 32, backward) for backward in (False, True)]
-    for codes in (64, 128):
-        cases += [_main_case(ENCODE, "fp32", False, 512, codes, backward) for backward in (False, True)]
-    cases += [_main_case(ENCODE, "fp64", False, 512, 32, backward) for backward in (False, True)]
-    cases += [_main_case(ENCODE, "fp32", False, 19, 5, backward) for backward in (False, True)]
-    cases += [_main_case(ENCODE, "bf16", True, 512, 32, True, flat=False)]
-    for dtype in ("fp32", "bf16"):
-        block_k, block_d = _center_tile(32, 512)
-        scratch = ("centered_ptr", "shift_ptr", "squares_ptr", "products_ptr")
-        for grad in (False, True):
-            cases.append(
-                CompileCase(
-                    f"encode center{' backward' if grad else ''} {dtype}",
-                    _encode_center_kernel,
-                    {
-                        **dict.fromkeys(("codewords_ptr", "grad_ptr"), f"*{dtype}"),
-                        **dict.fromkeys(scratch, "*fp32"),
-                        **dict.fromkeys(("codes", "channels", "codewords_k", "grad_b", "grad_k"), "i32"),
-                    },
-                    dict(codewords_d=1, grad_d=1, GRAD=grad, ACC=tl.float32, BLOCK_K=block_k, BLOCK_D=block_d),
-                    num_warps=8,
-                    options=_FUSED,
-                    divisible=("channels", "codewords_k", "grad_b", "grad_k"),
-                )
-            )
-        pointers = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "centered_ptr": "*fp32"}
+    for op in (ENCODE, SCALED_L2, AGGREGATE):
+        for backward in (False, True):
+            cases.append(_main_case(op, "fp32", False, 512, 32, backward, arch))
+            if op == ENCODE:
+                cases.append(_main_case(op, "fp32", True, 512, 32, backward, arch))
+                cases.append(_main_case(op, "bf16", True, 512, 32, backward, arch))
+    for dtype, channels, codes in (
+        ("fp32", 512, 64),
+        ("fp32", 512, 128),
+        ("fp32", 512, 256),
+        ("fp64", 512, 32),
+        ("fp32", 19, 5),
+    ):
+        cases += [_main_case(ENCODE, dtype, False, channels, codes, backward, arch) for backward in (False, True)]
+    cases += [_main_case(ENCODE, "bf16", True, 512, 32, True, arch, flat=False)]
+    block_k, block_d = _center_tile(32, 512)
+    scratch = ("centered_ptr", "shift_ptr", "squares_ptr", "products_ptr")
+    for grad in (False, True):
         cases.append(
             CompileCase(
-                f"encode reduce {dtype}",
-                _encode_reduce_kernel,
-                {**pointers, "out_ptr": f"*{dtype}", **dict.fromkeys(("channels", "entries", "chunks"), "i32")},
-                dict(ACC=tl.float32, ROWS=_ROWS, BLOCK=_BLOCK),
+                f"encode center{' backward' if grad else ''}",
+                _encode_center_kernel,
+                {
+                    **dict.fromkeys(("codewords_ptr", "grad_ptr"), "*fp32"),
+                    **dict.fromkeys(scratch, "*fp32"),
+                    **dict.fromkeys(("codes", "channels", "codewords_k", "grad_b", "grad_k"), "i32"),
+                },
+                dict(codewords_d=1, grad_d=1, GRAD=grad, ACC=tl.float32, BLOCK_K=block_k, BLOCK_D=block_d),
+                num_warps=8,
                 options=_FUSED,
-                divisible=("channels", "entries"),
+                divisible=("channels", "codewords_k", "grad_b", "grad_k"),
             )
         )
-        others = dict.fromkeys(("grad_ptr", "scale_ptr", "codewords_grad_ptr", "scale_grad_ptr"), f"*{dtype}")
-        sizes = dict.fromkeys(("channels", "entries", "chunks", "rows", "grad_b", "grad_k"), "i32")
-        for op in (ENCODE, SCALED_L2, AGGREGATE):
-            cases.append(
-                CompileCase(
-                    f"{_NAMES[op]} backward reduce {dtype}",
-                    _encode_backward_reduce_kernel,
-                    {**pointers, **others, **sizes},
-                    dict(grad_d=1, scale_k=1, OP=op, ACC=tl.float32, ROWS=_ROWS, BLOCK=_BLOCK),
-                    options=_FUSED,
-                    divisible=("channels", "entries", "grad_k"),
-                )
+    pointers = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "centered_ptr": "*fp32"}
+    cases.append(
+        CompileCase(
+            "encode reduce",
+            _encode_reduce_kernel,
+            {**pointers, "out_ptr": "*fp32", **dict.fromkeys(("channels", "entries", "chunks"), "i32")},
+            dict(ACC=tl.float32, ROWS=_ROWS, BLOCK=_BLOCK),
+            options=_FUSED,
+            divisible=("channels", "entries"),
+        )
+    )
+    others = dict.fromkeys(("grad_ptr", "scale_ptr", "codewords_grad_ptr", "scale_grad_ptr"), "*fp32")
+    sizes = dict.fromkeys(("channels", "entries", "chunks", "rows", "grad_b", "grad_k"), "i32")
+    for op in (ENCODE, SCALED_L2, AGGREGATE):
+        cases.append(
+            CompileCase(
+                f"{_NAMES[op]} backward reduce",
+                _encode_backward_reduce_kernel,
+                {**pointers, **others, **sizes},
+                dict(grad_d=1, scale_k=1, OP=op, ACC=tl.float32, ROWS=_ROWS, BLOCK=_BLOCK),
+                options=_FUSED,
+                divisible=("channels", "entries", "grad_k"),
             )
+        )
     return cases
 
 
@@ -935,19 +990,26 @@ _FUSED = {"enable_fp_fusion": True}
 
 
 def _main_case(
-    op: int, dtype: str, channels_last: bool, channels: int, codes: int, backward: bool, flat: bool = True
+    op: int,
+    dtype: str,
+    channels_last: bool,
+    channels: int,
+    codes: int,
+    backward: bool,
+    arch: str,
+    flat: bool = True,
 ) -> CompileCase:
     wide = "fp64" if dtype == "fp64" else "fp32"
-    tile = _tile(channels, codes, dtype == "fp64", backward)
+    tile = _tile(channels, codes, dtype == "fp64", backward, arch)
     kernel = _encode_backward_kernel if backward else _encode_kernel
-    wides = {"centered_ptr", "shift_ptr", "squares_ptr", "products_ptr", "parts_ptr", "sums_ptr"}
+    wides = {"centered_ptr", "shift_ptr", "squares_ptr", "products_ptr", "parts_ptr", "sums_ptr", "spill_ptr"}
     if op != SCALED_L2:
         wides.add("out_ptr")
     # One stride of each tensor is 1: that of channels in channels_last, that of positions in NCHW.
     ones = {"given_k": 1, "given_grad_k": 1, "grad_d": 1, "scale_k": 1}
     ones |= {"x_d": 1, "x_grad_d": 1} if channels_last else {"x_w": 1, "x_grad_w": 1}
     options = dict(OP=op, ACC=tl.float64 if dtype == "fp64" else tl.float32, FLAT=flat, INDEX=tl.int32)
-    options |= dict(PRECISION="ieee" if dtype == "fp64" else "tf32x3")
+    options |= dict(PRECISION=_precision(arch, dtype == "fp64"))
     options |= {name: value for name, value in tile.meta().items() if name.startswith("BLOCK")}
     if backward:
         options["GRAD_FLAT"] = flat

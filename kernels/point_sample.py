@@ -8,6 +8,7 @@ one cell make one long sum, which is slow where thousands fall together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..reference import _checks as check
 from ..reference.point_sample import check_point_labels, check_point_sample, gradient_format
 from ._bilinear import EXACT, axis_taps, nearest_cell, position_slope
-from ._common import narrow
+from ._common import launch_tuned, narrow, shape_class
 from ._compile import CompileCase
 
 _WIDE = {torch.float64: tl.float64}  # the type that sums are made in; float32 for all others
@@ -394,33 +395,55 @@ def _point_labels_kernel(
     tl.store(out_ptr + i, tl.where(inside, label.to(tl.int64), ignore_index.to(tl.int64)), mask=live)
 
 
-_FLAT_BLOCK = 256  # points of a program where no channels are read
+_FLAT = {"BLOCK": 256, "num_warps": 4}  # points of a program where no channels are read
 
 
 def _is_channels_last(stride_c: int, channels: int) -> bool:
     return stride_c == 1 and channels > 1
 
 
-def _sample_tile(channels: int, channels_last: bool) -> tuple[int, int]:
+def _sample_tile(channels: int, channels_last: bool) -> dict[str, int]:
     """Points and channels of a tile of the forward: 16 values a thread, neighbours in memory in one warp."""
     if channels_last:
         block_c = min(64, triton.next_power_of_2(channels))
         values = 2048 if channels % 8 == 0 else 1024  # without vector loads every value takes registers of its own
-        return max(16, min(128, values // block_c)), block_c
+        return {"BLOCK_P": max(16, min(128, values // block_c)), "BLOCK_C": block_c, "num_warps": 4}
     block_c = min(8, triton.next_power_of_2(channels))
-    return min(256, 1024 // block_c), block_c
+    return {"BLOCK_P": min(256, 1024 // block_c), "BLOCK_C": block_c, "num_warps": 4}
 
 
-def _coords_tile(channels: int, channels_last: bool) -> tuple[int, int]:
+def _coords_tile(channels: int, channels_last: bool) -> dict[str, int]:
     """Points and channels of a tile of the gradient of the coordinates, which keeps four sums of each."""
     if channels_last:
-        return 16, min(64, triton.next_power_of_2(channels))
+        return {"BLOCK_P": 16, "BLOCK_C": min(64, triton.next_power_of_2(channels)), "num_warps": 4}
     block_c = min(8, triton.next_power_of_2(channels))
-    return 512 // block_c if block_c > 2 else 128, block_c
+    return {"BLOCK_P": 512 // block_c if block_c > 2 else 128, "BLOCK_C": block_c, "num_warps": 4}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_TUNED = ("BLOCK_P",)
+
+
+def _key(feature: Tensor, points: int, channels_last: bool) -> tuple[Any, ...]:
+    """The shape class of a launch, for the tuning."""
+    return channels_last, *shape_class(feature.shape[0], feature.shape[1], points)
+
+
+def _launch(
+    kernel: Any,
+    images: int,
+    points: int,
+    channels: int,
+    arguments: tuple[Any, ...],
+    tile: dict[str, int],
+    **options: Any,
+) -> None:
+    """A program for every tile of points (or cells) and channels of every image."""
+    grid = images * triton.cdiv(points, tile["BLOCK_P"]) * triton.cdiv(channels, tile["BLOCK_C"])
+    kernel[(grid,)](*arguments, **options, **tile, **EXACT)
 
 
 def point_sample_triton(
@@ -440,29 +463,32 @@ def point_sample_triton(
     for feature in input if out.numel() else ():
         channels, height, width = feature.shape[1:]
         channels_last = _is_channels_last(feature.stride(1), channels)
-        block_p, block_c = _sample_tile(channels, channels_last)
-        part = out[:, first : first + channels]
-        _point_sample_kernel[(images * triton.cdiv(points, block_p) * triton.cdiv(channels, block_c),)](
-            feature,
-            at,
-            part,
+        launch = functools.partial(
+            _launch,
+            _point_sample_kernel,
+            images,
             points,
             channels,
-            height,
-            width,
-            *feature.stride(),
-            *at.stride(),
-            out.stride(0),
+            (
+                feature,
+                at,
+                out[:, first : first + channels],
+                points,
+                channels,
+                height,
+                width,
+                *feature.stride(),
+                *at.stride(),
+                out.stride(0),
+            ),
             ACC=_WIDE.get(feature.dtype, tl.float32),
             NEAREST=mode == "nearest",
             BORDER=padding_mode == "border",
             ALIGN=align_corners,
             CHANNELS_LAST=channels_last,
-            BLOCK_P=block_p,
-            BLOCK_C=block_c,
-            num_warps=4,
-            **EXACT,
         )
+        key = (feature.dtype, mode, *_key(feature, points, channels_last))
+        launch_tuned("point_sample", key, _sample_tile(channels, channels_last), _TUNED, feature.device, launch)
         first += channels
     return out.view(images, out.shape[1], *shape)
 
@@ -518,7 +544,7 @@ def _map_gradient(
     narrow = torch.int32 if max(images * cells, entries) < 2**31 - 1 else torch.int64
     keys = torch.empty(entries, dtype=narrow, device=feature.device)
     weights = torch.empty(0 if nearest else entries, dtype=wide, device=feature.device)
-    _point_sample_cells_kernel[(triton.cdiv(images * points, _FLAT_BLOCK),)](
+    _point_sample_cells_kernel[(triton.cdiv(images * points, _FLAT["BLOCK"]),)](
         coords,
         keys,
         keys if nearest else weights,
@@ -532,38 +558,31 @@ def _map_gradient(
         NEAREST=nearest,
         BORDER=border,
         ALIGN=align_corners,
-        BLOCK=_FLAT_BLOCK,
-        num_warps=4,
+        **_FLAT,
         **EXACT,
     )
     keys, order = torch.sort(keys, stable=True)
     begins = torch.empty(images * cells + 1, dtype=narrow, device=feature.device)
-    _point_sample_begins_kernel[(triton.cdiv(images * cells + 1, _FLAT_BLOCK),)](
-        keys, begins, images * cells, entries, STEPS=entries.bit_length(), BLOCK=_FLAT_BLOCK, num_warps=4, **EXACT
+    _point_sample_begins_kernel[(triton.cdiv(images * cells + 1, _FLAT["BLOCK"]),)](
+        keys, begins, images * cells, entries, STEPS=entries.bit_length(), **_FLAT, **EXACT
     )
     out = torch.empty_like(feature, memory_format=layout)
     channels_last = layout == torch.channels_last
     if channels_last:  # the channels of a point side by side, as they will be written
         grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
-    block_p, block_c = _sample_tile(channels, channels_last)
-    _point_sample_gather_kernel[(images * triton.cdiv(cells, block_p) * triton.cdiv(channels, block_c),)](
-        grad,
-        begins,
-        order,
-        keys if nearest else weights,
-        out,
+    launch = functools.partial(
+        _launch,
+        _point_sample_gather_kernel,
+        images,
         cells,
-        points,
         channels,
-        *grad.stride(),
+        (grad, begins, order, keys if nearest else weights, out, cells, points, channels, *grad.stride()),
         ACC=acc,
         NEAREST=nearest,
         CHANNELS_LAST=channels_last,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-        **EXACT,
     )
+    key = (feature.dtype, nearest, *_key(feature, points, channels_last), *shape_class(cells))
+    launch_tuned("point_sample_gather", key, _sample_tile(channels, channels_last), _TUNED, feature.device, launch)
     return out
 
 
@@ -574,29 +593,34 @@ def _coords_gradient(
     images, channels, height, width = feature.shape
     points = coords.shape[1]
     channels_last = _is_channels_last(feature.stride(1), channels)
-    block_p, block_c = _coords_tile(channels, channels_last)
-    _point_sample_coords_kernel[(images * triton.cdiv(points, block_p),)](
-        feature,
-        grad,
-        coords,
-        out,
+    launch = functools.partial(
+        _launch,
+        _point_sample_coords_kernel,
+        images,
         points,
-        channels,
-        height,
-        width,
-        *feature.stride(),
-        *grad.stride(),
-        *coords.stride(),
+        1,  # a program takes all channels of its points
+        (
+            feature,
+            grad,
+            coords,
+            out,
+            points,
+            channels,
+            height,
+            width,
+            *feature.stride(),
+            *grad.stride(),
+            *coords.stride(),
+        ),
         ACC=_WIDE.get(feature.dtype, tl.float32),
         BORDER=border,
         ALIGN=align_corners,
         FIRST=first,
         CHANNELS_LAST=channels_last,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-        **EXACT,
     )
+    tile = _coords_tile(channels, channels_last)
+    key = (feature.dtype, *_key(feature, points, channels_last))
+    launch_tuned("point_sample_coords", key, tile, _TUNED, feature.device, launch, changed=() if first else (out,))
 
 
 def point_labels_triton(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
@@ -606,7 +630,7 @@ def point_labels_triton(labels: Tensor, coords: Tensor, ignore_index: int = 255)
     points = coords.shape[1]
     out = torch.empty((images, points), dtype=torch.int64, device=labels.device)
     if out.numel():
-        _point_labels_kernel[(triton.cdiv(images * points, _FLAT_BLOCK),)](
+        _point_labels_kernel[(triton.cdiv(images * points, _FLAT["BLOCK"]),)](
             labels,
             coords,
             out,
@@ -617,28 +641,25 @@ def point_labels_triton(labels: Tensor, coords: Tensor, ignore_index: int = 255)
             ignore_index,
             *labels.stride(),
             *coords.stride(),
-            BLOCK=_FLAT_BLOCK,
-            num_warps=4,
+            **_FLAT,
             **EXACT,
         )
     return out
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: str) -> list[CompileCase]:
     """Every kernel as it is launched by default: 256 channels and few, both layouts, float32 and bfloat16."""
     cases = []
     for dtype in ("fp32", "bf16"):
         for channels_last in (True, False):
-            for channels in (256, 19, 1) if not channels_last else (256, 19):
+            for channels in (256, 19) if dtype == "fp32" or channels_last else (256,):
                 cases += _cases_of(dtype, channels_last, channels)
-        cases += [
-            _sample_case(dtype, True, 256, NEAREST=True),
-            _sample_case(dtype, False, 256, NEAREST=True),
-            _sample_case(dtype, True, 256, BORDER=True, ALIGN=True),
-            _sample_case(dtype, False, 256, BORDER=True, ALIGN=True),
-        ]
-    cases.append(_sample_case("fp64", True, 256))
-    cases.append(_sample_case("fp64", False, 256))
+    cases += _cases_of("fp32", False, 1)
+    for channels_last in (True, False):
+        cases.append(_sample_case("fp32", channels_last, 256, NEAREST=True))
+        cases.append(_sample_case("fp32", channels_last, 256, BORDER=True, ALIGN=True))
+        cases.append(_sample_case("fp64", channels_last, 256))
+    flat = {key: value for key, value in _FLAT.items() if key != "num_warps"}
     for nearest in (False, True):
         cases.append(
             CompileCase(
@@ -651,7 +672,8 @@ def compile_cases() -> list[CompileCase]:
                     **dict.fromkeys(("total", "points", "height", "width", "off_map"), "i32"),
                     **dict.fromkeys(("coords_n", "coords_p"), "i32"),
                 },
-                dict(ACC=tl.float32, NEAREST=nearest, BORDER=False, ALIGN=False, BLOCK=_FLAT_BLOCK, coords_xy=1),
+                dict(flat, ACC=tl.float32, NEAREST=nearest, BORDER=False, ALIGN=False, coords_xy=1),
+                num_warps=_FLAT["num_warps"],
                 options=EXACT,
             )
         )
@@ -660,21 +682,22 @@ def compile_cases() -> list[CompileCase]:
             "point_sample begins",
             _point_sample_begins_kernel,
             {"keys_ptr": "*i32", "begins_ptr": "*i32", "cells": "i32", "entries": "i32"},
-            dict(STEPS=16, BLOCK=_FLAT_BLOCK),
+            dict(flat, STEPS=16),
+            num_warps=_FLAT["num_warps"],
             options=EXACT,
         )
     )
-    for label in ("u8", "i64"):
-        names = ("total", "points", "height", "width", "ignore_index", "labels_n", "labels_h", "coords_n", "coords_p")
-        cases.append(
-            CompileCase(
-                f"point_labels {label}",
-                _point_labels_kernel,
-                {"labels_ptr": f"*{label}", "coords_ptr": "*fp32", "out_ptr": "*i64", **dict.fromkeys(names, "i32")},
-                dict(BLOCK=_FLAT_BLOCK, labels_w=1, coords_xy=1),
-                options=EXACT,
-            )
+    names = ("total", "points", "height", "width", "ignore_index", "labels_n", "labels_h", "coords_n", "coords_p")
+    cases.append(
+        CompileCase(
+            "point_labels",
+            _point_labels_kernel,
+            {"labels_ptr": "*i64", "coords_ptr": "*fp32", "out_ptr": "*i64", **dict.fromkeys(names, "i32")},
+            dict(flat, labels_w=1, coords_xy=1),
+            num_warps=_FLAT["num_warps"],
+            options=EXACT,
         )
+    )
     return cases
 
 
@@ -688,7 +711,8 @@ def _strides(channels_last: bool, channels: int, prefix: str = "map") -> tuple[d
 def _sample_case(dtype: str, channels_last: bool, channels: int, **options: bool) -> CompileCase:
     acc = tl.float64 if dtype == "fp64" else tl.float32
     strides, ones = _strides(channels_last, channels)
-    block_p, block_c = _sample_tile(channels, channels_last)
+    tile = _sample_tile(channels, channels_last)
+    warps = tile.pop("num_warps")
     chosen = {"NEAREST": False, "BORDER": False, "ALIGN": False, **options}
     words = "".join(f" {name.lower()}" for name, value in chosen.items() if value)
     layout = "channels_last" if channels_last else "nchw"
@@ -697,7 +721,8 @@ def _sample_case(dtype: str, channels_last: bool, channels: int, **options: bool
         f"point_sample {dtype} {layout} C={channels}{words}",
         _point_sample_kernel,
         {"map_ptr": f"*{dtype}", "coords_ptr": "*fp32", "out_ptr": f"*{dtype}", **sizes, **strides},
-        dict(ACC=acc, **chosen, CHANNELS_LAST=channels_last, BLOCK_P=block_p, BLOCK_C=block_c, coords_xy=1, **ones),
+        dict(ACC=acc, **chosen, CHANNELS_LAST=channels_last, coords_xy=1, **tile, **ones),
+        num_warps=warps,
         options=EXACT,
         divisible=("out_n", *(("channels", *strides) if channels % 16 == 0 else ())),
     )
@@ -709,8 +734,8 @@ def _cases_of(dtype: str, channels_last: bool, channels: int) -> list[CompileCas
     name = f"{dtype} {layout} C={channels}"
     strides, ones = _strides(channels_last, channels)
     divisible = ("channels", *strides) if channels % 16 == 0 else ()
-    gather_p, gather_c = _sample_tile(channels, channels_last)
-    coords_p, coords_c = _coords_tile(channels, channels_last)
+    gather, coords = _sample_tile(channels, channels_last), _coords_tile(channels, channels_last)
+    gather_warps, coords_warps = gather.pop("num_warps"), coords.pop("num_warps")
     sizes = ("points", "channels", "height", "width", "grad_n", "grad_c", "coords_n", "coords_p")
     grad_one = "grad_c" if channels_last else "grad_p"
     grad_strides = dict.fromkeys({"grad_n", "grad_c", "grad_p"} - {grad_one}, "i32")
@@ -732,10 +757,10 @@ def _cases_of(dtype: str, channels_last: bool, channels: int) -> list[CompileCas
                 ACC=tl.float32,
                 NEAREST=False,
                 CHANNELS_LAST=channels_last,
-                BLOCK_P=gather_p,
-                BLOCK_C=gather_c,
+                **gather,
                 **{grad_one: 1},
             ),
+            num_warps=gather_warps,
             options=EXACT,
             divisible=("channels", *grad_strides) if channels % 16 == 0 else (),
         ),
@@ -756,12 +781,12 @@ def _cases_of(dtype: str, channels_last: bool, channels: int) -> list[CompileCas
                 ALIGN=False,
                 FIRST=True,
                 CHANNELS_LAST=channels_last,
-                BLOCK_P=coords_p,
-                BLOCK_C=coords_c,
                 grad_p=1,
                 coords_xy=1,
+                **coords,
                 **ones,
             ),
+            num_warps=coords_warps,
             options=EXACT,
             divisible=divisible,
         ),

@@ -14,6 +14,7 @@ bits every run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,19 @@ from torch import Tensor
 from rendseg.reference.refine import check_refine_mlp, every_cell, refine_mlp
 from rendseg.reference.subdivide import label_dtype
 
-from ._common import EXACT, INTERPRETED, check_grid, narrow, on_device, wins
+from ._common import (
+    EXACT,
+    INTERPRETED,
+    arch_of,
+    before_sm_90,
+    check_grid,
+    has_tf32,
+    launch_tuned,
+    narrow,
+    on_device,
+    shape_class,
+    wins,
+)
 from .point_sample import point_sample_triton
 from .subdivide import subdivide_labels_triton, subdivide_triton
 
@@ -290,23 +303,33 @@ def _refine_labels_kernel(
     tl.store(out + n * out_n + cell, label.to(out.dtype.element_ty), mask=has_point)
 
 
-def _tile(outputs: int, half: bool, labels: bool = False) -> dict[str, int]:
+def _tile(outputs: int, half: bool, arch: str, labels: bool = False) -> dict[str, int]:
     """Configuration by shape class: points, outputs and inputs of a tile, warps and stages of the loads.
 
-    The argmax takes half the outputs at a time, because it keeps its own tiles of them in registers.
+    The argmax takes half the outputs at a time, because it keeps its own tiles of them in registers. Before sm_90 the
+    operands of a product lie in registers: three products of TF32, of a layer, take half the inputs.
     """
     widest = (128 if half else 64) // (2 if labels else 1)
     block_o = min(widest, max(16, triton.next_power_of_2(outputs)))
-    return {"BLOCK_P": 64, "BLOCK_O": block_o, "BLOCK_K": 64 if half else 32, "num_warps": 4, "num_stages": 3}
+    block_k = 64 if half else 16 if before_sm_90(arch) and not labels else 32
+    return {"BLOCK_P": 64, "BLOCK_O": block_o, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
 
 
-def _precision(device: torch.device, dtype: torch.dtype) -> str:
+_TUNED = ("BLOCK_P", "BLOCK_K")  # not the outputs, which the weights are padded for
+
+
+def _precision(arch: str, dtype: torch.dtype) -> str:
     """How products of float32 are made: in tf32 only where PyTorch lets the convolutions of a head that is called."""
-    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip:
-        return "ieee"
-    if torch.cuda.get_device_capability(device)[0] < 8:  # no tf32
+    if dtype != torch.float32 or not has_tf32(arch):
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+
+
+def _launch(
+    kernel: Any, arguments: tuple[Any, ...], blocks: int, points: int, options: dict[str, Any], tile: dict[str, int]
+) -> None:
+    """A program for every tile of points of every block of outputs and image."""
+    kernel[(check_grid(blocks * triton.cdiv(points, tile["BLOCK_P"])),)](*arguments, **options, **tile, **EXACT)
 
 
 class _Head:
@@ -322,7 +345,8 @@ class _Head:
     ) -> None:
         self.classes = classes
         self.half = weights[0].dtype != torch.float32
-        self.precision = _precision(weights[0].device, weights[0].dtype)
+        self.arch = arch_of(weights[0].device)
+        self.precision = _precision(self.arch, weights[0].dtype)
         self.layers = []
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             joined = coarse_each_layer or i == 0
@@ -330,7 +354,7 @@ class _Head:
             outputs = weight.shape[0]
             if self.half:
                 # Rows of odd lengths, as with 19 classes, start anywhere: by whole columns a load takes several values.
-                weight = F.pad(weight.t(), (0, -outputs % _tile(outputs, True)["BLOCK_O"])).contiguous().t()
+                weight = F.pad(weight.t(), (0, -outputs % _tile(outputs, True, self.arch)["BLOCK_O"])).contiguous().t()
             inputs = weight.shape[1] - (classes if joined else 0)
             hidden = weight.narrow(1, classes if joined and coarse_first else 0, inputs)
             points = weight.narrow(1, 0 if coarse_first else inputs, classes) if joined else hidden
@@ -344,36 +368,27 @@ class _Head:
         for i, (weight, coarse_weight, bias, joined, outputs) in enumerate(self.layers):
             last = i + 1 == len(self.layers)
             inputs = weight.shape[1]
-            tile = _tile(outputs, self.half, last and labels)
-            tiles = images * triton.cdiv(points, tile["BLOCK_P"])
-            shared = (x, coarse, weight, coarse_weight, bias, cell_indices)
-            strides = (*x.stride(), *coarse.stride(), *weight.stride())
+            tile = _tile(outputs, self.half, self.arch, last and labels)
             options = {"JOINED": joined, "PACKED": self.half, "INDEXED": last and indices is not None}
             options |= {"PRECISION": self.precision}
+            shared = (x, coarse, weight, coarse_weight, bias, cell_indices)
+            strides = (*x.stride(), *coarse.stride(), *weight.stride())
+            key = (x.dtype, weight.dtype, self.precision, joined, last, *shape_class(images, points, inputs, outputs))
             if last and labels:
-                _refine_labels_kernel[(check_grid(tiles),)](
-                    *shared, out, points, inputs, self.classes, *strides, out.stride(0), **options, **tile, **EXACT
-                )
+                head = (*shared, out, points, inputs, self.classes, *strides, out.stride(0))
+                launch = functools.partial(_launch, _refine_labels_kernel, head, images, points, options)
+                launch_tuned("refine_labels", key, tile, _TUNED, x.device, launch)
                 return
             if last:
                 target, to = out, (out.stride(0), out.stride(1), _cell_stride(out))
             else:  # the outputs of a point side by side, as the next layer reads them
                 target = torch.empty((images, points, outputs), dtype=weight.dtype, device=x.device).transpose(1, 2)
                 to = target.stride()
-            _refine_layer_kernel[(check_grid(tiles * triton.cdiv(outputs, tile["BLOCK_O"])),)](
-                *shared,
-                target,
-                points,
-                inputs,
-                self.classes,
-                outputs,
-                *strides,
-                *to,
-                RELU=not last,
-                **options,
-                **tile,
-                **EXACT,
-            )
+            layer = (*shared, target, points, inputs, self.classes, outputs, *strides, *to)
+            blocks = images * triton.cdiv(outputs, tile["BLOCK_O"])
+            options |= {"RELU": not last}
+            launch = functools.partial(_launch, _refine_layer_kernel, layer, blocks, points, options)
+            launch_tuned("refine_layer", key, tile, _TUNED, x.device, launch)
             x = target
 
 
@@ -461,13 +476,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_trit
 
 
 def _case(
-    kernel: Any, name: str, kind: str, outputs: int, options: dict[str, Any], ones: tuple[str, ...]
+    kernel: Any, name: str, kind: str, outputs: int, arch: str, options: dict[str, Any], ones: tuple[str, ...]
 ) -> CompileCase:
     """A case as launched with 256 inputs: sizes and strides are multiples of 16, except those of the classes."""
     from ._compile import CompileCase
 
     half = kind != "fp32"
-    tile = _tile(outputs, half, "RELU" not in options)
+    tile = _tile(outputs, half, arch, "RELU" not in options)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     pointers = {key: f"*{kind}" for key in ("x", "coarse", "weight", "coarse_weight", "bias", "out")}
     pointers |= {"indices": "*i64"} | ({} if "RELU" in options else {"out": "*u8"})
@@ -486,22 +501,24 @@ def _case(
     )
 
 
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default: first, middle and last layers of the usual head."""
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default: first, middle and last layers of the usual head.
+
+    bfloat16 stands for float16 too.
+    """
     cases = []
-    for kind, precision in (("fp32", "tf32"), ("fp32", "tf32x3"), ("bf16", "ieee"), ("fp16", "ieee")):
+    wide = ("tf32", "tf32x3") if has_tf32(arch) else ("ieee",)
+    for kind, precision in (*(("fp32", name) for name in wide), ("bf16", "ieee")):
         name = f"{kind} {precision}"
         labels = {"JOINED": True, "INDEXED": True, "PRECISION": precision}
         logits = labels | {"RELU": False}
         hidden = labels | {"RELU": True, "INDEXED": False}
         layer = _refine_layer_kernel
-        cases.append(_case(layer, f"refine_layer {name} first", kind, 256, hidden, ("x_p", "out_c")))
-        cases.append(_case(layer, f"refine_layer {name} middle", kind, 256, hidden, ("x_k", "out_c")))
+        cases.append(_case(layer, f"refine_layer {name} first", kind, 256, arch, hidden, ("x_p", "out_c")))
+        cases.append(_case(layer, f"refine_layer {name} middle", kind, 256, arch, hidden, ("x_k", "out_c")))
         for classes in (19, 150):
-            cases.append(
-                _case(layer, f"refine_layer {name} logits {classes}", kind, classes, logits, ("x_k", "out_cell"))
-            )
-            cases.append(
-                _case(_refine_labels_kernel, f"refine_labels {name} {classes}", kind, classes, labels, ("x_k",))
-            )
+            ones = ("x_k", "out_cell")
+            cases.append(_case(layer, f"refine_layer {name} logits {classes}", kind, classes, arch, logits, ones))
+            name_ = f"refine_labels {name} {classes}"
+            cases.append(_case(_refine_labels_kernel, name_, kind, classes, arch, labels, ones[:1]))
     return cases

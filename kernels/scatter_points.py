@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..reference import _checks as check
 from ..reference.scatter_points import _check_range, check_indices, check_scatter_points
+from ._common import launch_tuned, shape_class
 from ._compile import CompileCase
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The assert is live in every launch; without the checks of integer overflow that Triton would add for it.
 _OPTIONS: dict[str, Any] = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": False}
 _SIZES = ["points", "cells", "width"]  # not worth a compilation per value
+_TUNED = ("BLOCK_P",)
 
 
 @triton.jit
@@ -119,14 +121,19 @@ def _scatter_points_backward_kernel(
     tl.store(rest_ptr + n * rest_n + c * rest_c + row * rest_h + col * rest_w, tl.zeros_like(value), mask=live)
 
 
-def _blocks(channels: int, channels_last: bool) -> tuple[int, int]:
-    """Points and channels of a tile."""
+def _blocks(channels: int, channels_last: bool) -> dict[str, int]:
+    """Configuration by shape class, on every architecture: points and channels of a tile, and warps."""
     block_c = min(64 if channels_last else 8, triton.next_power_of_2(channels))
-    return min(256, 1024 // block_c), block_c
+    return {"BLOCK_P": min(256, 1024 // block_c), "BLOCK_C": block_c, "num_warps": 4}
 
 
-def _grid(points: int, channels: int, images: int, block_p: int, block_c: int) -> tuple[int]:
-    return (images * triton.cdiv(points, block_p) * triton.cdiv(channels, block_c),)
+def _grid(points: int, channels: int, images: int, tile: dict[str, int]) -> tuple[int]:
+    return (images * triton.cdiv(points, tile["BLOCK_P"]) * triton.cdiv(channels, tile["BLOCK_C"]),)
+
+
+def _key(tensor: Tensor, points: int, channels_last: bool) -> tuple[Any, ...]:
+    """The shape class of a launch, for the tuning."""
+    return tensor.element_size(), channels_last, *shape_class(tensor.shape[0], tensor.shape[1], points)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -166,23 +173,26 @@ def _scatter(logits: Tensor, indices: Tensor, values: Tensor) -> None:
     if not values.numel():
         return
     channels_last = channels > 1 and logits.stride(1) == 1
-    block_p, block_c = _blocks(channels, channels_last)
-    _scatter_points_kernel[_grid(points, channels, images, block_p, block_c)](
-        _bits(logits),
-        indices.contiguous(),
-        _bits(values),
-        points,
-        channels,
-        height * width,
-        width,
-        *logits.stride(),
-        *values.stride(),
-        CHANNELS_LAST=channels_last,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-        **_OPTIONS,
-    )
+    indices = indices.contiguous()
+
+    def launch(tile: dict[str, int]) -> None:
+        _scatter_points_kernel[_grid(points, channels, images, tile)](
+            _bits(logits),
+            indices,
+            _bits(values),
+            points,
+            channels,
+            height * width,
+            width,
+            *logits.stride(),
+            *values.stride(),
+            CHANNELS_LAST=channels_last,
+            **tile,
+            **_OPTIONS,
+        )
+
+    key = _key(logits, points, channels_last)
+    launch_tuned("scatter_points", key, _blocks(channels, channels_last), _TUNED, logits.device, launch)
 
 
 def scatter_points_inplace_triton(logits: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -213,65 +223,74 @@ def scatter_points_backward_triton(grad: Tensor, indices: Tensor) -> tuple[Tenso
     values = torch.empty((images, channels, points), dtype=grad.dtype, device=grad.device)
     if values.numel():
         channels_last = channels > 1 and grad.stride(1) == 1
-        block_p, block_c = _blocks(channels, channels_last)
-        _scatter_points_backward_kernel[_grid(points, channels, images, block_p, block_c)](
-            _bits(grad),
-            indices.contiguous(),
-            _bits(rest),
-            _bits(values),
-            points,
-            channels,
-            height * width,
-            width,
-            *grad.stride(),
-            *rest.stride(),
-            CHANNELS_LAST=channels_last,
-            BLOCK_P=block_p,
-            BLOCK_C=block_c,
-            num_warps=4,
-            **_OPTIONS,
-        )
+        indices = indices.contiguous()
+
+        def launch(tile: dict[str, int]) -> None:
+            _scatter_points_backward_kernel[_grid(points, channels, images, tile)](
+                _bits(grad),
+                indices,
+                _bits(rest),
+                _bits(values),
+                points,
+                channels,
+                height * width,
+                width,
+                *grad.stride(),
+                *rest.stride(),
+                CHANNELS_LAST=channels_last,
+                **tile,
+                **_OPTIONS,
+            )
+
+        key = _key(grad, points, channels_last)
+        launch_tuned("scatter_points_backward", key, _blocks(channels, channels_last), _TUNED, grad.device, launch)
     return rest, values
 
 
-def compile_cases() -> list[CompileCase]:
-    """Both kernels, both layouts, many channels and few, for elements of 4 and 2 bytes."""
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Both kernels in both layouts; the widest of a tile, and elements of 8 bytes, take most registers."""
     cases = []
     sizes = dict.fromkeys(("points", "channels", "cells", "width"), "i32")
-    for bits in ("i32", "i16"):
-        for channels_last, channels in ((True, 160), (True, 19), (False, 19), (False, 1)):
-            block_p, block_c = _blocks(channels, channels_last)
-            blocks = dict(CHANNELS_LAST=channels_last, BLOCK_P=block_p, BLOCK_C=block_c)
-            one = "c" if channels_last else "w"
-            strides = {
-                prefix: {f"{prefix}_{a}": "i32" for a in "nchw" if a != one} for prefix in ("map", "grad", "rest")
-            }
-            name = f"{bits} {'channels_last' if channels_last else 'nchw'} C={channels}"
-            cases.append(
-                CompileCase(
-                    f"scatter_points {name}",
-                    _scatter_points_kernel,
-                    {"map_ptr": f"*{bits}", "indices_ptr": "*i64", "values_ptr": f"*{bits}", **sizes}
-                    | strides["map"]
-                    | {"values_n": "i32", "values_c": "i32"},
-                    blocks | {f"map_{one}": 1, "values_p": 1},
-                    options=_OPTIONS,
-                    divisible=("channels", *strides["map"]) if channels % 16 == 0 else (),
-                )
+    for bits, channels_last, channels in (
+        ("i32", True, 160),
+        ("i16", True, 19),
+        ("i64", True, 19),
+        ("i64", False, 19),
+        ("i32", False, 1),
+    ):
+        tile = _blocks(channels, channels_last)
+        warps = tile.pop("num_warps")
+        blocks = dict(tile, CHANNELS_LAST=channels_last)
+        one = "c" if channels_last else "w"
+        strides = {prefix: {f"{prefix}_{a}": "i32" for a in "nchw" if a != one} for prefix in ("map", "grad", "rest")}
+        name = f"{bits} {'channels_last' if channels_last else 'nchw'} C={channels}"
+        cases.append(
+            CompileCase(
+                f"scatter_points {name}",
+                _scatter_points_kernel,
+                {"map_ptr": f"*{bits}", "indices_ptr": "*i64", "values_ptr": f"*{bits}", **sizes}
+                | strides["map"]
+                | {"values_n": "i32", "values_c": "i32"},
+                blocks | {f"map_{one}": 1, "values_p": 1},
+                num_warps=warps,
+                options=_OPTIONS,
+                divisible=("channels", *strides["map"]) if channels % 16 == 0 else (),
             )
-            cases.append(
-                CompileCase(
-                    f"scatter_points backward {name}",
-                    _scatter_points_backward_kernel,
-                    {"grad_ptr": f"*{bits}", "rest_ptr": f"*{bits}", "values_ptr": f"*{bits}", "indices_ptr": "*i64"}
-                    | sizes
-                    | strides["grad"]
-                    | strides["rest"],
-                    blocks | {f"grad_{one}": 1, f"rest_{one}": 1},
-                    options=_OPTIONS,
-                    divisible=("channels", *strides["grad"], *strides["rest"]) if channels % 16 == 0 else (),
-                )
+        )
+        cases.append(
+            CompileCase(
+                f"scatter_points backward {name}",
+                _scatter_points_backward_kernel,
+                {"grad_ptr": f"*{bits}", "rest_ptr": f"*{bits}", "values_ptr": f"*{bits}", "indices_ptr": "*i64"}
+                | sizes
+                | strides["grad"]
+                | strides["rest"],
+                blocks | {f"grad_{one}": 1, f"rest_{one}": 1},
+                num_warps=warps,
+                options=_OPTIONS,
+                divisible=("channels", *strides["grad"], *strides["rest"]) if channels % 16 == 0 else (),
             )
+        )
     return cases
 
 

@@ -28,12 +28,14 @@ from ._common import (
     check_indices,
     compile_case,
     known_class,
+    launch_tuned,
     margin_key,
     merge_top2,
     narrow,
     on_device,
     plane_span,
     push_top2,
+    shape_class,
     strides,
     tile_name,
     upsample_taps,
@@ -287,39 +289,46 @@ def _run(
     selection = Selection(n, height * width, min(num_points, height * width), logits.device, not inside)
     if n == 0:
         return selection.cells(height, width)
-    tiles_x = triton.cdiv(width, tile["BLOCK_X"])
-    tiles = triton.cdiv(height, tile["BLOCK_Y"]) * tiles_x
-    spans = [plane_span(logits), scale_factor * (max(height, width) + 512)]
+    spans = [plane_span(logits), scale_factor * (max(height, width) + 1024)]
     if fine is not None:
         spans.append(plane_span(fine))
     if align_corners:  # positions are multiplied with sizes
-        spans.append((max(height, width) + 512) * max(in_height, in_width))
-    _subdivide_kernel[(check_grid(n * tiles),)](
-        logits,
-        logits if fine is None else fine,
-        selection.keys if labels is None else labels,
-        selection.keys,
-        selection.histogram,
-        logits if class_index is None else class_index,
-        channels,
-        in_height,
-        in_width,
-        *strides(logits),
-        *(strides(logits) if fine is None else strides(fine)),
-        0 if class_index is None else class_index.stride(0),
-        tiles,
-        tiles_x,
-        SCALE=scale_factor,
-        ALIGN_CORNERS=align_corners,
-        STORE=fine is not None,
-        LABEL=labels is not None,
-        COUNT=selection.counting,
-        SINGLE=class_index is not None or channels == 1,
-        INDEXED=class_index is not None,
-        WIDE=max(spans) + tile["BLOCK_C"] >= INT32_LIMIT,
-        **tile,
-        **EXACT,
-    )
+        spans.append((max(height, width) + 1024) * max(in_height, in_width))
+
+    def launch(tile: dict[str, Any]) -> None:
+        tiles_x = triton.cdiv(width, tile["BLOCK_X"])
+        tiles = triton.cdiv(height, tile["BLOCK_Y"]) * tiles_x
+        _subdivide_kernel[(check_grid(n * tiles),)](
+            logits,
+            logits if fine is None else fine,
+            selection.keys if labels is None else labels,
+            selection.keys,
+            selection.histogram,
+            logits if class_index is None else class_index,
+            channels,
+            in_height,
+            in_width,
+            *strides(logits),
+            *(strides(logits) if fine is None else strides(fine)),
+            0 if class_index is None else class_index.stride(0),
+            tiles,
+            tiles_x,
+            SCALE=scale_factor,
+            ALIGN_CORNERS=align_corners,
+            STORE=fine is not None,
+            LABEL=labels is not None,
+            COUNT=selection.counting,
+            SINGLE=class_index is not None or channels == 1,
+            INDEXED=class_index is not None,
+            WIDE=max(spans) + tile["BLOCK_C"] >= INT32_LIMIT,
+            **tile,
+            **EXACT,
+        )
+
+    modes = (fine is None, labels is None, class_index is None, tile["BLOCK_C"])
+    key = (logits.dtype, scale_factor, *modes, *shape_class(n, channels, height, width))
+    changed = (selection.histogram,) if selection.counting else ()
+    launch_tuned("subdivide", key, tile, ("BLOCK_Y",), logits.device, launch, changed)
     return selection.cells(height, width)
 
 
@@ -399,12 +408,14 @@ def subdivide_backward_triton(grad: Tensor, height: int, width: int, align_corne
         return out
     inside = channels_inside(grad) and channels_inside(out)
     tile = _backward_tile(channels, inside)
-    block, block_c = tile["BLOCK"], tile["BLOCK_C"]
-    tiles, groups = triton.cdiv(height * width, block), triton.cdiv(channels, block_c)
-    spans = [plane_span(grad), plane_span(out), 4 * scale * (max(height, width) + block)]
+    block_c = tile["BLOCK_C"]
+    groups = triton.cdiv(channels, block_c)
+    spans = [plane_span(grad), plane_span(out), 4 * scale * (max(height, width) + 1024)]
     if align_corners:
         spans.append((max(fine_height, fine_width) + 4 * scale) * max(height, width))
-    with on_device(grad):
+
+    def launch(tile: dict[str, Any]) -> None:
+        tiles = triton.cdiv(height * width, tile["BLOCK"])
         _subdivide_backward_kernel[(check_grid(n * tiles * groups),)](
             grad,
             out,
@@ -423,6 +434,10 @@ def subdivide_backward_triton(grad: Tensor, height: int, width: int, align_corne
             **tile,
             **EXACT,
         )
+
+    key = (grad.dtype, scale, block_c, *shape_class(n, channels, height * width))
+    with on_device(grad):
+        launch_tuned("subdivide_backward", key, tile, ("BLOCK",), grad.device, launch)
     return out
 
 
@@ -433,15 +448,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default."""
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default; bfloat16 stands for float16 too."""
     cases = []
-    for kind in ("fp32", "bf16", "fp16", "fp64"):
+    shapes = ((19, 1024, False), (19, 64, False), (19, 1024, True), (8, 1024, True))
+    for kind in ("fp32", "bf16", "fp64"):
         pointer = {"source": f"*{kind}", "fine": f"*{kind}", "labels": "*u8", "keys": "*i32"}
         pointer |= {"histogram": "*i32", "class_index": "*i64"}
-        for mode in ("logits", "labels", "nothing", "class", "one channel"):
-            for channels, width, inside in ((19, 1024, False), (19, 64, False), (19, 1024, True), (8, 1024, True)):
-                if (kind == "fp16" and mode != "logits") or (inside and mode in ("class", "one channel")):
+        for mode in ("logits", "labels", "nothing", "class", "one channel") if kind == "fp32" else ("logits", "labels"):
+            for channels, width, inside in shapes if mode in ("logits", "labels") else shapes[:1]:
+                if mode == "labels" and kind != "fp32" and not inside:
                     continue
                 tile = _tile(channels, width, inside)
                 options = {
@@ -458,7 +474,7 @@ def compile_cases() -> list[CompileCase]:
                 ones = ("s_c", "f_c") if inside else ("s_w", "f_w")
                 cases.append(compile_case(_subdivide_kernel, name, pointer, options | tile, ones))
         for inside in (False, True):
-            for aligned in (False, True):
+            for aligned in (False, True) if kind == "fp32" else (True,):
                 tile = _backward_tile(19, inside)
                 name = f"subdivide_backward {kind}{' aligned' * aligned} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
                 options = {"SCALE": 2, "ALIGN_CORNERS": aligned, "WIDE": False}

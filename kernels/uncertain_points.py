@@ -24,17 +24,21 @@ from ._bilinear import axis_taps
 from ._common import (
     EXACT,
     INT32_LIMIT,
+    arch_of,
+    before_sm_90,
     channels_inside,
     check_grid,
     check_indices,
     compile_case,
     known_class,
+    launch_tuned,
     margin_key,
     merge_top2,
     narrow,
     on_device,
     plane_span,
     push_top2,
+    shape_class,
     strides,
     tile_name,
 )
@@ -251,14 +255,25 @@ def _sample_kernel(
         count_digit(histogram + n * 256, key, inside, 0)
 
 
-def _tile(channels: int, inside: bool, sampled: bool = False) -> dict[str, Any]:
+def _tile(channels: int, inside: bool, arch: str, sampled: bool = False) -> dict[str, Any]:
     """Configuration by shape class: cells (or points) and channels of a tile, and warps."""
+    if sampled and not inside:  # small programs, for the latency of scattered loads
+        return {"BLOCK": 256, "BLOCK_C": 1, "num_warps": 8 if before_sm_90(arch) else 4}
     if not inside:
-        # Sampling: small programs, for the latency of scattered loads.
-        return {"BLOCK": 256, "BLOCK_C": 1, "num_warps": 4} if sampled else {"BLOCK": 512, "BLOCK_C": 1, "num_warps": 4}
+        return {"BLOCK": 512, "BLOCK_C": 1, "num_warps": 4}
     if channels <= 16:
         return {"BLOCK": 64, "BLOCK_C": 16, "num_warps": 4}
     return {"BLOCK": 32, "BLOCK_C": 32, "num_warps": 4}
+
+
+def _layout_tile(logits: Tensor, class_index: Tensor | None, sampled: bool = False) -> dict[str, Any]:
+    inside = class_index is None and channels_inside(logits)
+    return _tile(logits.shape[1], inside, arch_of(logits.device), sampled)
+
+
+def _key(logits: Tensor, class_index: Tensor | None, tile: dict[str, Any], *sizes: int) -> tuple[Any, ...]:
+    """The shape class of a launch, for the tuning."""
+    return logits.dtype, class_index is None, tile["BLOCK_C"], *shape_class(*logits.shape[:2], *sizes)
 
 
 def _margins(
@@ -270,27 +285,34 @@ def _margins(
     flat = height == 1 or width == 1 or steps[2] == width * steps[3]
     if width == 1 and height > 1:
         steps = [*steps[:3], steps[2]]
-    tiles = triton.cdiv(height * width, tile["BLOCK"])
-    _margin_kernel[(check_grid(n * tiles),)](
-        logits,
-        logits if class_index is None else class_index,
-        out,
-        out if selection is None else selection.histogram,
-        channels,
-        height * width,
-        width,
-        *steps,
-        0 if class_index is None else class_index.stride(0),
-        tiles,
-        KEYS=selection is not None,
-        COUNT=selection is not None and selection.counting,
-        SINGLE=class_index is not None or channels == 1,
-        INDEXED=class_index is not None,
-        FLAT=flat,
-        WIDE=plane_span(logits) + tile["BLOCK_C"] >= INT32_LIMIT,
-        **tile,
-        **EXACT,
-    )
+    counting = selection is not None and selection.counting
+
+    def launch(tile: dict[str, Any]) -> None:
+        tiles = triton.cdiv(height * width, tile["BLOCK"])
+        _margin_kernel[(check_grid(n * tiles),)](
+            logits,
+            logits if class_index is None else class_index,
+            out,
+            out if selection is None else selection.histogram,
+            channels,
+            height * width,
+            width,
+            *steps,
+            0 if class_index is None else class_index.stride(0),
+            tiles,
+            KEYS=selection is not None,
+            COUNT=counting,
+            SINGLE=class_index is not None or channels == 1,
+            INDEXED=class_index is not None,
+            FLAT=flat,
+            WIDE=plane_span(logits) + tile["BLOCK_C"] >= INT32_LIMIT,
+            **tile,
+            **EXACT,
+        )
+
+    key = (selection is None, *_key(logits, class_index, tile, height * width))
+    changed = (selection.histogram,) if selection is not None and counting else ()
+    launch_tuned("margin", key, tile, ("BLOCK",), logits.device, launch, changed)
 
 
 def uncertainty_triton(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
@@ -303,7 +325,7 @@ def uncertainty_triton(logits: Tensor, class_index: Tensor | None = None) -> Ten
     out = torch.empty((n, height, width), dtype=torch.float32, device=logits.device)
     if n > 0:
         with on_device(logits):
-            _margins(logits, class_index, out, None, _tile(channels, class_index is None and channels_inside(logits)))
+            _margins(logits, class_index, out, None, _layout_tile(logits, class_index))
     return out
 
 
@@ -319,7 +341,7 @@ def uncertain_points_triton(
     check_class_index(class_index, logits)
     logits = logits.detach()
     n, channels, height, width = logits.shape
-    tile = _tile(channels, class_index is None and channels_inside(logits))
+    tile = _layout_tile(logits, class_index)
     with on_device(logits):
         k = min(num_points, height * width)
         selection = Selection(n, height * width, k, logits.device, tile["BLOCK_C"] == 1)
@@ -363,39 +385,45 @@ def sample_uncertain_points_triton(
             mode = DRAWS
         else:
             points, mode = random_coords.detach(), POINTS
-        tile = _tile(channels, class_index is None and channels_inside(logits), sampled=True)
+        tile = _layout_tile(logits, class_index, sampled=True)
         selection = Selection(n, candidates, kept, logits.device, tile["BLOCK_C"] == 1)
         start = candidates if kept == 0 else 0
-        tiles = triton.cdiv(total - start, tile["BLOCK"])
-        _sample_kernel[(check_grid(n * tiles),)](
-            logits,
-            logits if class_index is None else class_index,
-            points,
-            selection.keys,
-            selection.histogram,
-            out,
-            channels,
-            height,
-            width,
-            *strides(logits),
-            0 if class_index is None else class_index.stride(0),
-            *(points.stride() if mode == POINTS else (0, 0, 0)),
-            candidates,
-            total,
-            kept,
-            num_points,
-            start,
-            tiles,
-            COUNT=selection.counting,
-            SINGLE=class_index is not None or channels == 1,
-            INDEXED=class_index is not None,
-            BORDER=padding_mode == "border",
-            ALIGN_CORNERS=align_corners,
-            MODE=mode,
-            WIDE=plane_span(logits) + tile["BLOCK_C"] >= INT32_LIMIT,
-            **tile,
-            **EXACT,
-        )
+
+        def launch(tile: dict[str, Any]) -> None:
+            tiles = triton.cdiv(total - start, tile["BLOCK"])
+            _sample_kernel[(check_grid(n * tiles),)](
+                logits,
+                logits if class_index is None else class_index,
+                points,
+                selection.keys,
+                selection.histogram,
+                out,
+                channels,
+                height,
+                width,
+                *strides(logits),
+                0 if class_index is None else class_index.stride(0),
+                *(points.stride() if mode == POINTS else (0, 0, 0)),
+                candidates,
+                total,
+                kept,
+                num_points,
+                start,
+                tiles,
+                COUNT=selection.counting,
+                SINGLE=class_index is not None or channels == 1,
+                INDEXED=class_index is not None,
+                BORDER=padding_mode == "border",
+                ALIGN_CORNERS=align_corners,
+                MODE=mode,
+                WIDE=plane_span(logits) + tile["BLOCK_C"] >= INT32_LIMIT,
+                **tile,
+                **EXACT,
+            )
+
+        key = (mode, *_key(logits, class_index, tile, total))
+        changed = (selection.histogram,) if selection.counting else ()
+        launch_tuned("sample", key, tile, ("BLOCK",), logits.device, launch, changed)
         if kept > 0:
             selection.points(points, total, out, mode)
     return out
@@ -408,16 +436,15 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default."""
-    cases = _select.compile_cases()
-    for kind in ("fp32", "bf16", "fp16", "fp64"):
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Every kernel in every configuration that is used by default; bfloat16 stands for float16 too."""
+    cases = _select.compile_cases(arch)
+    shapes = ((19, False), (19, True), (8, True))
+    for kind in ("fp32", "bf16", "fp64"):
         logits = {"logits": f"*{kind}", "class_index": "*i64", "histogram": "*i32"}
-        for mode in ("keys", "margins", "class", "strided"):
-            for channels, inside in ((19, False), (19, True), (8, True)):
-                if (kind == "fp16" and mode != "keys") or (inside and mode in ("class", "strided")):
-                    continue
-                tile = _tile(channels, inside)
+        for mode in ("keys", "margins", "class", "strided") if kind == "fp32" else ("keys",):
+            for channels, inside in shapes if mode == "keys" else shapes[:1]:
+                tile = _tile(channels, inside, arch)
                 options = {
                     "KEYS": mode != "margins",
                     "COUNT": mode != "margins" and not inside,
@@ -431,10 +458,10 @@ def compile_cases() -> list[CompileCase]:
                 ones = () if mode == "strided" else ("s_c",) if inside else ("s_w",)
                 cases.append(compile_case(_margin_kernel, name, pointers, options | tile, ones))
         for mode, sample_mode in (("drawn", DRAWS), ("given", POINTS), ("class", DRAWS)):
-            for channels, inside in ((19, False), (19, True), (8, True)):
-                if (kind == "fp16" and mode != "drawn") or (inside and mode == "class"):
+            for channels, inside in shapes if mode == "drawn" else shapes[:1]:
+                if mode == "class" and kind != "fp32":
                     continue
-                tile = _tile(channels, inside, sampled=True)
+                tile = _tile(channels, inside, arch, sampled=True)
                 options = {
                     "COUNT": not inside,
                     "SINGLE": mode == "class",

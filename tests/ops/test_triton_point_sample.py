@@ -83,8 +83,10 @@ def test_backward(name, mode, padding_mode, align_corners):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "strided"])
-@pytest.mark.parametrize("channels", [1, 5, 67])
-@pytest.mark.parametrize("mode,padding_mode,align_corners", [MODES[0], MODES[3], MODES[-1]])
+@pytest.mark.parametrize(
+    "channels,mode,padding_mode,align_corners",
+    [(5, *MODES[0]), (5, *MODES[3]), (5, *MODES[-1]), (1, *MODES[3]), (67, *MODES[0])],
+)
 def test_dtypes(dtype, layout, channels, mode, padding_mode, align_corners):
     inputs = [maps(2, channels, 6, 7, dtype, layout)]
     coords = points(2, 70) if dtype != torch.float64 else points(2, 70).double()
@@ -122,7 +124,7 @@ def test_the_same_bits_as_the_cpu_kernels(name, dtype):
     # Every product is rounded before it is added, taps are added in one order: nothing is left to differ.
     inputs, coords = CASES[name]
     inputs = [m.to(dtype) for m in inputs]
-    for options in MODES:
+    for options in (MODES[0], MODES[3], MODES[4], MODES[7]):  # each of the three switches both ways
         assert torch.equal(sample(inputs, coords, *options), torch.ops.rendseg.point_sample(inputs, coords, *options))
         grad = like_output(inputs, coords)
         got = backward(grad, inputs, coords, *options, True, False)
