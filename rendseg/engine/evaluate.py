@@ -295,7 +295,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Pa
             **result,
             "confusion_sum": {kind: int(matrix.sum()) for kind, matrix in details.confusion.items()},
             "class_names": list(dataset.class_names),
-            "conventions": config.to_dict()["eval"],
+            "conventions": {**config.to_dict()["eval"], "window_stride": config.eval.stride},
             "environment": {
                 "rendseg": __version__,
                 "torch": torch.__version__,
