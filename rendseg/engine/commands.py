@@ -77,13 +77,22 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pt file of a run.")],
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json; default: CHECKPOINT without extension + _eval.")
+        Path | None, typer.Option(help="Folder for the results; default: CHECKPOINT without extension + _eval.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Conventions of rendseg, mmseg, paddleseg, detectron2 or pytorch_encoding; short for "
+            "eval.preset=NAME. Keys given here win.",
+        ),
     ] = None,
 ) -> None:
     """Evaluate a checkpoint on its validation data: coarse and refined side by side."""
     from rendseg.engine.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(checkpoint, overrides or (), out)
+    chosen = [] if preset is None else [f"eval.preset={preset}"]
+    evaluate_checkpoint(checkpoint, [*chosen, *(overrides or ())], out)
 
 
 @app.command()

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rendseg.engine.eval_presets import PRESETS, check_preset
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -160,12 +162,93 @@ class TrainConfig(Section):
         return self
 
 
-class EvalConfig(Section):
-    """Evaluation on the validation split, after training and by `rendseg eval`."""
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
+
+def _side_pair(value: Any) -> list[int]:
+    """``[height, width]``; one number stands for both."""
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(_is_side(side) for side in pair):
+        raise ValueError("must be [height, width] or one number, whole and at least 1")
+    return list(pair)
+
+
+def _base_size(value: Any) -> int | list[int]:
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_side(side) for side in value):
+        return list(value)
+    if not _is_side(value):
+        raise ValueError("must be one number or [long, short], whole and at least 1")
+    return value
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+class EvalConfig(Section):
+    """Evaluation on the validation split, after training and by `rendseg eval`; windows, scales and flip also hold for
+    `rendseg predict`."""
+
+    preset: str = Field(
+        default="rendseg",
+        description="the conventions of a framework: what is not given of merge, absent, align_corners, image_resize, "
+        "rounding, chain_scales, window_border, flip; rendseg, mmseg, paddleseg, detectron2, pytorch_encoding (see "
+        "rendseg.engine.eval_presets)",
+    )
     batch_size: PositiveInt = Field(default=1, description="images of one size that are predicted together")
     num_workers: NonNegativeInt = Field(default=2, description="processes that read images")
     limit: PositiveInt | None = Field(default=None, description="evaluate only the first so many images; null: all")
+    scales: Annotated[list[Positive], BeforeValidator(_as_list)] = Field(
+        default=[1.0], min_length=1, description="sizes at which each image is predicted, relative to its own"
+    )
+    flip: bool = Field(default=False, description="predict the mirror image too")
+    flip_vertical: bool = Field(default=False, description="predict the image upside down too (and, with flip, both)")
+    window: Annotated[list[int], BeforeValidator(_side_pair)] | None = Field(
+        default=None, description="[height, width] of a sliding window, or one number for both; null: the whole image"
+    )
+    window_stride: Annotated[list[int], BeforeValidator(_side_pair)] | None = Field(
+        default=None, description="[height, width] from window to window; null: two thirds of the window"
+    )
+    window_border: Literal["shift", "pad"] = Field(
+        default="shift",
+        description="shift: the last window is moved back into the image, a small image is taken as it is; pad: what "
+        "sticks out, and a small image, is filled with black at the right and the bottom",
+    )
+    merge: Literal["softmax", "logits", "exp"] = Field(
+        default="softmax",
+        description="how scales and flips are added up: probabilities, logits, or exp of the logits (added over "
+        "flips, in each window); windows are averaged before, as logits (exp: as exp)",
+    )
+    rounding: Literal["half_up", "mmcv", "long_side", "short_side"] = Field(
+        default="half_up",
+        description="size of a scaled image: half_up: each side rounded; mmcv: the largest of the same shape within "
+        "that; long_side, short_side: this side is scaled, the other follows",
+    )
+    base_size: Annotated[int | list[int], BeforeValidator(_base_size)] | None = Field(
+        default=None,
+        description="side that scale 1 means for rounding long_side or short_side, box [long, short] for mmcv; null: "
+        "the image's own",
+    )
+    max_size: PositiveInt | None = Field(default=None, description="rounding short_side: limit of the longer side")
+    scale_divisor: PositiveInt | None = Field(
+        default=None, description="sides of scaled images are rounded up to a multiple of this; null: no rounding"
+    )
+    chain_scales: bool = Field(default=False, description="make each scaled image from the one before (PaddleSeg)")
+    image_resize: Literal["bilinear", "aligned", "antialias"] = Field(
+        default="antialias",
+        description="how images are scaled: bilinear (half-pixel centres), aligned (bilinear with corners aligned), "
+        "antialias (bilinear, filtered when shrinking)",
+    )
+    align_corners: Literal[True, False, "model"] = Field(
+        default=False,
+        description="bilinear resizing of logits to the label's size: corners aligned or not; model: as in the model",
+    )
+    absent: Literal["skip", "ignore_without_label", "zero"] = Field(
+        default="skip",
+        description="classes left out of means: skip: neither labelled nor predicted; ignore_without_label: not "
+        "labelled; zero: none, what is not defined is 0",
+    )
     boundary_ratio: Positive = Field(
         default=0.02,
         description="width of the band of boundary IoU, as a share of the image diagonal (at least one pixel)",
@@ -173,7 +256,54 @@ class EvalConfig(Section):
     best: Literal["miou", "boundary_iou", "pixel_accuracy"] = Field(
         default="miou", description="the refined prediction's metric that chooses best.pt"
     )
-    pictures: NonNegativeInt = Field(default=4, description="side-by-side pictures written to <run folder>/pictures")
+    pictures: NonNegativeInt = Field(
+        default=4,
+        description="side-by-side pictures written to <run folder>/pictures after training; images in worst.png of "
+        "`rendseg eval`",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        preset = values.get("preset", "rendseg") if isinstance(values, Mapping) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+    @field_validator("preset", mode="before")
+    @classmethod
+    def _known_preset(cls, value: Any) -> str:
+        return check_preset(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvalConfig:
+        if self.window is None and self.window_stride is not None:
+            raise ValueError("window_stride needs window: [height, width]")
+        if self.window is not None and self.window_stride is not None:
+            for side, stride, window in zip(("height", "width"), self.window_stride, self.window, strict=True):
+                if stride > window:
+                    raise ValueError(
+                        f"window_stride {self.window_stride} exceeds window {self.window} in {side}: pixels between "
+                        "windows would not be predicted; make the stride at most the window"
+                    )
+        if self.base_size is not None:
+            wanted = {"mmcv": list, "long_side": int, "short_side": int}.get(self.rounding)
+            if wanted is None:
+                raise ValueError(
+                    f"base_size {self.base_size} has no meaning with rounding: {self.rounding}; use mmcv, long_side or "
+                    "short_side"
+                )
+            if not isinstance(self.base_size, wanted):
+                shape = "[long, short]" if wanted is list else "one number"
+                raise ValueError(f"base_size must be {shape} with rounding: {self.rounding}, got {self.base_size}")
+        if self.max_size is not None and self.rounding != "short_side":
+            raise ValueError(f"max_size needs rounding: short_side, got rounding: {self.rounding}")
+        return self
+
+    @property
+    def stride(self) -> list[int] | None:
+        """``window_stride``, or two thirds of the window."""
+        if self.window is None or self.window_stride is not None:
+            return self.window_stride
+        return [max(1, 2 * side // 3) for side in self.window]
 
 
 class OutputConfig(Section):

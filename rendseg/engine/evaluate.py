@@ -1,30 +1,43 @@
 """Evaluation of the coarse prediction (bilinearly upsampled) and the refined one side by side, and what it shares with
 training and prediction: building the data and the network, and bringing images to the device.
+
+How images are predicted (windows, scales, flips) is in ``inference.py``, what is counted in ``metrics.py``, and the
+conventions of other frameworks in ``eval_presets.py``.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rendseg._version import __version__
 from rendseg.data import DataError, build_dataset
-from rendseg.engine.checkpoint import load_checkpoint, load_weights, write_json
+from rendseg.engine.checkpoint import CheckpointError, load_checkpoint, load_weights, write_atomically, write_json
 from rendseg.engine.config import Config, ConfigError, EvalConfig, build_config
+from rendseg.engine.eval_presets import without_conventions
+from rendseg.engine.inference import KINDS, black, predict_labels
 from rendseg.engine.loader import Sample, evaluation_samples
-from rendseg.engine.metrics import SegmentationMetrics
+from rendseg.engine.metrics import SegmentationMetrics, mean_iou
 from rendseg.engine.tasks import task_lines, task_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-KINDS = ("coarse", "refined")
+WARM_UP = 3  # batches whose time is not counted, where there are more
 
 
 def build_data(config: Config, split: str) -> Any:
@@ -50,7 +63,10 @@ def load_trained(
 ) -> tuple[Config, Mapping[str, Any], nn.Module, dict[str, Any]]:
     """Configuration, classes, network with the trained weights, and raw contents of a checkpoint."""
     contents = load_checkpoint(path)
-    config = build_config(contents["config"], overrides, source=f"the configuration in {path}")
+    settings = contents["config"]
+    if any(override.partition("=")[0].strip() == "eval.preset" for override in overrides):
+        settings = without_conventions(settings)
+    config = build_config(settings, overrides, source=f"the configuration in {path}")
     classes = contents["classes"]
     network = build_network(config, len(classes["names"]), initialise=False)
     load_weights(network, contents["model"], path)
@@ -68,19 +84,22 @@ def move(batch: tuple[Tensor, Any], device: torch.device) -> tuple[Tensor, Any]:
     return images.to(device, non_blocking=True), moved
 
 
-@torch.no_grad()
-def predict_both(network: Any, images: Tensor) -> dict[str, Tensor]:
-    """Label maps [B, H, W] of the coarse logits, upsampled bilinearly, and of the refined prediction."""
-    output = network.predict(images, output="labels")
-    coarse = network.upsample(output.coarse, images.shape[-2:]).argmax(1)
-    return {"coarse": coarse, "refined": output.labels}
-
-
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     """Up to ``size`` consecutive samples of one image size."""
     for _, group in groupby(samples, key=lambda sample: sample["image"].shape):
         while batch := list(islice(group, size)):
             yield batch
+
+
+@dataclass
+class Details:
+    """What :func:`evaluate` leaves besides its result; the same in every process."""
+
+    confusion: dict[str, np.ndarray] = field(default_factory=dict)
+    """int64 [C, C] of the coarse and the refined prediction; row: label, column: prediction."""
+    images: list[dict[str, Any]] = field(default_factory=list)
+    """``index``, ``name``, ``pixels`` (valid ones), ``coarse`` and ``refined`` (mIoU, None without a valid pixel) of
+    each image, in order."""
 
 
 def evaluate(
@@ -90,23 +109,35 @@ def evaluate(
     accelerator: Accelerator,
     stop: Callable[[], bool] | None = None,
     progress: Callable[[int], object] | None = None,
+    details: Details | None = None,
 ) -> dict[str, Any] | None:
     """Metrics over a data set, the same in every process; None if ``stop()`` became true on the way.
 
-    Each process takes every W-th image and the counts are added up, so no image counts twice.
+    Each process takes every W-th image and the counts are added up, so no image counts twice. The counts are integers:
+    they depend neither on the number of processes nor on the batch size as far as the network gives an image the same
+    logits, bit for bit, whatever its neighbours in the batch (libraries may choose another algorithm for another batch
+    size; ``batch_size: 1``, the default, leaves them no choice).
+
+    ``ms_per_image`` is the median time from images on the device to label maps, over the batches after the first few.
     """
     count = min(len(dataset), options.limit or len(dataset))
     if count == 0:
         raise DataError("the validation split holds no images")
     metrics = {
         kind: SegmentationMetrics(
-            dataset.num_classes, ignore_index=dataset.ignore_index, boundary_ratio=options.boundary_ratio
+            dataset.num_classes,
+            ignore_index=dataset.ignore_index,
+            boundary_ratio=options.boundary_ratio,
+            absent=options.absent,
         ).to(accelerator.device)
         for kind in KINDS
     }
     tasks = task_metrics(network, dataset, accelerator.device)
+    padding = black(dataset.mean, dataset.std) if options.window_border == "pad" else ()
     network.eval()
     started = time.perf_counter()
+    times: list[float] = []
+    rows: list[dict[str, Any]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     for batch in _batches(evaluation_samples(dataset, options.num_workers, mine), options.batch_size):
         if stop is not None and stop():
@@ -114,20 +145,58 @@ def evaluate(
         images, labels = move(
             (torch.stack([s["image"] for s in batch]), torch.stack([s["label"] for s in batch])), accelerator.device
         )
+        begun = _clock(accelerator.device)
         with accelerator.autocast():
-            predictions = predict_both(network, images)
-            if tasks is not None:
+            predictions = predict_labels(network, images, labels.shape[-2:], options, padding)
+        times.append((_clock(accelerator.device) - begun) / len(batch))
+        if tasks is not None:
+            with accelerator.autocast():
                 tasks.update(network, images, batch)
-        for kind, prediction in predictions.items():
-            metrics[kind].update(prediction, labels)
+        if details is None:
+            for kind, prediction in predictions.items():
+                metrics[kind].update(prediction, labels)
+        else:
+            for sample, *image in zip(batch, labels, *(predictions[kind] for kind in KINDS), strict=True):
+                rows.append({"index": mine[len(rows)], "name": sample["name"], **_count(metrics, *image)})
         if progress is not None:
             progress(len(batch))
     result: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - started, 3)}
+    times = _from_all(times[min(WARM_UP, len(times) - 1) :] if times else [])
+    result["ms_per_image"] = round(1000 * statistics.median(times), 3)
     for kind in KINDS:
         result[kind] = _plain(metrics[kind].reduce(accelerator).compute(), dataset.class_names)
     if tasks is not None:
         result["tasks"] = tasks.reduce(accelerator).compute()
+    if details is not None:
+        details.confusion = {kind: metrics[kind].confusion.cpu().numpy() for kind in KINDS}
+        details.images = sorted(_from_all(rows), key=lambda row: row["index"])
     return result
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _from_all(values: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other."""
+    from accelerate.utils import gather_object
+
+    return gather_object(values)
+
+
+def _count(metrics: Mapping[str, SegmentationMetrics], label: Tensor, *predictions: Tensor) -> dict[str, Any]:
+    """Count one image; its valid pixels and the mIoU of each kind."""
+    row: dict[str, Any] = {}
+    for kind, prediction in zip(KINDS, predictions, strict=True):
+        before = metrics[kind].confusion.clone()
+        metrics[kind].update(prediction, label)
+        counts = metrics[kind].confusion - before
+        row["pixels"] = int(counts.sum())
+        row[kind] = mean_iou(counts) if row["pixels"] else None
+    return row
 
 
 def _plain(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -152,25 +221,33 @@ def summary(result: Mapping[str, Any]) -> str:
     )
 
 
+_COLUMNS = (
+    ("IoU", "miou", "per_class_iou"),
+    ("accuracy", "mean_accuracy", "per_class_accuracy"),
+    ("boundary IoU", "boundary_iou", "per_class_boundary_iou"),
+)
+
+
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table that is printed, in percent: IoU and boundary IoU of the coarse and the refined prediction and the
-    gain, as the mean over classes and for each class, and the pixel accuracy."""
-    coarse, refined = result["coarse"], result["refined"]
+    """The table that is printed, in percent: IoU, accuracy (recall) and boundary IoU of the coarse and the refined
+    prediction and the gain, as the mean over classes and for each class, and the accuracy over all pixels."""
+    parts = result["coarse"], result["refined"]
+    means, columns = zip(*((mean, each) for _, mean, each in _COLUMNS), strict=True)
+    none: list[float | None] = [None, None]
     rows = [
-        ("mean", [coarse["miou"], refined["miou"], coarse["boundary_iou"], refined["boundary_iou"]]),
-        ("pixel accuracy", [coarse["pixel_accuracy"], refined["pixel_accuracy"]]),
+        ("mean", [part[key] for key in means for part in parts]),
+        ("pixel accuracy", [*none, *(part["pixel_accuracy"] for part in parts), *none]),
     ]
     classes = [
-        (name, [part[key][name] for key in ("per_class_iou", "per_class_boundary_iou") for part in (coarse, refined)])
-        for name in coarse["per_class_iou"]
+        (name, [part[key][name] for key in columns for part in parts]) for name in result["coarse"]["per_class_iou"]
     ]
     title = f"{result['images']} images, %"
     width = max(len(name) for name in [title, *(name for name, _ in [*rows, *classes])])
     head = f"{'coarse':>9}{'refined':>9}{'gain':>8}"
-    rule = "-" * (width + 2 * len(head) + 3)
+    rule = "-" * (width + len(_COLUMNS) * (len(head) + 3) - 3)
     lines = [
-        f"{'':<{width}}{'IoU':>{len(head)}}   {'boundary IoU':>{len(head)}}",
-        f"{title:<{width}}{head}   {head}",
+        f"{'':<{width}}" + "   ".join(f"{name:>{len(head)}}" for name, _, _ in _COLUMNS),
+        f"{title:<{width}}" + "   ".join([head] * len(_COLUMNS)),
     ]
     for block in (rows, classes):
         lines.append(rule)
@@ -193,9 +270,12 @@ def _percent(value: float | None) -> str:
 
 
 def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Path | None = None) -> dict[str, Any]:
-    """``rendseg eval``: evaluate a checkpoint on its validation data, print the table, write ``metrics.json``.
+    """``rendseg eval``: evaluate a checkpoint on its validation data, print the table and write the results.
 
-    The file goes to ``out``, by default ``<checkpoint without extension>_eval`` beside the checkpoint.
+    They go to ``out``, by default ``<checkpoint without extension>_eval`` beside the checkpoint: ``metrics.json`` (with
+    the conventions and the environment), ``images.csv`` (mIoU of each image), the confusion matrices of the refined and
+    the coarse prediction (``confusion.npy``, ``confusion_coarse.npy``: int64 [C, C], row: label, column: prediction;
+    ``.csv`` with class names; ``confusion.png``), and ``worst.png``, the ``eval.pictures`` images of lowest mIoU.
     """
     from tqdm import tqdm
 
@@ -210,14 +290,111 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Pa
         )
     network.to(accelerator.device)
     total = min(len(dataset), config.eval.limit or len(dataset))
+    details = Details()
     with tqdm(total=total, desc="eval", unit="image", disable=not accelerator.is_main_process) as bar:
         step = accelerator.num_processes
-        result = evaluate(network, dataset, config.eval, accelerator, progress=lambda n: bar.update(n * step))
+        result = evaluate(
+            network, dataset, config.eval, accelerator, progress=lambda n: bar.update(n * step), details=details
+        )
     assert result is not None
     if accelerator.is_main_process:
         print(format_table(result))
+        print(f"{result['ms_per_image']:.1f} ms per image ({_device_name(accelerator.device)})")
         out = out or Path(path).parent / f"{Path(path).stem}_eval"
-        iteration = contents["training"]["progress"]["iteration"]
-        write_json(out / "metrics.json", {"checkpoint": str(path), "iteration": iteration, **result})
-        print(f"written to {out / 'metrics.json'}")
+        report = {
+            "checkpoint": str(path),
+            "iteration": contents["training"]["progress"]["iteration"],
+            **result,
+            "confusion_sum": {kind: int(matrix.sum()) for kind, matrix in details.confusion.items()},
+            "class_names": list(dataset.class_names),
+            "conventions": {**config.to_dict()["eval"], "window_stride": config.eval.stride},
+            "environment": {
+                "rendseg": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": _device_name(accelerator.device),
+                "processes": accelerator.num_processes,
+                "threads": torch.get_num_threads(),
+                "precision": config.train.precision,
+                "parameters": sum(p.numel() for p in network.parameters()),
+            },
+        }
+        write_json(out / "metrics.json", report)
+        _write_details(out, details, dataset.class_names)
+        if config.eval.pictures:
+            worst = [row for row in details.images if row["refined"] is not None]
+            worst = sorted(worst, key=lambda row: row["refined"])[: config.eval.pictures]
+            _write_worst(out, network, dataset, worst, config.eval, accelerator)
+        print(f"written to {out}")
+    accelerator.wait_for_everyone()
     return result
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _write_details(out: Path, details: Details, names: Sequence[str]) -> None:
+    """The confusion matrices as arrays, tables and a picture, and the table of images."""
+    from rendseg.engine.predict import save_png
+    from rendseg.engine.visualize import confusion_picture
+
+    for kind, stem in (("refined", "confusion"), ("coarse", "confusion_coarse")):
+        matrix = details.confusion[kind]
+        _write(out / f"{stem}.npy", partial(_save_array, matrix=matrix))
+        table = [["label", *names], *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))]
+        _write_csv(out / f"{stem}.csv", table)
+    columns = ["index", "name", "pixels", *KINDS]
+    images = [["" if row[key] is None else row[key] for key in columns] for row in details.images]
+    _write_csv(out / "images.csv", [columns, *images])
+    try:
+        picture = confusion_picture(details.confusion["refined"], names)
+    except ImportError as error:
+        print(f"no confusion.png: it needs the package matplotlib ({error})")
+    else:
+        save_png(out / "confusion.png", picture)
+
+
+def _save_array(file: Any, matrix: np.ndarray) -> None:
+    np.save(file, matrix)
+
+
+def _write(path: Path, write: Callable[[Any], None]) -> None:
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {error}") from error
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+
+    def write(file: Any) -> None:
+        file.write(text.getvalue().encode())
+
+    _write(path, write)
+
+
+def _write_worst(
+    out: Path,
+    network: nn.Module,
+    dataset: Any,
+    rows: Sequence[Mapping[str, Any]],
+    options: EvalConfig,
+    accelerator: Accelerator,
+) -> None:
+    """``worst.png``: image, coarse and refined prediction, what is wrong, and label, one row per image."""
+    from rendseg.engine.predict import predict_image, save_png
+    from rendseg.engine.visualize import Comparison, comparison_grid, to_uint8
+
+    if not rows:
+        return
+    shown = []
+    for row in rows:
+        sample = dataset[row["index"]]
+        found = predict_image(network, sample["image"], accelerator, options, dataset.mean, dataset.std)
+        title = f"{row['name']}: mIoU {_percent(row['coarse'])} -> {_percent(row['refined'])}"
+        pixels = to_uint8(sample["image"], dataset.mean, dataset.std)
+        shown.append(Comparison(title, pixels, found.coarse, found.refined, sample["label"]))
+    save_png(out / "worst.png", comparison_grid(shown, dataset.palette, dataset.class_names, dataset.ignore_index))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ABSENT = ("skip", "ignore_without_label", "zero")
+
 
 def _window(values: Tensor, radius: int, dim: int, largest: bool) -> Tensor:
     """Largest (or smallest) value within `radius` along `dim`; positions outside do not count."""
@@ -73,13 +75,19 @@ class SegmentationMetrics:
         boundary_ratio: width of the boundary band as a fraction of the image diagonal; it is rounded to whole pixels,
             at least 1. 0.02 is the value of Cheng et al.
         image_border: whether the image border is a boundary of the classes that touch it, as it is in Cheng et al.
+        absent: which classes are left out of the means, see :meth:`compute`.
 
     The counts are plain int64 tensors on the device of the first update: ``confusion`` [C, C] (row: label, column:
     prediction), ``boundary_intersection``, ``boundary_label`` and ``boundary_pred`` [C] (pixels).
     """
 
     def __init__(
-        self, num_classes: int, ignore_index: int = 255, boundary_ratio: float = 0.02, image_border: bool = True
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        boundary_ratio: float = 0.02,
+        image_border: bool = True,
+        absent: str = "skip",
     ) -> None:
         if not 1 <= num_classes <= 4095:
             raise ValueError(f"num_classes must be 1 to 4095, got {num_classes}")
@@ -87,10 +95,13 @@ class SegmentationMetrics:
             raise ValueError(f"ignore_index must lie outside 0..{num_classes - 1}, got {ignore_index}")
         if not boundary_ratio > 0:
             raise ValueError(f"boundary_ratio must be positive, got {boundary_ratio}")
+        if absent not in ABSENT:
+            raise ValueError(f"absent must be one of {', '.join(ABSENT)}, got {absent!r}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.boundary_ratio = boundary_ratio
         self.image_border = image_border
+        self.absent = absent
         self.reset()
 
     _counts = ("confusion", "boundary_intersection", "boundary_label", "boundary_pred")
@@ -201,11 +212,11 @@ class SegmentationMetrics:
         """The metrics of everything counted so far, as plain numbers.
 
         * ``per_class_iou``: |label and prediction| / |label or prediction| of each class over all valid pixels of the
-          data set. **A class that occurs in neither is absent: None, and left out of every mean.** A class that is
-          only predicted, or only labelled, has IoU 0 and counts.
-        * ``miou``: mean over the classes that are not absent.
-        * ``pixel_accuracy``: fraction of the valid pixels that are right. ``mean_accuracy``: mean recall of the
-          labelled classes.
+          data set. ``per_class_accuracy``: its recall, ``per_class_precision``, ``per_class_dice``: 2 |label and
+          prediction| / (|label| + |prediction|), which equals the F1 score.
+        * ``miou``, ``mean_accuracy``, ``mean_dice``: means over the classes where these are defined.
+        * ``pixel_accuracy``: fraction of the valid pixels that are right. ``fw_iou``: mean IoU weighted by the labelled
+          pixels. ``kappa``: Cohen's kappa, the agreement beyond chance.
         * ``per_class_boundary_iou``, ``boundary_iou``: the same with each class's mask replaced by its boundary band
           (Cheng, Girshick, Dollar, Berg and Kirillov, "Boundary IoU", CVPR 2021, eq. 3, here on semantic masks): the
           pixels of the mask within d of its edge, d = max(1, round(boundary_ratio * diagonal)) in the chessboard
@@ -213,29 +224,55 @@ class SegmentationMetrics:
           Ignored pixels belong to no band and their edge is no boundary; the image border is one unless
           `image_border` is False.
 
+        A value that is not defined is None and left out of its mean; when that is so depends on `absent`:
+
+        * ``skip`` (mmsegmentation): where the denominator is 0; an IoU, where a class occurs neither in the labels nor
+          in the predictions. A class that is only predicted, or only labelled, has IoU 0 and counts.
+        * ``ignore_without_label`` (detectron2): also every value of a class that has no labelled pixel.
+        * ``zero`` (PaddleSeg, PyTorch-Encoding): never; instead of 0/0 it is 0, and means are over all classes.
+
         A mean over nothing is nan.
         """
         confusion = self.confusion.cpu().double()
         hit, truth, guess = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        iou = _ratios(hit, truth + guess - hit)
-        recall = _ratios(hit, truth)
+        iou = self._ratios(hit, truth + guess - hit)
+        recall = self._ratios(hit, truth)
+        dice = self._ratios(2 * hit, truth + guess)
         touch = self.boundary_intersection.cpu().double()
-        boundary = _ratios(touch, self.boundary_label.cpu().double() + self.boundary_pred.cpu().double() - touch)
+        edge_truth, edge_guess = self.boundary_label.cpu().double(), self.boundary_pred.cpu().double()
+        boundary = self._ratios(touch, edge_truth + edge_guess - touch)
         total = float(confusion.sum())
+        weighted = sum(value * share for value, share in zip(iou, truth.tolist(), strict=True) if value is not None)
+        right, chance = float(hit.sum()), float((truth * guess).sum())
         return {
             "miou": _mean(iou),
-            "pixel_accuracy": float(hit.sum()) / total if total else math.nan,
+            "pixel_accuracy": right / total if total else math.nan,
             "mean_accuracy": _mean(recall),
+            "mean_dice": _mean(dice),
+            "fw_iou": weighted / total if total else math.nan,
+            "kappa": (total * right - chance) / (total**2 - chance) if total**2 > chance else math.nan,
             "boundary_iou": _mean(boundary),
             "per_class_iou": iou,
             "per_class_accuracy": recall,
+            "per_class_precision": self._ratios(hit, guess),
+            "per_class_dice": dice,
             "per_class_boundary_iou": boundary,
             "num_pixels": int(total),
         }
 
+    def _ratios(self, part: Tensor, whole: Tensor) -> list[float | None]:
+        """part / whole of each class, None where `absent` leaves it out."""
+        if self.absent == "ignore_without_label":
+            whole = whole.masked_fill(self.confusion.cpu().sum(1) == 0, 0)
+        undefined = 0.0 if self.absent == "zero" else None
+        return [p / w if w else undefined for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
 
-def _ratios(part: Tensor, whole: Tensor) -> list[float | None]:
-    return [p / w if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
+
+def mean_iou(confusion: Tensor) -> float:
+    """mIoU of one confusion matrix [C, C] over the classes that occur; nan if it is empty."""
+    hit = confusion.diag().double()
+    union = (confusion.sum(0) + confusion.sum(1)).double() - hit
+    return float((hit[union > 0] / union[union > 0]).mean())
 
 
 def _mean(values: list[float | None]) -> float:

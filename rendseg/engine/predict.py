@@ -17,7 +17,9 @@ from rendseg.data import DataError, parse_options
 from rendseg.data.augment import to_sample
 from rendseg.data.images import find_images, read_image
 from rendseg.engine.checkpoint import CheckpointError, write_atomically
+from rendseg.engine.config import EvalConfig
 from rendseg.engine.evaluate import load_trained
+from rendseg.engine.inference import black, is_plain, predict_labels
 from rendseg.engine.visualize import boundary_zoom, overlay, side_by_side, to_uint8
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prediction:
-    """Label maps [H, W] of one image, and the points of every step, each [P, 2] of (x, y) in [0, 1]."""
+    """Label maps [H, W] of one image, and the points of every step, each [P, 2] of (x, y) in [0, 1]; none where the
+    image was predicted from several views."""
 
     coarse: np.ndarray
     refined: np.ndarray
@@ -34,12 +37,25 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict_image(network: Any, image: Tensor, accelerator: Accelerator) -> Prediction:
-    """Predict one normalised image [3, H, W] and keep the points that were chosen."""
+def predict_image(
+    network: Any,
+    image: Tensor,
+    accelerator: Accelerator,
+    options: EvalConfig | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Prediction:
+    """Predict one image [3, H, W], normalised by `mean` and `std`, as ``options`` say (windows, scales, flip; None: as
+    it is), and keep the points that were chosen."""
     network.eval()
+    size = (image.shape[-2], image.shape[-1])
+    images = image[None].to(accelerator.device)
     with accelerator.autocast():
-        output = network.predict(image[None].to(accelerator.device), output="labels", return_points=True)
-        coarse = network.upsample(output.coarse, image.shape[-2:]).argmax(1)
+        if options is not None and not is_plain(*size, size, options):
+            found = predict_labels(network, images, size, options, black(mean, std))
+            return Prediction(found["coarse"][0].cpu().numpy(), found["refined"][0].cpu().numpy(), [])
+        output = network.predict(images, output="labels", return_points=True)
+        coarse = network.upsample(output.coarse, size).argmax(1)
     points = [step[0].float().cpu().numpy() for step in output.points or []]
     return Prediction(coarse[0].cpu().numpy(), output.labels[0].cpu().numpy(), points)
 
@@ -96,7 +112,8 @@ def predict_files(
     """``rendseg predict``: for every image NAME write ``NAME_labels.png`` (class numbers), ``NAME_overlay.png`` and
     ``NAME_side_by_side.png`` (image, coarse, refined, points) to ``out``.
 
-    A file that cannot be read is reported and the others are still done. Returns how many were done, how many failed.
+    Windows, scales and flip are those of the section ``eval``; with several views no points are shown. A file that
+    cannot be read is reported and the others are still done. Returns how many were done, how many failed.
     """
     from rendseg.engine.train import make_accelerator
 
@@ -115,7 +132,7 @@ def predict_files(
             continue
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         image, _ = to_sample(image, torch.zeros(pixels.shape[:2]), data.mean, data.std)
-        found = predict_image(network, image, accelerator)
+        found = predict_image(network, image, accelerator, config.eval, data.mean, data.std)
         name, n = path.stem, 1
         while name in taken:  # images of one name from several folders
             n += 1

@@ -8,7 +8,9 @@ everywhere in rendseg.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -363,3 +365,119 @@ def boundary_zoom(
         shown.append(zoomed(truth))
         captions.append("label")
     return panels(shown, captions)
+
+
+@dataclass
+class Comparison:
+    """One image of :func:`comparison_grid`; the label maps have the size of the image."""
+
+    title: str
+    image: ImageLike
+    coarse: LabelsLike
+    refined: LabelsLike
+    label: LabelsLike
+
+
+# Where the coarse and the refined prediction are wrong.
+_ERRORS = {
+    "both right": (236, 236, 236),
+    "put right by refinement": (60, 170, 90),
+    "made wrong": (130, 60, 190),
+    "both wrong": (225, 60, 45),
+    "ignored": (90, 90, 90),
+}
+
+
+def error_map(coarse: LabelsLike, refined: LabelsLike, label: LabelsLike, ignore_index: int = 255) -> np.ndarray:
+    """uint8 ``[H, W, 3]``: right in both, put right by refinement, made wrong, wrong in both, ignored."""
+    truth = _labels(label, "label")
+    shape = (truth.shape[0], truth.shape[1])
+    before, after = _labels(coarse, "coarse", shape) == truth, _labels(refined, "refined", shape) == truth
+    kind = np.where(before, np.where(after, 0, 2), np.where(after, 1, 3))
+    kind[truth == ignore_index] = 4
+    return np.array(list(_ERRORS.values()), np.uint8)[kind]
+
+
+def comparison_grid(
+    rows: Sequence[Comparison],
+    palette: Any,
+    class_names: Sequence[str] | None = None,
+    ignore_index: int = 255,
+    width: int = 360,
+    alpha: float = 0.6,
+) -> Image.Image:
+    """Image, coarse, refined, errors and label, one row per image; panels are scaled to ``width``."""
+    if not rows:
+        raise ValueError("rows is empty: there is no image to show")
+    colors = _palette(palette)
+    captions = ["image", "coarse", "refined", "errors", "label"]
+    size, gap, seen = 18, 8, set()
+    total = len(captions) * width + (len(captions) + 1) * gap
+    strips = []
+    for row in rows:
+        pixels = _pixels(row.image)
+        shape = (pixels.shape[0], pixels.shape[1])
+        maps = [
+            _labels(m, n, shape) for m, n in ((row.coarse, "coarse"), (row.refined, "refined"), (row.label, "label"))
+        ]
+        seen |= {c for labels in maps for c in np.unique(labels).tolist() if 0 <= c < len(colors)}
+        coarse, refined, truth = (np.asarray(overlay(pixels, labels, colors, alpha)) for labels in maps)
+        height = max(1, round(shape[0] * width / shape[1]))
+        strip = Image.new("RGB", (total, height + 2 * size), _PAPER)
+        ImageDraw.Draw(strip).text((gap, size), row.title, _INK, _font(size), anchor="lm")
+        for column, panel in enumerate(
+            (pixels, coarse, refined, error_map(maps[0], maps[1], maps[2], ignore_index), truth)
+        ):
+            # Enlarged pixels stay squares; what is reduced is filtered.
+            how = Image.Resampling.NEAREST if width >= shape[1] else Image.Resampling.BOX
+            strip.paste(Image.fromarray(panel).resize((width, height), how), (gap + column * (width + gap), 2 * size))
+        strips.append(strip)
+    head = Image.new("RGB", (total, 2 * size), _PAPER)
+    for column, caption in enumerate(captions):
+        middle = gap + column * (width + gap) + width / 2
+        ImageDraw.Draw(head).text((middle, size), caption, _INK, _font(size), anchor="mm")
+    strips = [head, *strips, _legend(list(_ERRORS), np.array(list(_ERRORS.values())), total, size)]
+    if class_names is not None:
+        present = sorted(seen)
+        names = [class_names[c] if c < len(class_names) else f"class {c}" for c in present]
+        strips.append(_legend(names, colors[present], total, size))
+    sheet = Image.new("RGB", (total, sum(strip.height for strip in strips)), _PAPER)
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    return sheet
+
+
+def confusion_picture(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """A confusion matrix [C, C] (row: label, column: prediction) as shares of each row; with up to 30 classes also in
+    numbers, in percent. Rows without pixels stay empty. ``ImportError`` without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matrix = np.asarray(confusion)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) != len(names):
+        raise ValueError(f"confusion must have shape [C, C] with C = {len(names)} names, got {list(matrix.shape)}")
+    totals = matrix.sum(1, keepdims=True)
+    shares = np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan)
+    count = len(names)
+    side = max(4.0, min(24.0, 1.8 + 0.42 * count))
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    font = 8 if count <= 40 else max(3, round(320 / count))
+    axes.set_xticks(range(count), names, rotation=90, fontsize=font)
+    axes.set_yticks(range(count), names, fontsize=font)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+    axes.set_title("share of the label's pixels")
+    if count <= 30:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            value = 100 * shares[row, column]
+            if value >= 0.5:
+                color = "white" if value > 55 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return Image.open(buffer).convert("RGB")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from rendseg.engine.metrics import SegmentationMetrics, boundary_bands
+from rendseg.engine.metrics import SegmentationMetrics, boundary_bands, mean_iou
 
 
 def blocky(classes: int, height: int, width: int, seed: int, ignored: float = 0.0) -> torch.Tensor:
@@ -122,6 +122,66 @@ def test_absent_classes() -> None:
     assert got["per_class_iou"] == [1 / 3, 0.0, 0.0, None]
     assert math.isclose(got["miou"], 1 / 9) and math.isclose(got["boundary_iou"], 1 / 9)
     assert got["per_class_accuracy"] == [0.5, None, 0.0, None]
+
+
+def with_absent_classes() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 7 classes one is only predicted (4), one only labelled (5), one neither (6)."""
+    labels = blocky(4, 60, 50, 1, 0.2)
+    labels[10:14, 20:30] = 5
+    pred = blocky(4, 60, 50, 1)
+    pred[labels == 5] = 1
+    pred[30:40, 3:9] = 4
+    return pred, labels
+
+
+@pytest.mark.parametrize("rule", ["skip", "ignore_without_label", "zero"])
+def test_absent_rules_against_numpy(rule: str) -> None:
+    """As the frameworks write it: np.nanmean; only classes with labels; 0 for 0/0 and the mean over all."""
+    pred, labels = with_absent_classes()
+    metrics = SegmentationMetrics(7, absent=rule)
+    metrics.update(pred, labels)
+    got = metrics.compute()
+    valid = (labels != 255).numpy()
+    p, t = pred.numpy()[valid], labels.numpy()[valid]
+    hit = np.array([((p == c) & (t == c)).sum() for c in range(7)], float)
+    truth = np.array([(t == c).sum() for c in range(7)], float)
+    guess = np.array([(p == c).sum() for c in range(7)], float)
+    assert truth[4] == truth[6] == guess[5] == guess[6] == 0 < guess[4]
+    with np.errstate(invalid="ignore"):
+        values = {
+            "per_class_iou": hit / (truth + guess - hit),
+            "per_class_accuracy": hit / truth,
+            "per_class_precision": hit / guess,
+            "per_class_dice": 2 * hit / (truth + guess),
+        }
+    for key, wanted in values.items():
+        if rule == "ignore_without_label":
+            wanted = np.where(truth > 0, wanted, np.nan)
+        if rule == "zero":
+            wanted = np.nan_to_num(wanted, nan=0.0)
+        found = [math.nan if value is None else value for value in got[key]]
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=key)
+        for mean, each in (("miou", "per_class_iou"), ("mean_accuracy", "per_class_accuracy"), ("mean_dice", key)):
+            if each == key and (mean != "mean_dice" or key == "per_class_dice"):
+                assert math.isclose(got[mean], np.nanmean(wanted)), mean
+    counts = {"skip": 6, "ignore_without_label": 5, "zero": 7}
+    assert sum(value is not None for value in got["per_class_iou"]) == counts[rule]
+    assert sum(value is not None for value in got["per_class_boundary_iou"]) == counts[rule]
+    present = [value for value in got["per_class_boundary_iou"] if value is not None]
+    assert math.isclose(got["boundary_iou"], sum(present) / counts[rule])
+    assert math.isclose(got["pixel_accuracy"], (p == t).mean())
+    weighted = sum(truth[c] * hit[c] / (truth + guess - hit)[c] for c in range(7) if truth[c])
+    assert math.isclose(got["fw_iou"], weighted / truth.sum())
+    agreed, chance = hit.sum() / truth.sum(), (truth * guess).sum() / truth.sum() ** 2
+    assert math.isclose(got["kappa"], (agreed - chance) / (1 - chance))
+
+
+def test_mean_iou_of_one_image() -> None:
+    pred, labels = with_absent_classes()
+    metrics = SegmentationMetrics(7)
+    metrics.update(pred, labels)
+    assert math.isclose(mean_iou(metrics.confusion), metrics.compute()["miou"])
+    assert math.isnan(mean_iou(torch.zeros(3, 3, dtype=torch.int64)))
 
 
 def test_perfect_and_empty() -> None:
@@ -249,6 +309,7 @@ def test_bad_update(pred: torch.Tensor, labels: torch.Tensor, kind: type, messag
         ({"num_classes": 4096}, "num_classes must be 1 to 4095, got 4096"),
         ({"num_classes": 3, "ignore_index": 2}, r"ignore_index must lie outside 0..2, got 2"),
         ({"num_classes": 3, "boundary_ratio": 0}, "boundary_ratio must be positive, got 0"),
+        ({"num_classes": 3, "absent": "none"}, "absent must be one of skip, ignore_without_label, zero, got 'none'"),
     ],
 )
 def test_bad_settings(kwargs: dict, message: str) -> None:

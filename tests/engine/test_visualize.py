@@ -124,6 +124,48 @@ def test_boundary_zoom(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert changed.size and changed.max() - changed.min() <= 130
 
 
+def test_error_map() -> None:
+    label = np.array([[0, 1, 1, 2, 255]])
+    coarse, refined = np.array([[0, 0, 1, 0, 0]]), np.array([[0, 1, 0, 1, 0]])
+    right, better, worse, wrong, ignored = vis._ERRORS.values()
+    assert vis.error_map(coarse, refined, label)[0].tolist() == [
+        list(c) for c in (right, better, worse, wrong, ignored)
+    ]
+
+
+def test_comparison_grid(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    image, label = pair
+    tall = image.transpose(1, 0, 2).copy(), label.T.copy()
+    rows = [
+        vis.Comparison("first", image, label, np.roll(label, 2, 0), torch.from_numpy(label)),
+        vis.Comparison("second", tall[0], tall[1], tall[1], tall[1]),
+    ]
+    one = vis.comparison_grid(rows[:1], PALETTE, ["a", "b", "c"], width=120)
+    two = np.asarray(vis.comparison_grid(rows, PALETTE, ["a", "b", "c"], width=120))
+    assert one.width == two.shape[1] > 5 * 120
+    assert two.shape[0] - one.height == 180 + 36  # 60 rows at 120/40, and a title
+    enlarged = image.repeat(2, 0).repeat(2, 1)
+    wrong = vis.error_map(label, np.roll(label, 2, 0), label).repeat(2, 0).repeat(2, 1)
+    for column, panel in ((0, enlarged), (3, wrong)):
+        left = 8 + column * 128
+        assert np.array_equal(two[72 : 72 + 80, left : left + 120], panel)
+
+
+def test_confusion_picture() -> None:
+    """The area in the darkest colour: two full cells of four against one, and none in a row without pixels."""
+    pytest.importorskip("matplotlib")
+
+    def dark(matrix: list[list[int]]) -> int:
+        picture = np.asarray(vis.confusion_picture(np.array(matrix), ["sky", "road"]))
+        return int((picture == (8, 48, 107)).all(2).sum())
+
+    scale = dark([[5, 5], [5, 5]])  # the colour bar
+    one, two = dark([[9, 0], [0, 0]]) - scale, dark([[9, 0], [0, 5000]]) - scale
+    assert one > 1000 and two == pytest.approx(2 * one, rel=0.05)
+    large = vis.confusion_picture(np.eye(45, dtype=np.int64), [f"class {c}" for c in range(45)])
+    assert large.width > 1500 and large.height > 1500
+
+
 @pytest.mark.bad_input
 def test_bad_input(pair: tuple[np.ndarray, np.ndarray]) -> None:
     image, label = pair
@@ -141,3 +183,9 @@ def test_bad_input(pair: tuple[np.ndarray, np.ndarray]) -> None:
         vis.draw_points(image, [np.zeros((4, 3))])
     with pytest.raises(ValueError, match=r"box must lie within the image 60x40, got \(0, 0, 99, 9\)"):
         vis.boundary_zoom(image, label, label, palette=PALETTE, box=(0, 0, 99, 9))
+    with pytest.raises(ValueError, match="rows is empty: there is no image to show"):
+        vis.comparison_grid([], PALETTE)
+    with pytest.raises(ValueError, match=r"refined must have the size of the image, \[40, 60\], got \[39, 60\]"):
+        vis.comparison_grid([vis.Comparison("x", image, label, label[1:], label)], PALETTE)
+    with pytest.raises(ValueError, match=r"confusion must have shape \[C, C\] with C = 2 names, got \[2, 3\]"):
+        vis.confusion_picture(np.zeros((2, 3)), ["a", "b"])
