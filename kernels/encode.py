@@ -625,18 +625,19 @@ class _Tile:
 def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _Tile:
     """Tile of a shape; arrays of positions x codewords stay in registers, one in forward and three in backward."""
     padded = max(16, triton.next_power_of_2(codes))
+    old = VERSION < (3, 9)  # whose code takes more registers
     if wide:
-        m, d, s, warps, stages = 32, 16, 16, 4, 1
+        m, d, s, warps, stages = 32, 16, 16, 8 if old else 4, 1
     elif padded <= 32:
-        m, d, s, warps, stages = 64, 32, 64, 4, 1 if backward else 2
+        m, d, s, warps, stages = (64, 32, 32 if old else 64, 4, 1) if backward else (64, 32, 64, 4, 2)
     elif padded <= 64:
-        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (32 if before_sm_90(arch) else 64, 32, 64, 8, 2)
+        m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
+        if (old and is_amd(arch)) if backward else (old or before_sm_90(arch)):
+            m //= 2
     elif padded <= 128:
         m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
-    if VERSION < (3, 9) and backward and not wide and padded <= 32 and has_tf32(arch):
-        s = 32  # spills otherwise
     if is_amd(arch):  # each of 4 warps may have 512 registers, of 8 half as many
         warps = 4
     most = max(16, triton.next_power_of_2(channels))
