@@ -65,8 +65,8 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 	$(abspath $(VENV))/bin/clang-format -i $(CPP_FILES)
 
-# Everything that only a GPU can show: build, tests, sanitizers, benchmarks (their JSON and plots go to OUT, by default
-# bench/results/). Fails where there is no GPU.
+# Everything that only a GPU can show: build, tests of the CUDA and of the Triton kernels, sanitizers, benchmarks (their JSON
+# and plots go to OUT, by default bench/results/). Fails where there is no GPU.
 SANITIZER := $(shell command -v compute-sanitizer || ls $${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer 2>/dev/null)
 # Without torch's cache of memory each tensor has bounds of its own. initcheck must see every write, so it checks all kernels.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --report-api-errors no
@@ -77,14 +77,15 @@ gpu-check:
 	@$(GPU_PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: the CUDA extension is built, but \
 	torch finds NO GPU on this machine: nothing was run, nothing was checked.")'
 	$(GPU_PY) csrc/check_resources.py --table
-	$(GPU_PY) -m pytest tests/ -m gpu $(PYTEST_ARGS)
+	env -u TRITON_INTERPRET $(GPU_PY) -m pytest tests/ -m "gpu or triton" $(PYTEST_ARGS)
 	@if test -n "$(SANITIZER)"; then set -ex; \
 	  $(SANITIZE) --tool memcheck --kernel-name kns=rendseg $(GPU_PY) tests/gpu/sanitize.py; \
 	  $(SANITIZE) --tool racecheck --kernel-name kns=rendseg $(GPU_PY) tests/gpu/sanitize.py; \
 	  $(SANITIZE) --tool initcheck $(GPU_PY) tests/gpu/sanitize.py; \
 	else echo "gpu-check: compute-sanitizer is NOT here (PATH, CUDA_HOME/bin): memory errors and races were not looked for"; fi
-	@for file in bench/[a-z]*.py; do echo "== $$file"; \
-	  $(GPU_PY) $$file --device cuda --output "$${OUT:-bench/results}" $(BENCH_ARGS) || exit 1; done
+	@status=0; for file in bench/[a-z]*.py; do echo "== $$file"; \
+	  env -u TRITON_INTERPRET $(GPU_PY) $$file --device cuda --output "$${OUT:-bench/results}" $(BENCH_ARGS) || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf build dist cmake-build rendseg/*.so rendseg/_build_facts.py *.egg-info $(VENV)/.built
