@@ -70,7 +70,11 @@ def exported(model: Any, form: str, size: tuple[int, int]) -> str:
     from rendseg.engine.export import SUFFIXES, ExportOptions, export
 
     said: list[str] = []
-    classes = {"names": [str(i) for i in range(CLASSES)], "palette": [[i, i, i] for i in range(CLASSES)]}
+    classes = {
+        "names": [str(i) for i in range(CLASSES)],
+        "palette": [[i, i, i] for i in range(CLASSES)],
+        "ignore_index": 255,
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{SUFFIXES[form]}"
         try:

@@ -24,7 +24,7 @@ NEEDED = {
 }
 USAGE = """\
 usage: rendseg train CONFIG [key=value ...]
-       rendseg eval CHECKPOINT [key=value ...]
+       rendseg eval CHECKPOINT [--preset NAME] [key=value ...]
        rendseg predict CHECKPOINT IMAGES... --out DIR
        rendseg export CHECKPOINT --format pt2|aoti|onnx [--out FILE] [key=value ...]
        rendseg experiment CONFIG [--only VARIANT] [key=value ...]

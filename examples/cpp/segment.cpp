@@ -110,6 +110,7 @@ at::Tensor to_input(const Metadata& metadata, const Image& image) {
   const auto [height, width] = padded_size(metadata, image);
   const std::vector<double> mean = numbers(entry(metadata, "mean")), deviation = numbers(entry(metadata, "std"));
   const bool bytes = entry(metadata, "preprocessing") == "true";
+  const bool turned = !bytes && entry(metadata, "channel_order") == "\"bgr\"";
   const int64_t images = static_cast<int64_t>(numbers(entry(metadata, "batch")).at(0));
   if (entry(metadata, "dynamic_batch") != "true" && images != 1) {
     throw std::runtime_error("the package takes batches of " + std::to_string(images) + ": export with --batch 1");
@@ -123,7 +124,8 @@ at::Tensor to_input(const Metadata& metadata, const Image& image) {
     for (int64_t y = 0; y < height; ++y) {
       for (int64_t x = 0; x < width; ++x) {
         const bool inside = y < image.height && x < image.width;
-        const uint8_t value = inside ? image.pixels[static_cast<size_t>((y * image.width + x) * 3 + c)] : colour;
+        const uint8_t value =
+            inside ? image.pixels[static_cast<size_t>((y * image.width + x) * 3 + (turned ? 2 - c : c))] : colour;
         if (bytes) {
           input.mutable_data_ptr<uint8_t>()[(y * width + x) * 3 + c] = value;
         } else {

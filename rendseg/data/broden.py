@@ -401,7 +401,7 @@ class Broden(SegmentationDataset):
             with seeded(self.augment_seed, epoch, index):
                 both = self._transform(both)
         first = next(iter(both["masks"].values())).as_subclass(torch.Tensor)
-        values, _ = to_sample(both["image"], first, self.mean, self.std, padded)
+        values, _ = to_sample(both["image"], first, self.mean, self.std, padded, self.channel_order)
         height, width = values.shape[1:]
 
         def finish(task: str) -> torch.Tensor:

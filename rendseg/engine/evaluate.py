@@ -395,6 +395,6 @@ def _write_worst(
         sample = dataset[row["index"]]
         found = predict_image(network, sample["image"], accelerator, options, dataset.mean, dataset.std)
         title = f"{row['name']}: mIoU {_percent(row['coarse'])} -> {_percent(row['refined'])}"
-        pixels = to_uint8(sample["image"], dataset.mean, dataset.std)
+        pixels = to_uint8(sample["image"], dataset.mean, dataset.std, dataset.channel_order)
         shown.append(Comparison(title, pixels, found.coarse, found.refined, sample["label"]))
     save_png(out / "worst.png", comparison_grid(shown, dataset.palette, dataset.class_names, dataset.ignore_index))

@@ -85,7 +85,7 @@ class ExportOptions:
 class Exportable(nn.Module):
     """A model of ``rendseg.models`` with one tensor in and one out, ready to be traced; see the module's docstring.
 
-    ``mean`` and ``std`` (of values in [0, 1]) make the input uint8 ``[N, H, W, 3]``.
+    ``mean`` and ``std`` (of values in [0, 1], in ``channel_order``) make the input uint8 ``[N, H, W, 3]``, RGB.
     """
 
     def __init__(
@@ -94,10 +94,12 @@ class Exportable(nn.Module):
         output: str = "labels",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        channel_order: str = "rgb",
     ) -> None:
         super().__init__()
         self.network = network
         self.output = output
+        self.turned = channel_order == "bgr"
         self.scale: Tensor | None
         self.shift: Tensor | None
         if mean is not None and std is not None:  # the arithmetic of rendseg.data.augment.to_sample
@@ -109,6 +111,7 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.scale is not None and self.shift is not None:
+            images = images.flip(3) if self.turned else images
             images = torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale)
         answer = self.network._predict(images, self.output, False)  # type: ignore[operator]
         return answer.labels if self.output == "labels" else answer.refined
@@ -126,13 +129,19 @@ def step(network: Any) -> int:
 
 
 def metadata(
-    network: Any, options: ExportOptions, classes: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]
+    network: Any,
+    options: ExportOptions,
+    classes: Mapping[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    channel_order: str = "rgb",
 ) -> dict[str, str]:
     """What travels with an artefact. Values that are no plain words are JSON.
 
     ``rendseg``, ``torch`` (versions), ``format``; ``classes`` (names), ``palette``, ``ignore_index``; ``output``;
-    ``preprocessing``; ``mean`` and ``std`` of RGB in [0, 1]; ``batch`` and ``size`` ``[H, W]`` of the example; which of
-    them are free, ``dynamic_batch`` and ``dynamic_size``; ``step``, of which a free size is a multiple.
+    ``preprocessing``; ``mean`` and ``std`` in [0, 1], in the order of ``channel_order``, which is that of a float
+    input (a uint8 one is RGB); ``batch`` and ``size`` ``[H, W]`` of the example; which of them are free,
+    ``dynamic_batch`` and ``dynamic_size``; ``step``, of which a free size is a multiple.
     """
     plain = {
         "rendseg": __version__,
@@ -147,6 +156,7 @@ def metadata(
         "preprocessing": options.preprocessing,
         "mean": [float(v) for v in mean],
         "std": [float(v) for v in std],
+        "channel_order": channel_order,
         "batch": options.batch,
         "size": list(options.size),
         "dynamic_batch": options.dynamic_batch,
@@ -185,6 +195,7 @@ def export(
     classes: Mapping[str, Any],
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
+    channel_order: str = "rgb",
     check: bool = True,
     say: Callable[[str], object] = print,
 ) -> dict[str, str]:
@@ -198,12 +209,14 @@ def export(
     parameter = next(network.parameters())
     needs(options.format, str(parameter.device))
     _check_size(network, options)
-    about = metadata(network, options, classes, mean, std)
+    about = metadata(network, options, classes, mean, std, channel_order)
     channels = network.backbone.in_chans  # type: ignore[union-attr]
     if options.preprocessing and channels != 3:
         raise ExportError(f"preprocessing takes RGB, the network takes {channels} channels")
     network.eval()
-    model = Exportable(network, options.output, *((mean, std) if options.preprocessing else ())).to(parameter.device)
+    model = Exportable(network, options.output, *((mean, std, channel_order) if options.preprocessing else ())).to(
+        parameter.device
+    )
     write = {"pt2": _write_pt2, "aoti": _write_aoti, "onnx": _write_onnx}[options.format]
     # A folder, not a file, of another name: archives hold the name under which they were first written.
     folder = path.with_name(f".{path.name}.tmp")
@@ -565,6 +578,16 @@ def export_checkpoint(
         network.to(device)
     except RuntimeError as error:
         raise ExportError(f"device {device} cannot be used: {_first_line(error)}") from error
-    export(network, path, chosen, classes=classes, mean=data.mean, std=data.std, check=check, say=say)
+    export(
+        network,
+        path,
+        chosen,
+        classes=classes,
+        mean=data.mean,
+        std=data.std,
+        channel_order=data.channel_order,
+        check=check,
+        say=say,
+    )
     say(f"written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     return path

@@ -68,7 +68,7 @@ def make_pictures(
     count = min(count, len(dataset))
     for index in (len(dataset) * i // count for i in range(count)):
         sample = dataset[index]
-        pixels = to_uint8(sample["image"], dataset.mean, dataset.std)
+        pixels = to_uint8(sample["image"], dataset.mean, dataset.std, dataset.channel_order)
         found = predict_image(network, sample["image"], accelerator)
         name, label, points = sample["name"], sample["label"], found.points or None
         yield (
@@ -131,7 +131,7 @@ def predict_files(
             failed += 1
             continue
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        image, _ = to_sample(image, torch.zeros(pixels.shape[:2]), data.mean, data.std)
+        image, _ = to_sample(image, torch.zeros(pixels.shape[:2]), data.mean, data.std, None, data.channel_order)
         found = predict_image(network, image, accelerator, config.eval, data.mean, data.std)
         name, n = path.stem, 1
         while name in taken:  # images of one name from several folders

@@ -379,7 +379,7 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         if progress.history:
             final["loss"] = progress.history[-1]["loss"]
         if progress.evaluations and progress.evaluations[-1]["iteration"] == progress.iteration:
-            final.update({k: v for k, v in progress.evaluations[-1].items() if k != "iteration"})
+            final.update({k: v for k, v in progress.evaluations[-1].items() if k not in ("iteration", "seconds")})
         return {
             "name": config.name,
             "finished": progress.iteration >= options.iterations,

@@ -27,13 +27,16 @@ _VOID = (0, 0, 0)
 _STEPS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (120, 255, 90), (180, 130, 255))
 
 
-def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised float ``[3, H, W]`` -> uint8 ``[H, W, 3]``."""
+def to_uint8(
+    image: torch.Tensor, mean: Sequence[float], std: Sequence[float], channel_order: str = "rgb"
+) -> np.ndarray:
+    """Normalised float ``[3, H, W]``, its channels in ``channel_order`` -> RGB uint8 ``[H, W, 3]``."""
     values = image.detach().float().cpu()
     scale, shift = (torch.tensor(list(v), dtype=torch.float32)[:, None, None] for v in (std, mean))
-    return (
-        ((values * scale + shift) * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    )
+    values = ((values * scale + shift) * 255).round_().clamp_(0, 255).to(torch.uint8)
+    if channel_order == "bgr":
+        values = values.flip(0)
+    return values.permute(1, 2, 0).contiguous().numpy()
 
 
 def _pixels(image: ImageLike) -> np.ndarray:

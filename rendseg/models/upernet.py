@@ -216,6 +216,7 @@ class UPerNet(Decoder):
         self.align_corners = align_corners
         self.stride = finest // classifier_upsample
         self.size_divisor = max(strides[name] for name in levels)
+        self.default_point_features = (self.outputs[0],)
         self.feature_channels = {**dict.fromkeys(self.outputs, channels), "fused": fuse_channels}
         self.feature_strides = {
             **{out: strides[name] for out, name in zip(self.outputs, levels, strict=True)},
