@@ -393,7 +393,7 @@ def test_predict_takes_the_same_views(checkpoint: Path, tmp_path: Path) -> None:
         Image.fromarray(to_uint8(sample["image"], dataset.mean, dataset.std)).save(tmp_path / f"{index}.png")
         labels.append(sample["label"].numpy())
     views = ["eval.scales=[0.5,1.3]", "eval.window=[40,48]"]
-    for overrides in ([], ["eval.preset=pytorch_encoding", *views]):
+    for overrides in ([], ["data.channel_order=bgr"], ["eval.preset=pytorch_encoding", *views]):
         out = tmp_path / f"out{len(overrides)}"
         assert predict_files(checkpoint, sorted(tmp_path.glob("*.png")), out, overrides) == (3, 0)
         evaluate_checkpoint(checkpoint, [*overrides, "eval.pictures=0"], out)

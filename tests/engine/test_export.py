@@ -228,6 +228,17 @@ def test_preprocessing_and_odd_fixed_size(tmp_path: Path) -> None:
 
 
 @needs_onnx
+def test_preprocessing_of_a_network_for_bgr() -> None:
+    net = network()
+    pixels = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (0.1, 0.2, 0.3), (1.0, 0.5, 0.25)
+    turned = np.ascontiguousarray(pixels.numpy()[..., ::-1]).astype(np.float64) / 255
+    images = torch.from_numpy((turned - mean) / std).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        answer = Exportable(net, "logits", mean, std, "bgr")(pixels)
+        torch.testing.assert_close(answer, Exportable(net, "logits")(images), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dynamic_size", [False, pytest.param(True, marks=on_request)])
 def test_onnx(tmp_path: Path, dynamic_size: bool) -> None:
     import onnx

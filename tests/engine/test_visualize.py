@@ -48,6 +48,12 @@ def test_to_uint8_inverts_the_normalisation() -> None:
     assert vis.to_uint8(normal * 100, mean, std).max() == 255  # clamped, no wrap
 
 
+def test_to_uint8_turns_bgr_round() -> None:
+    image = torch.arange(12.0).view(3, 2, 2) / 255
+    pixels = vis.to_uint8(image, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bgr")
+    assert pixels[..., 2].ravel().tolist() == [0, 1, 2, 3] and pixels[..., 0].ravel().tolist() == [8, 9, 10, 11]
+
+
 def test_points_are_drawn_at_their_pixels() -> None:
     image = np.full((6, 8, 3), 100, np.uint8)
     coords = torch.tensor([[(2 + 0.5) / 8, (4 + 0.5) / 6], [float("nan"), 0.5]])
