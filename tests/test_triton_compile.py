@@ -26,6 +26,7 @@ pytestmark = [
 PARTS = 2  # of the cases of a target, for tests of moderate length that run side by side
 # Tests that pass in the interpreter, at the least: a file that skips or loses its cases is found here.
 INTERPRETED_TESTS = {
+    "dispatch": 23,
     "encode": 165,
     "point_sample": 370,
     "refine": 45,

@@ -452,7 +452,7 @@ class Artefact:
                 f"{images.shape[height]} x {images.shape[width]}: pad right and below, and crop the answer"
             )
         with torch.no_grad():
-            return self._run(images)
+            return self._run(images.contiguous())  # compiled packages read memory in that order, whatever the strides
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Artefact:
