@@ -53,6 +53,16 @@ class Backbone(nn.Module):
         self.names = [f"c{5 - len(channels) + 1 + i}" for i in range(len(channels))]
         self.size_divisor = self._find_divisor()
 
+    @property
+    def channels_of(self) -> dict[str, int]:
+        """``channels`` by name."""
+        return dict(zip(self.names, self.channels, strict=True))
+
+    @property
+    def strides_of(self) -> dict[str, int]:
+        """``strides`` by name."""
+        return dict(zip(self.names, self.strides, strict=True))
+
     @torch.no_grad()
     def _find_divisor(self) -> int:
         """1 when every stage rounds its size up (as ResNets do), otherwise the largest stride."""

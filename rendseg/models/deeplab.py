@@ -16,7 +16,7 @@ from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
 from .fcn import check_levels
 from .options import DecoderOptions
-from .registry import register_decoder
+from .registry import arguments, register_decoder
 
 
 @dataclass(frozen=True)
@@ -234,43 +234,9 @@ class DeepLabV3Plus(Decoder):
 
 @register_decoder("deeplabv3", DeepLabV3Options)
 def _build_v3(options: DeepLabV3Options, backbone: Backbone, num_classes: int) -> DeepLabV3:
-    return DeepLabV3(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
-        num_classes,
-        level=options.level,
-        channels=options.channels,
-        rates=options.rates,
-        image_pool=options.image_pool,
-        separable=options.separable,
-        depthwise_relu=options.depthwise_relu,
-        project_kernel=options.project_kernel,
-        aspp_dropout=options.aspp_dropout,
-        head_convs=options.head_convs,
-        dropout=options.dropout,
-        norm=options.norm,
-    )
+    return DeepLabV3(backbone.channels_of, backbone.strides_of, num_classes, **arguments(options))
 
 
 @register_decoder("deeplabv3plus", DeepLabV3PlusOptions)
 def _build_v3plus(options: DeepLabV3PlusOptions, backbone: Backbone, num_classes: int) -> DeepLabV3Plus:
-    return DeepLabV3Plus(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
-        num_classes,
-        level=options.level,
-        low_level=options.low_level,
-        low_channels=options.low_channels,
-        channels=options.channels,
-        rates=options.rates,
-        image_pool=options.image_pool,
-        separable=options.separable,
-        separable_decoder=options.separable_decoder,
-        depthwise_relu=options.depthwise_relu,
-        project_kernel=options.project_kernel,
-        aspp_dropout=options.aspp_dropout,
-        decoder_convs=options.decoder_convs,
-        dropout=options.dropout,
-        norm=options.norm,
-        align_corners=options.align_corners,
-    )
+    return DeepLabV3Plus(backbone.channels_of, backbone.strides_of, num_classes, **arguments(options))

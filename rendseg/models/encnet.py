@@ -20,7 +20,7 @@ from .decoder import Decoder, DecoderOutput
 from .fcn import check_levels
 from .losses import segmentation_loss
 from .options import DecoderOptions
-from .registry import register_decoder
+from .registry import arguments, register_decoder
 from .se_loss import se_loss
 
 
@@ -201,17 +201,5 @@ class ENCNet(Decoder):
 def _build(options: ENCNetOptions, backbone: Backbone, num_classes: int) -> ENCNet:
     preset = ENCNET_PRESETS[options.preset]
     filled = {k: v if getattr(options, k) is None else getattr(options, k) for k, v in preset.items()}
-    return ENCNet(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
-        num_classes,
-        level=options.level,
-        channels=options.channels,
-        encoding=options.encoding,
-        num_codes=options.num_codes,
-        reduction=options.reduction,
-        se_weight=options.se_weight,
-        aux_level=options.aux_level,
-        norm=options.norm,
-        **filled,
-    )
+    switches = {**arguments(options, "preset"), **filled}
+    return ENCNet(backbone.channels_of, backbone.strides_of, num_classes, **switches)

@@ -14,7 +14,7 @@ from ..nn.fpn import upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
 from .options import DecoderOptions
-from .registry import register_decoder
+from .registry import arguments, register_decoder
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,4 @@ class FCN(Decoder):
 
 @register_decoder("fcn", FCNOptions)
 def _build(options: FCNOptions, backbone: Backbone, num_classes: int) -> FCN:
-    return FCN(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
-        num_classes,
-        levels=options.levels,
-        channels=options.channels,
-        num_convs=options.num_convs,
-        kernel_size=options.kernel_size,
-        concat_input=options.concat_input,
-        dropout=options.dropout,
-        norm=options.norm,
-        align_corners=options.align_corners,
-    )
+    return FCN(backbone.channels_of, backbone.strides_of, num_classes, **arguments(options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +36,12 @@ def register_decoder(name: str, options: type[DecoderOptions]) -> Callable[[B], 
         return builder
 
     return add
+
+
+def arguments(options: DecoderOptions, *without: str) -> dict[str, Any]:
+    """The fields of ``options`` as keyword arguments for its decoder, but for ``name`` and those of ``without``."""
+    fields = dataclasses.fields(options)
+    return {f.name: getattr(options, f.name) for f in fields if f.name not in ("name", *without)}
 
 
 def decoder_names() -> list[str]:

@@ -98,11 +98,11 @@ class Segmenter(nn.Module):
 
     def map_channels(self) -> dict[str, int]:
         """Channels of every named map: the backbone's and the decoder's."""
-        return {**dict(zip(self.backbone.names, self.backbone.channels, strict=True)), **self.decoder.feature_channels}
+        return {**self.backbone.channels_of, **self.decoder.feature_channels}
 
     def map_strides(self) -> dict[str, int]:
         """Strides of every named map."""
-        return {**dict(zip(self.backbone.names, self.backbone.strides, strict=True)), **self.decoder.feature_strides}
+        return {**self.backbone.strides_of, **self.decoder.feature_strides}
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, keys: Tensor | None = None

@@ -130,8 +130,8 @@ class SemanticFPN(Decoder):
 @register_decoder("semantic_fpn", SemanticFPNOptions)
 def _build(options: SemanticFPNOptions, backbone: Backbone, num_classes: int) -> SemanticFPN:
     return SemanticFPN(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
+        backbone.channels_of,
+        backbone.strides_of,
         num_classes,
         channels=options.channels,
         head_channels=options.head_channels,

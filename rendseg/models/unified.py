@@ -355,8 +355,8 @@ def _build(options: UPPOptions, backbone: Backbone, num_classes: int) -> UPP:
     if options.pool is None and options.preset == "csail":
         switches["pool"] = "prroi"
     return UPP(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
+        backbone.channels_of,
+        backbone.strides_of,
         num_classes,
         scene_classes=options.scene_classes or 0,
         part_classes=options.part_classes or 0,

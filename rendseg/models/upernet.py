@@ -291,8 +291,8 @@ class UPerNet(Decoder):
 @register_decoder("upernet", UPerNetOptions)
 def _build(options: UPerNetOptions, backbone: Backbone, num_classes: int) -> UPerNet:
     return UPerNet(
-        dict(zip(backbone.names, backbone.channels, strict=True)),
-        dict(zip(backbone.names, backbone.strides, strict=True)),
+        backbone.channels_of,
+        backbone.strides_of,
         num_classes,
         **upernet_switches(options),
     )
