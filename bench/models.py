@@ -115,7 +115,7 @@ def main() -> int:
                 {"reference": reference, "rendseg": predict},
                 baseline="reference",
                 images=1,
-                samples=0 if bench.device.type == "cuda" else 3 if bench.quick else 5,
+                samples=bench.args.samples or (0 if bench.device.type == "cuda" else 3 if bench.quick else 5),
                 size=list(size),
                 parameters=parameters,
             )

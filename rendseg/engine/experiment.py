@@ -281,7 +281,7 @@ def _plot(results: Mapping[str, Any], file: Any) -> None:
                 label = name if kind == "refined" else None
                 axes.scatter([x] * len(values), values, facecolors=fill, edgecolors=f"C{i}", label=label)
         axes.set(xlabel="ms per image", ylabel=f"{title}, %", title=f"{title} (hollow: coarse)")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.15 * max(row["ms_per_image"] for row in results["variants"].values()))
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(file, format="png", dpi=120)
