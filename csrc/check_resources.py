@@ -148,10 +148,10 @@ def find_cuobjdump() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("library", type=Path, nargs="?", help="default: rendseg/_C*.so of this checkout")
+    parser.add_argument("extension", type=Path, nargs="?", help="default: rendseg/_C*.so of this checkout")
     parser.add_argument("--table", action="store_true", help="print registers, shared memory and stack of every kernel")
     args = parser.parse_args(argv)
-    library = args.library or next((CSRC.parent / "rendseg").glob("_C*.so"), None)
+    library = args.extension or next((CSRC.parent / "rendseg").glob("_C*.so"), None)
     if library is None:
         print("check_resources: SKIPPED, the extension is not built; no kernel was looked at")
         return 0

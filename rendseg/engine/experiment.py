@@ -131,7 +131,10 @@ def finished(config: Config) -> dict[str, Any] | None:
         return None
     if not metrics.get("finished") or "refined" not in metrics.get("final", {}):
         return None
-    return None if training_differences(kept, config.to_dict()) else metrics
+    try:
+        return None if training_differences(kept, config, str(config.run_dir / "config.yaml")) else metrics
+    except ConfigError:
+        return None
 
 
 def run_experiment(path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> dict[str, Any]:

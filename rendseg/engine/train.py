@@ -257,19 +257,20 @@ class Progress:
     window_size: int = 0
 
 
-def training_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """``(dotted key, value in one, value in other)`` where two configurations would train differently."""
+def training_differences(kept: Mapping[str, Any], config: Config, source: str) -> list[tuple[str, Any, Any]]:
+    """``(dotted key, value kept, value now)`` where the configuration ``kept`` in ``source`` would train differently;
+    keys newer than it have their defaults. ``ConfigError`` if it cannot be read."""
+    complete = build_config(kept, source=source).to_dict()
     return [
         found
-        for found in differences(one, other)
+        for found in differences(complete, config.to_dict())
         if not any(found[0] == key or found[0].startswith(key + ".") for key in HARMLESS_KEYS)
     ]
 
 
 def _checked_resume(config: Config, path: Path, contents: Mapping[str, Any]) -> None:
     """Refuse to continue a run silently with a configuration that would have trained differently."""
-    kept = build_config(contents["config"], source=f"the configuration in {path}").to_dict()  # with keys newer than it
-    changed = training_differences(kept, config.to_dict())
+    changed = training_differences(contents["config"], config, f"the configuration in {path}")
     if changed:
         key, old, new = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -24,23 +24,19 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
     backbone = create_backbone(options.backbone)
     decoder = build_decoder(options.decoder, backbone, num_classes)
     unified = isinstance(decoder, UPP)
+    common: dict[str, Any] = {
+        "loss": options.loss,
+        "auxiliary": options.auxiliary,
+        "channels_last": options.channels_last,
+    }
     if options.name == "segmenter":
         switches = options.pointrend
         return (UnifiedSegmenter if unified else Segmenter)(
             backbone,
             decoder,
-            loss=options.loss,
-            auxiliary=options.auxiliary,
             align_corners=switches.upsample_align_corners,
             coarse_loss_mean=switches.coarse_loss_mean,
             coarse_loss_at=switches.coarse_loss_at,
-            channels_last=options.channels_last,
+            **common,
         )
-    return (UnifiedPointRend if unified else PointRend)(
-        backbone,
-        decoder,
-        options=options.pointrend,
-        loss=options.loss,
-        auxiliary=options.auxiliary,
-        channels_last=options.channels_last,
-    )
+    return (UnifiedPointRend if unified else PointRend)(backbone, decoder, options=options.pointrend, **common)

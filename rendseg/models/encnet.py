@@ -20,7 +20,7 @@ from .decoder import Decoder, DecoderOutput
 from .fcn import check_levels
 from .losses import segmentation_loss
 from .options import DecoderOptions
-from .registry import arguments, register_decoder
+from .registry import arguments, register_decoder, with_preset
 from .se_loss import se_loss
 
 
@@ -199,7 +199,5 @@ class ENCNet(Decoder):
 
 @register_decoder("encnet", ENCNetOptions)
 def _build(options: ENCNetOptions, backbone: Backbone, num_classes: int) -> ENCNet:
-    preset = ENCNET_PRESETS[options.preset]
-    filled = {k: v if getattr(options, k) is None else getattr(options, k) for k, v in preset.items()}
-    switches = {**arguments(options, "preset"), **filled}
+    switches = {**arguments(options, "preset"), **with_preset(options, ENCNET_PRESETS[options.preset])}
     return ENCNet(backbone.channels_of, backbone.strides_of, num_classes, **switches)

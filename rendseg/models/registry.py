@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .options import DecoderOptions
@@ -42,6 +42,11 @@ def arguments(options: DecoderOptions, *without: str) -> dict[str, Any]:
     """The fields of ``options`` as keyword arguments for its decoder, but for ``name`` and those of ``without``."""
     fields = dataclasses.fields(options)
     return {f.name: getattr(options, f.name) for f in fields if f.name not in ("name", *without)}
+
+
+def with_preset(options: DecoderOptions, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``preset``, each with the value in ``options`` unless that is ``None``."""
+    return {key: value if getattr(options, key) is None else getattr(options, key) for key, value in preset.items()}
 
 
 def decoder_names() -> list[str]:

@@ -16,7 +16,7 @@ from ..nn.ppm import PPM
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
 from .options import DecoderOptions
-from .registry import register_decoder
+from .registry import register_decoder, with_preset
 
 FUSE_ORDERS = ("fine_first", "coarse_first")
 
@@ -140,7 +140,7 @@ def upernet_switches(options: UPerNetOptions) -> dict[str, Any]:
     if preset is None:
         names = ", ".join(UPERNET_PRESETS)
         raise ValueError(f"model.decoder.preset must be one of {names}, got {options.preset!r}")
-    values = {key: preset[key] if getattr(options, key) is None else getattr(options, key) for key in preset}
+    values = with_preset(options, preset)
     for key, least in (("channels", 1), ("ppm_channels", 0), ("fuse_channels", 1), ("classifier_upsample", 1)):
         if values[key] < least:
             raise ValueError(f"model.decoder.{key} must be at least {least}, got {values[key]}")

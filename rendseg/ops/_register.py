@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
 
 from .. import _backends, _extension
 from . import _triton
 from .schemas import SCHEMAS
 
 # The library that declared the operators lives as long as this object, so it is never collected.
-_LIBRARY = torch.library.Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
+_LIBRARY = Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
 
 if not _extension.LOADED:
     for _schema in SCHEMAS:
@@ -39,12 +40,12 @@ def register(
 
     ``reference`` serves every device for which neither a compiled nor a Triton kernel exists; ``fake`` gives shapes and
     dtypes and makes the same checks; ``backward`` and ``setup_context`` are those of
-    ``torch.library.register_autograd``.
+    PyTorch's ``register_autograd``.
     """
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
+    register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"rendseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        register_autograd(f"rendseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in ("cpu", "cuda"):
         if _backends.has_kernel(name, device_type):
             _COMPILED.add((name, device_type))
@@ -93,22 +94,22 @@ class _Route:
     """The overrides of ``backend("triton")``: installed when it is asked for, taken away afterwards."""
 
     def __init__(self) -> None:
-        self.library: Any = None
+        self.overrides: Any = None
 
     def __call__(self, chosen: str) -> None:
-        if chosen == "triton" and self.library is None:
-            self.library = torch.library.Library("rendseg", "IMPL")
+        if chosen == "triton" and self.overrides is None:
+            self.overrides = Library("rendseg", "IMPL")
             for schema in SCHEMAS:
                 name = schema.split("(", 1)[0]
                 for device_type in _backends.backends["triton"].devices:
                     key = _backends.KEYS[device_type]
-                    self.library.impl(name, _triton.forced(name), key, allow_override=True)
+                    self.overrides.impl(name, _triton.forced(name), key, allow_override=True)
                     if name in _backends.triton_ops():
                         _FORCED.add((name, device_type))
-        elif chosen != "triton" and self.library is not None:
+        elif chosen != "triton" and self.overrides is not None:
             _FORCED.clear()
-            self.library._destroy()  # what was there before serves again
-            self.library = None
+            self.overrides._destroy()  # what was there before serves again
+            self.overrides = None
 
 
 _ROUTE = _Route()

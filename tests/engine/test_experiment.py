@@ -92,6 +92,10 @@ def test_a_run_is_made_once_and_the_table_is_right(
     # What does not change the training makes no new run; another budget does, and replaces nothing unasked.
     run_experiment(file, ["base.train.log_every=1"])
     assert len(trained) == 4
+    for path in folder.glob("*/config.yaml"):  # of before a key existed
+        changed(path, lambda c: c["train"].pop("fsdp"))
+    run_experiment(file)
+    assert len(trained) == 4
     with pytest.raises(ConfigError, match="trained with another configuration.*train.iterations: 2 there, 3 now"):
         run_experiment(file, ["base.train.iterations=3"], only=["plain"])
     run_experiment(file, ["base.train.iterations=3", "seeds=[3]", "base.resume=never"], only=["plain"])
