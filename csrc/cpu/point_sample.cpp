@@ -39,6 +39,7 @@
 #include "isa_begin.h"
 #include "point_sample_kernels.h"
 #include "isa_end.h"
+#include "point_sample_table.h"
 
 namespace rendseg {
 namespace {
@@ -49,23 +50,11 @@ constexpr int64_t kCachedBytes = int64_t{8} << 20;     // an image below this st
 constexpr int64_t kPrivateBytes = int64_t{512} << 10;  // fits the cache of one core
 constexpr int64_t kTaskWork = 1 << 15;                 // taps worth a thread
 
-// Each table is made by a function of its own instruction set, so only where the processor has that set.
 template <typename T>
 const SampleKernels<T>& kernels() {
-  switch (isa()) {
-    case Isa::kAvx512: {
-      static const SampleKernels<T> avx512 = sample_kernels_avx512<T>();
-      return avx512;
-    }
-    case Isa::kAvx2: {
-      static const SampleKernels<T> avx2 = sample_kernels_avx2<T>();
-      return avx2;
-    }
-    default: {
-      static const SampleKernels<T> baseline = sample_kernels_baseline<T>();
-      return baseline;
-    }
-  }
+  static const SampleKernels<T> tables[] = {sample_kernels_baseline<T>(), sample_kernels_avx2<T>(),
+                                            sample_kernels_avx512<T>()};
+  return tables[static_cast<int>(isa())];
 }
 
 template <typename F>

@@ -12,3 +12,4 @@
 #include "isa_begin.h"
 #include "point_sample_kernels.h"
 #include "isa_end.h"
+#include "point_sample_table.h"

@@ -427,38 +427,6 @@ void write_vectors(const Runs<acc_t<T>>& runs, const acc_t<T>* chunk, int64_t ch
   }
 }
 
-template <typename T>
-SampleKernels<T> sample_kernels() {
-  return {locate<acc_t<T>>, planes<T>,    vectors<T>,      plane_rows<T>,    vector_rows<T>,
-          add_plane<T>,     transpose<T>, write_planes<T>, write_vectors<T>, narrow<T>};
-}
-
 }  // namespace
 }  // namespace RENDSEG_ISA_NAMESPACE
-
-#if RENDSEG_ISA == 2
-#define RENDSEG_SAMPLE_KERNELS sample_kernels_avx512
-#elif RENDSEG_ISA == 1
-#define RENDSEG_SAMPLE_KERNELS sample_kernels_avx2
-#else
-#define RENDSEG_SAMPLE_KERNELS sample_kernels_baseline
-#endif
-template <>
-SampleKernels<float> RENDSEG_SAMPLE_KERNELS<float>() {
-  return RENDSEG_ISA_NAMESPACE::sample_kernels<float>();
-}
-template <>
-SampleKernels<double> RENDSEG_SAMPLE_KERNELS<double>() {
-  return RENDSEG_ISA_NAMESPACE::sample_kernels<double>();
-}
-template <>
-SampleKernels<c10::Half> RENDSEG_SAMPLE_KERNELS<c10::Half>() {
-  return RENDSEG_ISA_NAMESPACE::sample_kernels<c10::Half>();
-}
-template <>
-SampleKernels<c10::BFloat16> RENDSEG_SAMPLE_KERNELS<c10::BFloat16>() {
-  return RENDSEG_ISA_NAMESPACE::sample_kernels<c10::BFloat16>();
-}
-#undef RENDSEG_SAMPLE_KERNELS
-
 }  // namespace rendseg
