@@ -1,9 +1,9 @@
 """The reference must say the same on a GPU, where ATen divides by a number in its own way.
 
-``div_true_kernel_cuda`` multiplies by the reciprocal of a divisor that is a number (or a tensor without dimensions on the
-CPU), rounded to the type of the arithmetic; ``x / 14`` is then up to one ulp off. ``CudaDivision`` does that here. Under
-it the reference is held to the emulated kernels, in the cases that ``tests/gpu`` compares with the reference on the GPU
-(fewer images, and fewer channels, where those only make more of the same).
+``div_true_kernel_cuda`` multiplies by the reciprocal of a divisor that is a number (or a tensor without dimensions on
+the CPU), rounded to the type of the arithmetic; ``x / 14`` is then up to one ulp off. ``CudaDivision`` does that here.
+Under it the reference is held to the emulated kernels, in the cases that ``tests/gpu`` compares with the reference on
+the GPU (fewer images, and fewer channels, where those only make more of the same).
 """
 
 from __future__ import annotations
