@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include "device.cuh"
+#include "shared_limits.h"
 
 #if defined(__CUDACC__)
 #include <c10/cuda/CUDAException.h>
@@ -23,11 +24,17 @@
 #define RENDSEG_CUDA_IMPL(m) TORCH_LIBRARY_IMPL(rendseg_emulated, CPU, m)
 #endif
 
+#include <algorithm>
 #include <cstdint>
 
 namespace rendseg {
 
 #if defined(__CUDACC__)
+inline SharedLimits& shared_limits() {
+  static SharedLimits limits;
+  return limits;
+}
+
 // Launches kernels on the device of a tensor and its current stream; that device is current as long as this lives.
 class CudaLaunch {
  public:
@@ -38,11 +45,7 @@ class CudaLaunch {
   void operator()(const LaunchShape& shape, void (*kernel)(P...), A&&... args) {
     if (shape.blocks == 0) return;
     TORCH_INTERNAL_ASSERT(shape.blocks > 0 && shape.blocks <= INT32_MAX, "grid of ", shape.blocks, " blocks");
-    if (shape.shared_bytes > 48 * 1024) {  // beyond this a kernel must opt in
-      C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shape.shared_bytes)));
-    }
+    if (shape.shared_bytes > 0) permit(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
     kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
              static_cast<size_t>(shape.shared_bytes), stream_>>>(static_cast<P>(args)...);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -62,6 +65,20 @@ class CudaLaunch {
     int value = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, guard_.current_device().index()));
     return value;
+  }
+
+  // A kernel must opt in to more than 48 KB, static and dynamic together. It does so once, for all that the device has:
+  // a permission costs nothing, what a launch asks for decides how many blocks fit. No call of this touches a stream,
+  // so all of it is allowed while one is captured.
+  void permit(const void* kernel, int64_t bytes) const {
+    shared_limits().ensure(kernel, guard_.current_device().index(), bytes, [&](int64_t wanted) {
+      cudaFuncAttributes attributes{};
+      C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+      const int64_t limit = std::max(wanted, shared_limit() - static_cast<int64_t>(attributes.sharedSizeBytes));
+      C10_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)));
+      return limit;
+    });
   }
 
   c10::cuda::CUDAGuard guard_;

@@ -1,7 +1,7 @@
 // CUDA kernels of refine: one step of the inference loop of PointRend (Kirillov et al. 2020), section 3.1, with a stock
 // point head, in one kernel: gather at the selected cells, the MLP on tensor cores, scatter.
 //
-// A block takes 32, 64 or 128 points and keeps their activations in shared memory, one row per point:
+// A block takes 32, 64, 80 or 128 points and keeps their activations in shared memory, one row per point:
 //
 //   [ coarse logits, padded | fine features of layer 0, later the hidden activations, in place | 16 bytes of pad ]
 //
@@ -181,14 +181,31 @@ inline int64_t refine_shared_bytes(const RefineHead& head, int64_t maps, int64_t
   return points * (head.row_bytes + maps * static_cast<int64_t>(sizeof(RefineTaps)) + 16);
 }
 
-// Points per block. Each block streams all weights, so blocks are large where there is work for every processor, else
-// small enough to give each one some. 0: the head does not fit.
+constexpr int kRefineBlocks[] = {32, 64, 80, 128};  // points to a block
+
+// What all weights cost on their way from L2 to one block, in points that the block could have multiplied meanwhile:
+// with 5.5 TB/s for 132 processors and two thirds of the tensor cores' peak, which mma.sync reaches, 90 to 113 for half
+// and for tf32 heads of any shape. Blocks of 64 thus wait for weights, blocks of 128 for products.
+constexpr int64_t kRefineWeightPoints = 96;
+
+// The time of a step with blocks of `size` points: that of all weights from L2, or that of the products of the busiest
+// processor, whichever is longer. In points to a processor, times the number of processors.
+inline int64_t refine_cost(int64_t points, int64_t size, int64_t processors) {
+  const int64_t blocks = (points + size - 1) / size;
+  const int64_t weights = kRefineWeightPoints * blocks, products = size * round_up(blocks, processors);
+  return weights > products ? weights : products;
+}
+
+// Points per block, the smallest of several that cost the same: its points are gathered by more processors. 0: the head
+// does not fit.
 inline int refine_points_per_block(const RefineHead& head, int64_t maps, int64_t points, int processors,
                                    int64_t shared_limit) {
-  const auto fits = [&](int64_t size) { return refine_shared_bytes(head, maps, size) <= shared_limit; };
-  if (points >= 256 * static_cast<int64_t>(processors) && fits(128)) return 128;
-  if (points > 32 * static_cast<int64_t>(processors) && fits(64)) return 64;
-  return fits(32) ? 32 : 0;
+  int best = 0;
+  for (const int size : kRefineBlocks) {
+    if (refine_shared_bytes(head, maps, size) > shared_limit) break;
+    if (best == 0 || refine_cost(points, size, processors) < refine_cost(points, best, processors)) best = size;
+  }
+  return best;
 }
 
 // --- packing the weights
@@ -418,7 +435,7 @@ __device__ inline void multiply_slice(float (&d)[4], const uint32_t (&a)[4], con
 template <typename H, int kRows, int kTiles>
 __device__ inline void multiply(float (&d)[kRows][kRefineWarpTiles][4], const unsigned char* rows, int row_bytes,
                                 const uint2* words, int slice_words, int slices) {
-  constexpr int kAhead = kTiles == 4 ? (kRows == 8 ? 4 : 3) : 12 / kTiles;  // slices whose weights are under way
+  constexpr int kAhead = kTiles == 4 ? (kRows > 4 ? 4 : 3) : 12 / kTiles;  // slices whose weights are under way
   uint2 ring[kAhead][kTiles];
   RENDSEG_UNROLL
   for (int s = 0; s < kAhead; ++s) {
@@ -612,7 +629,7 @@ __device__ inline void store_label(const RefineTarget& target, int64_t at, uint3
 // ---------------------------------------------------------------------------------------------------
 
 template <typename H, int kRows>
-__global__ void __launch_bounds__(kRefineThreads, kRows == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kRefineThreads, kRows > 4 ? 1 : 2)
     refine_points_kernel(const RENDSEG_GRID_CONSTANT RefineHead head, const RENDSEG_GRID_CONSTANT RefineStep step) {
   constexpr int kPoints = 16 * kRows;
   RENDSEG_DYNAMIC_SHARED(memory);
@@ -749,6 +766,8 @@ void run_refine_points(Launch& launch, const RefineHead& head, const RefineStep&
                                   launch.shared_limit())) {
     case 128:
       return run_refine_rows<H, 8>(launch, head, step);
+    case 80:
+      return run_refine_rows<H, 5>(launch, head, step);
     case 64:
       return run_refine_rows<H, 4>(launch, head, step);
     default:

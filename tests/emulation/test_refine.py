@@ -144,10 +144,11 @@ def test_mixed_dtypes(emulated, dtypes: Sequence, how: str) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 def test_block_sizes(emulated, dtype: torch.dtype) -> None:
-    """32, 64 and 128 points to a block, with a partial last block and blocks that span images: the same bits."""
+    """32, 64, 80 and 128 points to a block (see test_refine_blocks.py), with a partial last block and blocks that span
+    images: the same bits."""
     made = {"n": 3, "classes": 19, "h": 7, "w": 10, "channels": (24, 8)}
     results = []
-    for seed, processors in enumerate((1, 5, 132)):
+    for seed, processors in enumerate((132, 10, 5, 3)):
         emulated.seed(seed)
         emulated.device(processors=processors)
         call = Call(emulated.ops, made, {"hidden": (48, 40)}, {"steps": 1, "num_points": 101}, [dtype] * 3)
@@ -263,6 +264,65 @@ def test_which_path_runs(emulated, monkeypatch) -> None:
     monkeypatch.undo()
     for dtype in (F32, F16, BF16):  # rows of more than 3 KB
         check(dtype, False, tolerance([dtype] * 3), channels=(1700,), coarse_first=True)
+
+
+def _optimizer(call: Call) -> None:
+    for p in call.head.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(call.head.parameters(), lr=0.05).step()
+
+
+def _inference(call: Call) -> None:
+    with torch.inference_mode():
+        call.head.weights[0].mul_(0.5)
+
+
+def _another_head(call: Call) -> None:
+    """Its storages may well take the addresses of those it replaces."""
+    layers = copy.deepcopy(call.head.state_dict())
+    del call.head
+    call.head = cases.Head(8, 5)
+    call.head.load_state_dict({name: 0.5 * value for name, value in layers.items()})
+
+
+def _copied(call: Call) -> None:
+    call.head = copy.deepcopy(call.head)
+    call.head.biases[-1].data.add_(1.0)
+
+
+CHANGES = {
+    "optimizer": _optimizer,
+    "load_state_dict": lambda call: call.head.load_state_dict({k: -v for k, v in call.head.state_dict().items()}),
+    "data": lambda call: call.head.weights[1].data.mul_(0.5),  # no version counter sees these two
+    "numpy": lambda call: call.head.biases[1].detach().numpy().fill(2.0),
+    "inference mode": _inference,
+    "new storage": lambda call: setattr(call.head.weights[0], "data", 0.5 * call.head.weights[0].data),
+    "another dtype": lambda call: (setattr(call, "dtype", F16), call.head.half()),
+    "another head": _another_head,
+    "a copy": _copied,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_are_those_of_the_call(emulated, name: str) -> None:
+    """Whatever changed them since the last call."""
+    call = Call(emulated.ops, {}, {}, {"steps": 1, "num_points": 60}, [F32] * 3)
+    before = call.check(LOOSE["tf32"])
+    CHANGES[name](call)
+    call.check(LOOSE["tf32"])
+    assert not torch.equal(call.run(), before)
+
+
+def test_heads_in_turn(emulated) -> None:
+    """Two heads of the same shapes."""
+    first = Call(emulated.ops, {}, {}, {"steps": 1, "num_points": 60}, [F16] * 3)
+    second = Call(emulated.ops, {}, {}, {"steps": 1, "num_points": 60}, [F16] * 3)
+    with torch.no_grad():
+        second.head.weights[0].neg_()
+    wanted = first.check(LOOSE[F16]), second.check(LOOSE[F16])
+    assert not torch.equal(*wanted)
+    for _ in range(2):
+        assert torch.equal(first.run(), wanted[0]) and torch.equal(second.run(), wanted[1])
 
 
 def test_empty_batch(emulated) -> None:
