@@ -139,13 +139,16 @@ def test_cells_that_are_never_selected_need_no_count(library) -> None:
         assert torch.equal(select(library, keys, k, (height, width), histograms), smallest(keys, k))
 
 
-def test_images_are_apart_and_the_order_of_threads_does_not_matter(library) -> None:
-    """Every kind of map side by side, each on another way through the kernels, seed after seed."""
+@pytest.mark.parametrize("share", [3, 5])
+def test_images_are_apart_and_the_order_of_threads_does_not_matter(library, share: int) -> None:
+    """Every kind of map side by side, each on another way through the kernels, seed after seed; with the second pass in
+    a launch of its own, and in that of the writing kernel.
+    """
     _, height, width = TWO_PASSES
     generator = torch.Generator().manual_seed(3)
     keys = torch.stack([make(generator, height * width) for make, _ in MAPS.values()])
     histograms = histograms_of(keys)
-    k = height * width // 3
+    k = height * width // share
     wanted = smallest(keys, k)
     for seed in range(2 if build.SANITIZE else 5):
         library.rendseg_emulation_seed(ctypes.c_uint64(seed))
