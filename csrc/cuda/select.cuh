@@ -27,8 +27,8 @@ struct SelectArgs {
   const uint32_t* keys;  // [images, cells], each below 2^31: radix_key.h, small is uncertain
   uint32_t* histograms;  // [images, kHistogramBins] of the keys (kNeverSelected may be missing when at least k others
                          // are there, none of which shares its bin), or null: counted here
-  void* workspace;       // select_workspace_bytes(images, cells, k), the first select_zeroed_bytes() of them zero;
-                         // this and the histograms at multiples of 16 bytes
+  void* zeroed;          // select_zeroed_bytes(images, cells), all zero
+  void* workspace;       // select_workspace_bytes(images, cells); the three at multiples of 16 bytes
   int64_t images, cells, k;  // 0 < k <= cells < 2^32
   int64_t height, width;     // cells = height * width
   int64_t* indices;          // [images, k], ascending
@@ -64,10 +64,11 @@ struct SelectState {
 using SelectCount = unsigned long long;
 constexpr SelectCount kOneBelow = SelectCount{1} << 32;
 
-// Where things lie in the workspace.
+// Where things lie: the first three in the zeroed part, the others in the workspace.
 struct SelectPlan {
-  int64_t images, chunks, capacity;  // chunks per image, candidates per image
-  int64_t states, second_digits, first_digits, counts, candidate_keys, candidate_chunks, end;  // offsets in bytes
+  int64_t images, chunks, capacity;                         // chunks per image, candidates per image
+  int64_t states, second_digits, first_digits, zeroed_end;  // offsets in bytes
+  int64_t counts, candidate_keys, candidate_chunks, end;
 
   SelectPlan(int64_t images, int64_t cells) : images(images) {
     const bool small = cells <= kSmallMap;
@@ -78,20 +79,17 @@ struct SelectPlan {
     states = 0;
     second_digits = padded(small ? 0 : images * int64_t{sizeof(SelectState)});
     first_digits = second_digits + histograms;
-    counts = first_digits + histograms;
-    candidate_keys = padded(counts + images * (small ? 0 : chunks + 1) * int64_t{sizeof(SelectCount)});
+    zeroed_end = first_digits + histograms;
+    counts = 0;
+    candidate_keys = padded(images * (small ? 0 : chunks + 1) * int64_t{sizeof(SelectCount)});
     candidate_chunks = padded(candidate_keys + images * capacity * int64_t{sizeof(uint32_t)});
     end = candidate_chunks + images * capacity * int64_t{sizeof(uint32_t)};
   }
   static int64_t padded(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
-inline int64_t select_workspace_bytes(int64_t images, int64_t cells, int64_t /*k*/) {
-  return SelectPlan(images, cells).end;
-}
-inline int64_t select_zeroed_bytes(int64_t images, int64_t cells, int64_t /*k*/) {
-  return SelectPlan(images, cells).counts;
-}
+inline int64_t select_zeroed_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).zeroed_end; }
+inline int64_t select_workspace_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).end; }
 
 // What the kernels see.
 struct SelectMaps {
@@ -417,17 +415,19 @@ void run_select(Launch& launch, const SelectArgs& args) {
     return;
   }
   const SelectPlan plan(args.images, args.cells);
-  unsigned char* const base = static_cast<unsigned char*>(args.workspace);
-  const auto at = [&]<typename T>(T*, int64_t offset) { return reinterpret_cast<T*>(base + offset); };
+  const auto at = []<typename T>(T*, void* base, int64_t offset) {
+    return reinterpret_cast<T*>(static_cast<unsigned char*>(base) + offset);
+  };
   uint32_t* const uint32 = nullptr;
-  uint32_t* const first_digits = args.histograms != nullptr ? args.histograms : at(uint32, plan.first_digits);
+  uint32_t* const first_digits =
+      args.histograms != nullptr ? args.histograms : at(uint32, args.zeroed, plan.first_digits);
   const SelectMaps maps{args.keys,
                         first_digits,
-                        at(uint32, plan.second_digits),
-                        at(static_cast<SelectState*>(nullptr), plan.states),
-                        at(static_cast<SelectCount*>(nullptr), plan.counts),
-                        at(uint32, plan.candidate_keys),
-                        at(uint32, plan.candidate_chunks),
+                        at(uint32, args.zeroed, plan.second_digits),
+                        at(static_cast<SelectState*>(nullptr), args.zeroed, plan.states),
+                        at(static_cast<SelectCount*>(nullptr), args.workspace, plan.counts),
+                        at(uint32, args.workspace, plan.candidate_keys),
+                        at(uint32, args.workspace, plan.candidate_chunks),
                         cells,
                         static_cast<uint32_t>(args.k),
                         static_cast<uint32_t>(plan.chunks),
