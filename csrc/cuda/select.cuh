@@ -31,8 +31,12 @@ struct SelectArgs {
   void* workspace;       // select_workspace_bytes(images, cells); the three at multiples of 16 bytes
   int64_t images, cells, k;  // 0 < k <= cells < 2^32
   int64_t height, width;     // cells = height * width
-  int64_t* indices;          // [images, k], ascending
-  float* coords;             // [images, k, 2], centres of the cells, or null
+  // Where keys are given for some gaps only (subdivide_labels.cuh; the map is then larger than kSmallMap): the others
+  // count as kNeverSelected and are not read. Else null.
+  const uint16_t* bounds;  // [images, height / 2 + 1, width / 2 + 1]; given where at most the limit, or kNoBound
+  const uint32_t* limits;  // [images]
+  int64_t* indices;        // [images, k], ascending
+  float* coords;           // [images, k, 2], centres of the cells, or null
 };
 
 // Maps up to this size are selected by one block each; their histogram is not looked at.
@@ -49,6 +53,7 @@ constexpr int kSelectThreads = 512;
 constexpr int kRowsPerWarp = 16;                                        // rows of 32 keys, one to a lane
 constexpr int64_t kChunkKeys = int64_t{kSelectThreads} * kRowsPerWarp;  // 8192
 constexpr uint32_t kNoKey = 0xffffffffu;                                // beyond the end of a map
+constexpr uint16_t kNoBound = 0xffff;                                   // beyond any limit
 
 // Of one image, between the kernels. Starts as zeros.
 struct SelectState {
@@ -101,6 +106,32 @@ struct SelectMaps {
   uint32_t* candidate_keys;      // [images, capacity]
   uint32_t* candidate_chunks;    // [images, capacity]
   uint32_t cells, k, chunks, capacity;
+  const uint16_t* bounds;  // see SelectArgs
+  const uint32_t* limits;
+  uint32_t width;
+};
+
+// The keys of an image.
+struct KeyMap {
+  const uint32_t* keys;
+  const uint16_t* bounds;  // null: all are given
+  uint32_t limit, width, cells;
+
+  __device__ KeyMap(const SelectMaps& maps, uint32_t image)
+      : keys(maps.keys + int64_t{image} * maps.cells), bounds(nullptr), limit(0), width(maps.width), cells(maps.cells) {
+    if (maps.bounds == nullptr) return;
+    const uint32_t height = cells / width;
+    bounds = maps.bounds + int64_t{image} * (height / 2 + 1) * (width / 2 + 1);
+    limit = maps.limits[image];
+  }
+  // Output 2 g - 1 or 2 g of a row or column lies in gap g.
+  __device__ bool given(uint32_t row, uint32_t column) const {
+    const uint16_t bound = bounds[(row + 1) / 2 * (width / 2 + 1) + (column + 1) / 2];
+    return bound == kNoBound || bound <= limit;
+  }
+  __device__ uint32_t operator()(uint32_t i) const {
+    return bounds == nullptr || given(i / width, i % width) ? keys[i] : kNeverSelected;
+  }
 };
 
 struct SelectOutput {
@@ -126,15 +157,28 @@ struct ChunkKeys {
   uint32_t key[kRowsPerWarp];
 };
 
-__device__ inline ChunkKeys load_chunk(const uint32_t* map, uint32_t cells, uint32_t chunk) {
+__device__ inline ChunkKeys load_chunk(const KeyMap& map, uint32_t chunk) {
   const int64_t begin = chunk * kChunkKeys;
-  const int length = static_cast<int>(min(int64_t{cells} - begin, kChunkKeys));
-  const uint32_t* from = map + begin;
+  const int length = static_cast<int>(min(int64_t{map.cells} - begin, kChunkKeys));
+  const int first = warp_id() * kRowsPerWarp * kWarp + lane_id();
+  const uint32_t* from = map.keys + begin;
+  unsigned given = 0xffffffffu;  // bit i: that of row i
+  if (map.bounds != nullptr) {
+    given = 0;
+    const uint32_t at = static_cast<uint32_t>(begin) + first;
+    uint32_t row = at / map.width, column = at - row * map.width;
+    RENDSEG_UNROLL
+    for (int i = 0; i < kRowsPerWarp; ++i) {
+      if (first + i * kWarp < length && map.given(row, column)) given |= 1u << i;
+      column += kWarp;
+      while (column >= map.width) column -= map.width, ++row;
+    }
+  }
   ChunkKeys keys;
   RENDSEG_UNROLL
-  for (int row = 0; row < kRowsPerWarp; ++row) {
-    const int i = (warp_id() * kRowsPerWarp + row) * kWarp + lane_id();
-    keys.key[row] = i < length ? from[i] : kNoKey;
+  for (int i = 0; i < kRowsPerWarp; ++i) {
+    const int at = first + i * kWarp;
+    keys.key[i] = at >= length ? kNoKey : (given >> i & 1u) != 0 ? from[at] : kNeverSelected;
   }
   return keys;
 }
@@ -155,10 +199,10 @@ __device__ inline void clear_histogram(uint32_t* histogram) {
 
 // For producers that did not count.
 static __global__ void __launch_bounds__(kSelectThreads)
-    select_histogram_kernel(const uint32_t* keys, uint32_t cells, uint32_t chunks, uint32_t* histograms) {
+    select_histogram_kernel(SelectMaps maps, uint32_t* histograms) {
   RENDSEG_SHARED(uint32_t[kHistogramBins], histogram);
-  const uint32_t image = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-  const ChunkKeys mine = load_chunk(keys + int64_t{image} * cells, cells, chunk);
+  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
+  const ChunkKeys mine = load_chunk(KeyMap(maps, image), chunk);
   clear_histogram(histogram);
   __syncthreads();
   RENDSEG_UNROLL
@@ -193,13 +237,13 @@ __device__ inline void count_candidates(const uint32_t* keys, const uint32_t* ch
 }
 
 // The same from the map itself, a chunk at a time to each warp.
-__device__ inline void count_map(const uint32_t* map, uint32_t cells, uint32_t chunks, const KeyThreshold& threshold,
+__device__ inline void count_map(const KeyMap& map, uint32_t chunks, const KeyThreshold& threshold,
                                  SelectCount* counts) {
   for (uint32_t chunk = static_cast<uint32_t>(warp_id()); chunk < chunks; chunk += kSelectThreads / kWarp) {
-    const int64_t begin = chunk * kChunkKeys, end = min(int64_t{cells}, begin + kChunkKeys);
+    const int64_t begin = chunk * kChunkKeys, end = min(int64_t{map.cells}, begin + kChunkKeys);
     uint32_t below = 0, equal = 0;
     for (int64_t i = begin + lane_id(); i < end; i += kWarp) {
-      const uint32_t key = map[i];
+      const uint32_t key = map(static_cast<uint32_t>(i));
       below += key < threshold.key;
       equal += key == threshold.key;
     }
@@ -230,8 +274,8 @@ __device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, ui
                                       BlockSelectScratch& scratch) {
   RENDSEG_SHARED(uint32_t, first_place);
   SelectState& state = maps.states[image];
-  const uint32_t* map = maps.keys + int64_t{image} * maps.cells;
-  const ChunkKeys mine = load_chunk(map, maps.cells, chunk);  // under way during the search
+  const KeyMap map(maps, image);
+  const ChunkKeys mine = load_chunk(map, chunk);  // under way during the search
 
   // The bin of the threshold: keys [low, low + width), the smallest `wanted` of which are selected.
   const uint32_t* digits = (pass == 0 ? maps.first_digits : maps.second_digits) + int64_t{image} * kHistogramBins;
@@ -325,9 +369,8 @@ __device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, ui
       }
       return false;
     } else {
-      const auto key_at = [&](uint32_t i) { return map[i]; };
-      threshold = block_refine_threshold(key_at, maps.cells, prefix, free_bits, wanted, scratch);
-      count_map(map, maps.cells, maps.chunks, threshold, counts);
+      threshold = block_refine_threshold(map, maps.cells, prefix, free_bits, wanted, scratch);
+      count_map(map, maps.chunks, threshold, counts);
     }
   }
   __threadfence();
@@ -357,7 +400,7 @@ __device__ inline void emit_chunk(const SelectMaps& maps, const SelectOutput& ou
   const KeyRanks before{static_cast<uint32_t>(counts[0] >> 32), static_cast<uint32_t>(counts[0])};
   const KeyRanks after{static_cast<uint32_t>(counts[1] >> 32), static_cast<uint32_t>(counts[1])};
   if (before.below == after.below && min(before.equal, threshold.ties) == min(after.equal, threshold.ties)) return;
-  const ChunkKeys mine = load_chunk(maps.keys + int64_t{image} * maps.cells, maps.cells, chunk);
+  const ChunkKeys mine = load_chunk(KeyMap(maps, image), chunk);
   KeyRanks count{0, 0};
   RENDSEG_UNROLL
   for (int row = 0; row < kRowsPerWarp; ++row) {
@@ -431,10 +474,13 @@ void run_select(Launch& launch, const SelectArgs& args) {
                         cells,
                         static_cast<uint32_t>(args.k),
                         static_cast<uint32_t>(plan.chunks),
-                        static_cast<uint32_t>(plan.capacity)};
+                        static_cast<uint32_t>(plan.capacity),
+                        args.bounds,
+                        args.limits,
+                        static_cast<uint32_t>(args.width)};
   const LaunchShape shape{args.images * plan.chunks, kSelectThreads};
   if (args.histograms == nullptr) {
-    launch(shape, select_histogram_kernel, args.keys, cells, maps.chunks, first_digits);
+    launch(shape, select_histogram_kernel, maps, first_digits);
   }
   const bool single = args.cells <= kSinglePassMap;
   launch(shape, select_threshold_kernel, maps, 0, single);

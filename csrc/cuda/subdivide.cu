@@ -96,6 +96,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
     launch.fill_zero(cleared, zeroed.bytes);
   }
 
+  SelectArgs select{};
+  at::Tensor known;  // of the source cells, for labels
   dispatch_floating(logits.scalar_type(), "logits", [&]<typename T>() {
     LabelArgs<T> a{};
     a.source = data<T>(source);
@@ -118,21 +120,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
     a.labels = mutable_data<unsigned char>(result);
     a.wide_labels = result.scalar_type() == at::kShort;
     a.k = k;
-    Scratch known;
-    const int64_t largest = known.reserve(n * h * w * 2 * int64_t{sizeof(T)});
-    const int64_t owner = known.reserve(n * h * w * int64_t{sizeof(uint16_t)});
-    const int64_t bound = known.reserve(n * units_along(a, h) * units_along(a, w) * int64_t{sizeof(uint16_t)});
-    const int64_t limit = known.reserve(n * int64_t{sizeof(uint32_t)});
-    const at::Tensor memory = at::empty({known.bytes()}, options.dtype(at::kByte));
-    a.largest = part<Vec<T, 2>>(memory, largest);
-    a.owner = part<uint16_t>(memory, owner);
-    a.bound = part<uint16_t>(memory, bound);
-    a.limit = part<uint32_t>(memory, limit);
+    Scratch parts;
+    const int64_t largest = parts.reserve(n * h * w * 2 * int64_t{sizeof(T)});
+    const int64_t owner = parts.reserve(n * h * w * int64_t{sizeof(uint16_t)});
+    const int64_t bound = parts.reserve(n * units_along(a, h) * units_along(a, w) * int64_t{sizeof(uint16_t)});
+    const int64_t limit = parts.reserve(n * int64_t{sizeof(uint32_t)});
+    known = at::empty({parts.bytes()}, options.dtype(at::kByte));
+    a.largest = part<Vec<T, 2>>(known, largest);
+    a.owner = part<uint16_t>(known, owner);
+    a.bound = part<uint16_t>(known, bound);
+    a.limit = part<uint32_t>(known, limit);
+    a.fills_keys = !(by_gaps(a) && select_reads_histogram(cells));
+    if (!a.fills_keys) select.bounds = a.bound, select.limits = a.limit;
     a.counters = reinterpret_cast<unsigned*>(cleared + zeroed.counters);
     subdivision::run_subdivide_labels(launch, a);
   });
 
-  SelectArgs select{};
   select.keys = data<uint32_t>(keys);
   if (select_reads_histogram(cells)) {
     select.histograms = reinterpret_cast<uint32_t*>(cleared + zeroed.histograms);
