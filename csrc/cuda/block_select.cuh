@@ -171,4 +171,47 @@ __device__ void block_emit(const KeyAt& key_at, uint32_t count, const KeyThresho
   }
 }
 
+// The same where a call of write() costs much more than a look at a key, and few are selected: each warp first lists
+// what it may write, in place of its keys, and then writes with all lanes. Uses the keys up; `count` is below 2^31.
+template <typename Write>
+__device__ void block_emit_listed(uint32_t* keys, uint32_t count, const KeyThreshold& threshold,
+                                  BlockSelectScratch& scratch, const Write& write) {
+  constexpr uint32_t kEqual = 1u << 31, kNone = 0xffffffffu;
+  constexpr uint32_t kBatch = 4;
+  const uint32_t warps = blockDim.x / kWarp, rows = (count - 1) / kWarp + 1;
+  const uint32_t rows_each = (rows - 1) / warps + 1;
+  const uint64_t first_row = static_cast<uint64_t>(warp_id()) * rows_each;
+  const uint32_t begin = static_cast<uint32_t>(min(static_cast<uint64_t>(count), first_row * kWarp));
+  const uint32_t end = static_cast<uint32_t>(min(static_cast<uint64_t>(count), (first_row + rows_each) * kWarp));
+  const unsigned lower_lanes = (1u << lane_id()) - 1u;
+  uint32_t* const list = keys + begin;  // never longer than the keys that were read
+  uint32_t length = 0, equals = 0;
+  for (uint32_t first = begin; first < end; first += kBatch * kWarp) {
+    uint32_t key[kBatch];
+    RENDSEG_UNROLL
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const uint32_t i = first + j * kWarp + lane_id();
+      key[j] = i < end ? keys[i] : kNone;
+    }
+    __syncwarp();  // the list may grow over these
+    RENDSEG_UNROLL
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const bool equal = key[j] == threshold.key, wanted = equal || key[j] < threshold.key;
+      const unsigned lanes = __ballot_sync(kAllLanes, wanted);
+      equals += __popc(__ballot_sync(kAllLanes, equal));
+      const uint32_t i = first + j * kWarp + lane_id();
+      if (wanted) list[length + __popc(lanes & lower_lanes)] = i | (equal ? kEqual : 0);
+      length += __popc(lanes);
+    }
+  }
+  KeyRanks before = ranks_before_warp({length - equals, equals}, scratch);  // its barriers complete the list
+  for (uint32_t first = 0; first < length; first += kWarp) {
+    const uint32_t at = first + lane_id();
+    const uint32_t entry = at < length ? list[at] : kNone;
+    // A key on the same side of the threshold.
+    const uint32_t key = entry == kNone ? kNone : (entry & kEqual) != 0 ? threshold.key : threshold.key - 1;
+    emit_row(key, entry & ~kEqual, threshold, before, write);
+  }
+}
+
 }  // namespace rendseg

@@ -84,6 +84,8 @@ class Refiner {
 
   at::Tensor run() {
     const bool fused = plan_fused();
+    const at::Tensor zeros = clear_for_steps();
+    auto* zeroed = static_cast<unsigned char*>(zeros.mutable_data_ptr());
     at::Tensor current = coarse_;
     for (int64_t step = 0; step < options_.steps; ++step) {
       const bool labels = options_.labels && step + 1 == options_.steps;
@@ -91,12 +93,10 @@ class Refiner {
       at::Tensor next, indices, coords;
       if (options_.num_points >= height * width) {  // all is recomputed: nothing is upsampled or selected
         next = empty_step(coarse_, labels, height, width);
-      } else if (labels) {
-        std::tie(next, indices, coords) =
-            subdivide_labels_cuda(current, options_.num_points, options_.scale_factor, options_.align_corners);
       } else {
-        std::tie(next, indices, coords) = subdivide_cuda(current, options_.num_points, options_.scale_factor,
-                                                         options_.align_corners, std::nullopt, true);
+        std::tie(next, indices, coords) =
+            subdivide_step(current, options_.num_points, options_.scale_factor, options_.align_corners, labels, zeroed);
+        zeroed += subdivide_zeroed_bytes(current.size(0), current.size(1), height * width, labels);
       }
       const Cells cells{indices, coords, std::min(options_.num_points, height * width), height, width};
       const RefineTarget target = refine_target(next, coarse_.scalar_type(), labels);
@@ -108,6 +108,24 @@ class Refiner {
   }
 
  private:
+  // What the steps that select want to find at zero, one step after the other: one call clears it for all.
+  at::Tensor clear_for_steps() {
+    constexpr int64_t kMost = int64_t{1} << 31;  // a step beyond is an error when its turn comes
+    int64_t bytes = 0, height = coarse_.size(2), width = coarse_.size(3);
+    for (int64_t step = 0; step < options_.steps && options_.scale_factor < kMost; ++step) {
+      height *= options_.scale_factor, width *= options_.scale_factor;
+      if (height >= kMost || width >= kMost) break;
+      const bool labels = options_.labels && step + 1 == options_.steps;
+      if (options_.num_points < height * width) {
+        bytes += subdivide_zeroed_bytes(coarse_.size(0), coarse_.size(1), height * width, labels);
+      }
+    }
+    at::Tensor zeros =
+        at::empty({bytes}, coarse_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    launch_.fill_zero(zeros.mutable_data_ptr(), bytes);
+    return zeros;
+  }
+
   // What a step recomputes: indices[N,count] and their coords[N,count,2], undefined for every cell.
   struct Cells {
     at::Tensor indices, coords;

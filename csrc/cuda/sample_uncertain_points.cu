@@ -53,7 +53,7 @@ at::Tensor sample_uncertain_points_cuda(const at::Tensor& logits, int64_t num_po
     at::Tensor workspace;
     uint32_t* keys = nullptr;
     if (plan.workspace_keys > 0) {
-      workspace = at::empty({plan.workspace_keys}, logits.options().dtype(at::kInt));
+      workspace = at::empty({plan.workspace_keys + plan.counters}, logits.options().dtype(at::kInt));
       keys = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(workspace));
     }
     run_sample_uncertain_points(launch, args, plan, keys);

@@ -4,8 +4,10 @@
 // A candidate is a random point; its key is the margin of the logits sampled there. One block per image draws the
 // candidates, keeps their keys in shared memory, finds the key of the last one that is kept, and writes the kept ones
 // in the order of drawing. Points are not stored in between: the generator is a function of the index of a draw, so
-// they are drawn anew when they are written. Where there are too few images to fill the GPU, or keys beyond what shared
-// memory holds, a first launch of many blocks leaves the keys in a workspace, and one block per image does the rest.
+// they are drawn anew when they are written. Images that would leave most of the GPU idle in a last round of blocks are
+// shared out: several blocks leave the keys of one in a workspace, and the last of them to finish does the rest. Where
+// there are too few images to fill the GPU, or keys beyond what shared memory holds, a first launch of many blocks
+// leaves the keys in a workspace, and one block per image does the rest.
 #pragma once
 
 #include <cstdint>
@@ -62,12 +64,30 @@ __device__ inline DrawnPair draw_pair(const SampleArgs<T>& args, const PhiloxKey
 }
 
 template <typename T>
-__device__ inline void write_draw(const SampleArgs<T>& args, const PhiloxKey& philox, int64_t n, int64_t draw,
-                                  int64_t position) {
-  const DrawnPair pair = draw_pair(args, philox, n, draw / 2);
-  const DrawnPoint point = draw % 2 == 0 ? pair.at[0] : pair.at[1];
+__device__ inline void write_point(const SampleArgs<T>& args, int64_t n, int64_t position, const DrawnPoint& point) {
   const Vec<float, 2> xy{point.x, point.y};
   store_vec(args.out + 2 * (n * (args.kept + args.uniform) + position), xy);
+}
+
+// A kept candidate.
+template <typename T>
+__device__ inline void write_candidate(const SampleArgs<T>& args, const PhiloxKey& philox, int64_t n, uint32_t draw,
+                                       uint32_t position) {
+  const DrawnPair pair = draw_pair(args, philox, n, draw / 2);
+  write_point(args, n, position, draw % 2 == 0 ? pair.at[0] : pair.at[1]);
+}
+
+// The draws after the candidates, all of which are kept, a pair to a thread of the `threads` that share the image.
+template <typename T>
+__device__ inline void write_uniform(const SampleArgs<T>& args, const PhiloxKey& philox, int64_t n, int64_t thread,
+                                     int64_t threads) {
+  const int64_t total = args.candidates + args.uniform;
+  for (int64_t pair = args.candidates / 2 + thread; 2 * pair < total; pair += threads) {
+    const DrawnPair points = draw_pair(args, philox, n, pair);
+    const int64_t draw = 2 * pair, position = draw - args.candidates + args.kept;
+    if (draw >= args.candidates) write_point(args, n, position, points.at[0]);
+    if (draw + 1 < total) write_point(args, n, position + 1, points.at[1]);
+  }
 }
 
 // --- keys ------------------------------------------------------------------------------------------------------------
@@ -174,35 +194,49 @@ constexpr int kSamplePointsThreads = 768;  // 1024 would leave each 64 registers
 
 enum class SampleKeys {
   kNone,       // nothing is kept
-  kMade,       // made here, in shared memory
+  kMade,       // made here: in shared memory, or by the blocks that share an image, of which the last one copies them
   kCopied,     // ready in the workspace, and copied to shared memory
   kWorkspace,  // ready in the workspace, and read there
 };
 
-// All points of an image, one block each. workspace[N, candidates].
+// The blocks of the launch: one to each of the first `whole` images, which have no place in the workspace, then `parts`
+// to each of the others.
+struct SampleBlocks {
+  int64_t whole, parts;
+  int64_t count(int64_t images) const { return whole + (images - whole) * parts; }
+};
+
+// All points of all images. workspace[N - whole, candidates]; arrived[N - whole], zero, where kMade has parts.
 template <typename T>
 __global__ void __launch_bounds__(kSamplePointsThreads)
-    sample_points_kernel(SampleArgs<T> args, SampleKeys where, int group, uint32_t* workspace) {
+    sample_points_kernel(SampleArgs<T> args, SampleBlocks blocks, SampleKeys where, int group, uint32_t* workspace,
+                         unsigned* arrived) {
   RENDSEG_DYNAMIC_SHARED(memory);
-  const int64_t n = blockIdx.x;
+  const int64_t block = blockIdx.x, after = block - blocks.whole;
+  const bool shared_out = after >= 0;
+  const int64_t place = shared_out ? after / blocks.parts : 0;
+  const int64_t n = shared_out ? blocks.whole + place : block;
+  const int64_t thread = (shared_out ? after % blocks.parts * blockDim.x : 0) + threadIdx.x;
+  const int64_t threads = (shared_out ? blocks.parts : 1) * blockDim.x;
   const PhiloxKey philox = philox_key(args.philox);
+  write_uniform(args, philox, n, thread, threads);
   if (where != SampleKeys::kNone) {
-    uint32_t* const ready = workspace + n * args.candidates;
+    uint32_t* const ready = workspace + place * args.candidates;
     uint32_t* const keys = where == SampleKeys::kWorkspace ? ready : reinterpret_cast<uint32_t*>(memory);
-    if (where == SampleKeys::kMade) write_keys(args, n, threadIdx.x, blockDim.x, group, keys);
-    if (where == SampleKeys::kCopied) {
-      for (int64_t i = threadIdx.x; i < args.candidates; i += blockDim.x) keys[i] = ready[i];
+    if (where == SampleKeys::kMade) {
+      write_keys(args, n, thread, threads, group, shared_out ? ready : keys);
+      if (shared_out && !last_block_to_arrive(arrived + place, static_cast<unsigned>(blocks.parts))) return;
+    }
+    if (shared_out && where != SampleKeys::kWorkspace) {
+      for (int64_t i = threadIdx.x; i < args.candidates; i += blockDim.x) keys[i] = __ldcg(ready + i);
     }
     __syncthreads();
     RENDSEG_SHARED(BlockSelectScratch, scratch);
     const auto key_at = [&](uint32_t i) { return keys[i]; };
     const auto candidates = static_cast<uint32_t>(args.candidates);
     const KeyThreshold threshold = block_radix_threshold(key_at, candidates, static_cast<uint32_t>(args.kept), scratch);
-    block_emit(key_at, candidates, threshold, scratch,
-               [&](uint32_t position, uint32_t i) { write_draw(args, philox, n, i, position); });
-  }
-  for (int64_t i = threadIdx.x; i < args.uniform; i += blockDim.x) {
-    write_draw(args, philox, n, args.candidates + i, args.kept + i);
+    block_emit_listed(keys, candidates, threshold, scratch,
+                      [&](uint32_t position, uint32_t i) { write_candidate(args, philox, n, i, position); });
   }
 }
 
@@ -211,8 +245,10 @@ __global__ void __launch_bounds__(kSamplePointsThreads)
 // How the work is shared out.
 struct SamplePlan {
   SampleKeys where;
+  SampleBlocks blocks;
   int64_t parts;           // blocks to an image in the launch that only makes keys; 0: there is none
   int64_t workspace_keys;  // size of the workspace
+  int64_t counters;        // of blocks that arrived
   int group;               // lanes to a pair of candidates
   int threads;             // of a block per image
   int64_t shared_bytes;
@@ -221,6 +257,17 @@ struct SamplePlan {
 constexpr int64_t kSampleStaticShared = 16 * 1024;  // more than the static shared memory of sample_points_kernel
 constexpr int kMostLanesToAPair = 8;                // 32 bytes of adjacent float channels
 
+// Images whose keys are each made by several blocks: those of a last round that fills at most half of the `slots`, the
+// blocks that the GPU runs at once. A thread of them has `least` pairs or more.
+inline SampleBlocks share_last_round(int64_t images, int64_t slots, int64_t lanes, int threads) {
+  constexpr int64_t least = 4;
+  const int64_t rest = images % slots;
+  const int64_t idle = rest > 0 ? slots / rest : 1, work = lanes / (least * threads);
+  const int64_t parts = idle < work ? idle : work;
+  if (parts <= 1) return {images, 1};
+  return {images - rest, parts};
+}
+
 inline int sample_threads(int64_t wanted, int most) {
   const int64_t whole_warps = (wanted + kWarp - 1) / kWarp * kWarp;
   return static_cast<int>(whole_warps < 128 ? 128 : whole_warps > most ? most : whole_warps);
@@ -228,7 +275,8 @@ inline int sample_threads(int64_t wanted, int most) {
 
 template <typename Launch, typename T>
 SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
-  if (args.kept == 0) return {SampleKeys::kNone, 0, 0, 1, sample_threads(args.uniform, 256), 0};
+  if (args.kept == 0)
+    return {SampleKeys::kNone, {args.images, 1}, 0, 0, 0, 1, sample_threads((args.uniform + 1) / 2, 256), 0};
   const int64_t channels = args.class_index == nullptr ? args.channels : 1;
   const int64_t pairs = (args.candidates + 1) / 2, processors = launch.processors();
   const int64_t bytes = args.candidates * static_cast<int64_t>(sizeof(uint32_t));
@@ -246,11 +294,14 @@ SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
   const bool small = args.candidates * channels <= 16384;
   if (bytes <= room && (2 * args.images >= processors || small)) {
     // Two blocks to a multiprocessor where their keys fit: one makes keys while the other selects.
-    const int most_threads = 2 * (bytes + kSampleStaticShared) <= room && args.images > processors
-                                 ? kSamplePointsThreads / 2
-                                 : kSamplePointsThreads;
+    const int blocks_each = 2 * (bytes + kSampleStaticShared) <= room && args.images > processors ? 2 : 1;
+    const int most_threads = kSamplePointsThreads / blocks_each;
     const int group = lanes_to_a_pair(pairs, most_threads);
-    return {SampleKeys::kMade, 0, 0, group, sample_threads(pairs * group, most_threads), bytes};
+    const int threads = sample_threads(pairs * group, most_threads);
+    SampleBlocks blocks{args.images, 1};
+    if (!small) blocks = share_last_round(args.images, blocks_each * processors, pairs * group, threads);
+    const int64_t shared_out = args.images - blocks.whole;
+    return {SampleKeys::kMade, blocks, 0, shared_out * args.candidates, shared_out, group, threads, bytes};
   }
   const int group = lanes_to_a_pair(args.images * pairs, processors * 1024);
   const int64_t needed = (pairs * group + kSampleKeysThreads - 1) / kSampleKeysThreads;
@@ -258,23 +309,27 @@ SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
   const int threads = sample_threads(args.candidates / 4, kSamplePointsThreads);
   const bool copied = bytes <= room;
   return {copied ? SampleKeys::kCopied : SampleKeys::kWorkspace,
+          {0, 1},
           needed < enough ? needed : enough,
           args.images * args.candidates,
+          0,
           group,
           threads,
           copied ? bytes : 0};
 }
 
-// workspace[plan.workspace_keys]
+// workspace[plan.workspace_keys + plan.counters]
 template <typename Launch, typename T>
 void run_sample_uncertain_points(Launch& launch, const SampleArgs<T>& args, const SamplePlan& plan,
                                  uint32_t* workspace) {
+  unsigned* const arrived = plan.counters > 0 ? workspace + plan.workspace_keys : nullptr;
+  launch.fill_zero(arrived, plan.counters * int64_t{sizeof(unsigned)});
   if (plan.parts > 0) {
     launch({args.images * plan.parts, kSampleKeysThreads}, sample_keys_kernel<T>, args, plan.parts, plan.group,
            workspace);
   }
-  launch({args.images, plan.threads, plan.shared_bytes}, sample_points_kernel<T>, args, plan.where, plan.group,
-         workspace);
+  launch({plan.blocks.count(args.images), plan.threads, plan.shared_bytes}, sample_points_kernel<T>, args, plan.blocks,
+         plan.where, plan.group, workspace, arrived);
 }
 
 }  // namespace rendseg

@@ -8,9 +8,12 @@
 // then from L2, and writes in order.
 //
 // Where too many keys share the bin to be gathered, the first pass counts them by their next digit instead, and a
-// second pass does as the first with that histogram; else it returns at once. A bin whose keys are all equal (flat
-// maps) is recognised and needs neither. Only where that many keys agree in 22 bits and are not equal does the last
-// block go through the map alone.
+// second pass does as the first with that histogram. A bin whose keys are all equal (flat maps) is recognised and needs
+// neither. Only where that many keys agree in 22 bits and are not equal does the last block go through the map alone.
+//
+// Smooth margins put about a ninth of k into the bin of the threshold, so where k is not large a second pass is hardly
+// ever needed. There it has no launch of its own: the emitting kernel makes it, and the last block of the image to
+// arrive then writes all chunks, one after another.
 #pragma once
 
 #include "device.cuh"
@@ -24,12 +27,16 @@ struct SelectArgs {
   const uint32_t* keys;  // [images, cells], each below 2^31: radix_key.h, small is uncertain
   uint32_t* histograms;  // [images, kHistogramBins] of the keys (kNeverSelected may be missing when at least k others
                          // are there, none of which shares its bin), or null: counted here
-  void* workspace;       // select_workspace_bytes(images, cells, k), the first select_zeroed_bytes() of them zero;
-                         // this and the histograms at multiples of 16 bytes
+  void* zeroed;          // select_zeroed_bytes(images, cells), all zero
+  void* workspace;       // select_workspace_bytes(images, cells); the three at multiples of 16 bytes
   int64_t images, cells, k;  // 0 < k <= cells < 2^32
   int64_t height, width;     // cells = height * width
-  int64_t* indices;          // [images, k], ascending
-  float* coords;             // [images, k, 2], centres of the cells, or null
+  // Where keys are given for some gaps only (subdivide_labels.cuh; the map is then larger than kSmallMap): the others
+  // count as kNeverSelected and are not read. Else null.
+  const uint16_t* bounds;  // [images, height / 2 + 1, width / 2 + 1]; given where at most the limit, or kNoBound
+  const uint32_t* limits;  // [images]
+  int64_t* indices;        // [images, k], ascending
+  float* coords;           // [images, k, 2], centres of the cells, or null
 };
 
 // Maps up to this size are selected by one block each; their histogram is not looked at.
@@ -39,10 +46,14 @@ inline bool select_reads_histogram(int64_t cells) { return cells > kSmallMap; }
 // Up to this size one block goes through a map quickly enough to make a second pass not worth its launch.
 constexpr int64_t kSinglePassMap = 65536;
 
+// Up to this many times as many keys as can be gathered, the second pass has no launch of its own.
+constexpr int64_t kFewPerCandidate = 2;
+
 constexpr int kSelectThreads = 512;
 constexpr int kRowsPerWarp = 16;                                        // rows of 32 keys, one to a lane
 constexpr int64_t kChunkKeys = int64_t{kSelectThreads} * kRowsPerWarp;  // 8192
 constexpr uint32_t kNoKey = 0xffffffffu;                                // beyond the end of a map
+constexpr uint16_t kNoBound = 0xffff;                                   // beyond any limit
 
 // Of one image, between the kernels. Starts as zeros.
 struct SelectState {
@@ -58,10 +69,11 @@ struct SelectState {
 using SelectCount = unsigned long long;
 constexpr SelectCount kOneBelow = SelectCount{1} << 32;
 
-// Where things lie in the workspace.
+// Where things lie: the first three in the zeroed part, the others in the workspace.
 struct SelectPlan {
-  int64_t images, chunks, capacity;  // chunks per image, candidates per image
-  int64_t states, second_digits, first_digits, counts, candidate_keys, candidate_chunks, end;  // offsets in bytes
+  int64_t images, chunks, capacity;                         // chunks per image, candidates per image
+  int64_t states, second_digits, first_digits, zeroed_end;  // offsets in bytes
+  int64_t counts, candidate_keys, candidate_chunks, end;
 
   SelectPlan(int64_t images, int64_t cells) : images(images) {
     const bool small = cells <= kSmallMap;
@@ -72,20 +84,17 @@ struct SelectPlan {
     states = 0;
     second_digits = padded(small ? 0 : images * int64_t{sizeof(SelectState)});
     first_digits = second_digits + histograms;
-    counts = first_digits + histograms;
-    candidate_keys = padded(counts + images * (small ? 0 : chunks + 1) * int64_t{sizeof(SelectCount)});
+    zeroed_end = first_digits + histograms;
+    counts = 0;
+    candidate_keys = padded(images * (small ? 0 : chunks + 1) * int64_t{sizeof(SelectCount)});
     candidate_chunks = padded(candidate_keys + images * capacity * int64_t{sizeof(uint32_t)});
     end = candidate_chunks + images * capacity * int64_t{sizeof(uint32_t)};
   }
   static int64_t padded(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
-inline int64_t select_workspace_bytes(int64_t images, int64_t cells, int64_t /*k*/) {
-  return SelectPlan(images, cells).end;
-}
-inline int64_t select_zeroed_bytes(int64_t images, int64_t cells, int64_t /*k*/) {
-  return SelectPlan(images, cells).counts;
-}
+inline int64_t select_zeroed_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).zeroed_end; }
+inline int64_t select_workspace_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).end; }
 
 // What the kernels see.
 struct SelectMaps {
@@ -97,6 +106,32 @@ struct SelectMaps {
   uint32_t* candidate_keys;      // [images, capacity]
   uint32_t* candidate_chunks;    // [images, capacity]
   uint32_t cells, k, chunks, capacity;
+  const uint16_t* bounds;  // see SelectArgs
+  const uint32_t* limits;
+  uint32_t width;
+};
+
+// The keys of an image.
+struct KeyMap {
+  const uint32_t* keys;
+  const uint16_t* bounds;  // null: all are given
+  uint32_t limit, width, cells;
+
+  __device__ KeyMap(const SelectMaps& maps, uint32_t image)
+      : keys(maps.keys + int64_t{image} * maps.cells), bounds(nullptr), limit(0), width(maps.width), cells(maps.cells) {
+    if (maps.bounds == nullptr) return;
+    const uint32_t height = cells / width;
+    bounds = maps.bounds + int64_t{image} * (height / 2 + 1) * (width / 2 + 1);
+    limit = maps.limits[image];
+  }
+  // Output 2 g - 1 or 2 g of a row or column lies in gap g.
+  __device__ bool given(uint32_t row, uint32_t column) const {
+    const uint16_t bound = bounds[(row + 1) / 2 * (width / 2 + 1) + (column + 1) / 2];
+    return bound == kNoBound || bound <= limit;
+  }
+  __device__ uint32_t operator()(uint32_t i) const {
+    return bounds == nullptr || given(i / width, i % width) ? keys[i] : kNeverSelected;
+  }
 };
 
 struct SelectOutput {
@@ -122,15 +157,28 @@ struct ChunkKeys {
   uint32_t key[kRowsPerWarp];
 };
 
-__device__ inline ChunkKeys load_chunk(const uint32_t* map, uint32_t cells, uint32_t chunk) {
+__device__ inline ChunkKeys load_chunk(const KeyMap& map, uint32_t chunk) {
   const int64_t begin = chunk * kChunkKeys;
-  const int length = static_cast<int>(min(int64_t{cells} - begin, kChunkKeys));
-  const uint32_t* from = map + begin;
+  const int length = static_cast<int>(min(int64_t{map.cells} - begin, kChunkKeys));
+  const int first = warp_id() * kRowsPerWarp * kWarp + lane_id();
+  const uint32_t* from = map.keys + begin;
+  unsigned given = 0xffffffffu;  // bit i: that of row i
+  if (map.bounds != nullptr) {
+    given = 0;
+    const uint32_t at = static_cast<uint32_t>(begin) + first;
+    uint32_t row = at / map.width, column = at - row * map.width;
+    RENDSEG_UNROLL
+    for (int i = 0; i < kRowsPerWarp; ++i) {
+      if (first + i * kWarp < length && map.given(row, column)) given |= 1u << i;
+      column += kWarp;
+      while (column >= map.width) column -= map.width, ++row;
+    }
+  }
   ChunkKeys keys;
   RENDSEG_UNROLL
-  for (int row = 0; row < kRowsPerWarp; ++row) {
-    const int i = (warp_id() * kRowsPerWarp + row) * kWarp + lane_id();
-    keys.key[row] = i < length ? from[i] : kNoKey;
+  for (int i = 0; i < kRowsPerWarp; ++i) {
+    const int at = first + i * kWarp;
+    keys.key[i] = at >= length ? kNoKey : (given >> i & 1u) != 0 ? from[at] : kNeverSelected;
   }
   return keys;
 }
@@ -151,10 +199,10 @@ __device__ inline void clear_histogram(uint32_t* histogram) {
 
 // For producers that did not count.
 static __global__ void __launch_bounds__(kSelectThreads)
-    select_histogram_kernel(const uint32_t* keys, uint32_t cells, uint32_t chunks, uint32_t* histograms) {
+    select_histogram_kernel(SelectMaps maps, uint32_t* histograms) {
   RENDSEG_SHARED(uint32_t[kHistogramBins], histogram);
-  const uint32_t image = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-  const ChunkKeys mine = load_chunk(keys + int64_t{image} * cells, cells, chunk);
+  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
+  const ChunkKeys mine = load_chunk(KeyMap(maps, image), chunk);
   clear_histogram(histogram);
   __syncthreads();
   RENDSEG_UNROLL
@@ -189,13 +237,13 @@ __device__ inline void count_candidates(const uint32_t* keys, const uint32_t* ch
 }
 
 // The same from the map itself, a chunk at a time to each warp.
-__device__ inline void count_map(const uint32_t* map, uint32_t cells, uint32_t chunks, const KeyThreshold& threshold,
+__device__ inline void count_map(const KeyMap& map, uint32_t chunks, const KeyThreshold& threshold,
                                  SelectCount* counts) {
   for (uint32_t chunk = static_cast<uint32_t>(warp_id()); chunk < chunks; chunk += kSelectThreads / kWarp) {
-    const int64_t begin = chunk * kChunkKeys, end = min(int64_t{cells}, begin + kChunkKeys);
+    const int64_t begin = chunk * kChunkKeys, end = min(int64_t{map.cells}, begin + kChunkKeys);
     uint32_t below = 0, equal = 0;
     for (int64_t i = begin + lane_id(); i < end; i += kWarp) {
-      const uint32_t key = map[i];
+      const uint32_t key = map(static_cast<uint32_t>(i));
       below += key < threshold.key;
       equal += key == threshold.key;
     }
@@ -220,15 +268,14 @@ __device__ inline void scan_counts(SelectCount* counts, uint32_t chunks) {
   if (threadIdx.x == 0) counts[chunks] = before;
 }
 
-// One block per chunk. `pass` is 0 or 1; after the `last` one the threshold and the counts before each chunk are known.
-static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel(SelectMaps maps, int pass, bool last) {
-  RENDSEG_SHARED(BlockSelectScratch, scratch);
+// One block per chunk; `pass` is 0 or 1. True in the last block of the image to arrive, once the threshold and the
+// counts before each chunk are known, as they are after the `last` pass; false in all others. All threads take part.
+__device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, uint32_t chunk, int pass, bool last,
+                                      BlockSelectScratch& scratch) {
   RENDSEG_SHARED(uint32_t, first_place);
-  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
   SelectState& state = maps.states[image];
-  if (pass == 1 && state.found != 0) return;
-  const uint32_t* map = maps.keys + int64_t{image} * maps.cells;
-  const ChunkKeys mine = load_chunk(map, maps.cells, chunk);  // under way during the search
+  const KeyMap map(maps, image);
+  const ChunkKeys mine = load_chunk(map, chunk);  // under way during the search
 
   // The bin of the threshold: keys [low, low + width), the smallest `wanted` of which are selected.
   const uint32_t* digits = (pass == 0 ? maps.first_digits : maps.second_digits) + int64_t{image} * kHistogramBins;
@@ -299,7 +346,7 @@ static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel
       atomicMax(&state.largest_flipped, scratch.warp_equal[0]);
     }
   }
-  if (!last_block_to_arrive(&state.arrived, maps.chunks)) return;
+  if (!last_block_to_arrive(&state.arrived, maps.chunks)) return false;
 
   // The rest is for the last block of the image. What other blocks wrote is read past the first-level cache.
   KeyThreshold threshold;
@@ -320,11 +367,10 @@ static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel
         state.wanted = wanted;
         state.largest = state.largest_flipped = 0;
       }
-      return;
+      return false;
     } else {
-      const auto key_at = [&](uint32_t i) { return map[i]; };
-      threshold = block_refine_threshold(key_at, maps.cells, prefix, free_bits, wanted, scratch);
-      count_map(map, maps.cells, maps.chunks, threshold, counts);
+      threshold = block_refine_threshold(map, maps.cells, prefix, free_bits, wanted, scratch);
+      count_map(map, maps.chunks, threshold, counts);
     }
   }
   __threadfence();
@@ -334,18 +380,27 @@ static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel
     state.threshold = threshold;
     state.found = 1;
   }
+  __syncthreads();
+  return true;
 }
 
 // One block per chunk.
-static __global__ void __launch_bounds__(kSelectThreads) select_emit_kernel(SelectMaps maps, SelectOutput out) {
+static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel(SelectMaps maps, int pass, bool last) {
   RENDSEG_SHARED(BlockSelectScratch, scratch);
   const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
+  if (pass == 1 && maps.states[image].found != 0) return;
+  find_threshold(maps, image, chunk, pass, last, scratch);
+}
+
+// Writes what is selected of a chunk. All threads take part.
+__device__ inline void emit_chunk(const SelectMaps& maps, const SelectOutput& out, uint32_t image, uint32_t chunk,
+                                  BlockSelectScratch& scratch) {
   const SelectCount* counts = maps.counts + int64_t{image} * (maps.chunks + 1) + chunk;
   const KeyThreshold threshold = maps.states[image].threshold;
   const KeyRanks before{static_cast<uint32_t>(counts[0] >> 32), static_cast<uint32_t>(counts[0])};
   const KeyRanks after{static_cast<uint32_t>(counts[1] >> 32), static_cast<uint32_t>(counts[1])};
   if (before.below == after.below && min(before.equal, threshold.ties) == min(after.equal, threshold.ties)) return;
-  const ChunkKeys mine = load_chunk(maps.keys + int64_t{image} * maps.cells, maps.cells, chunk);
+  const ChunkKeys mine = load_chunk(KeyMap(maps, image), chunk);
   KeyRanks count{0, 0};
   RENDSEG_UNROLL
   for (int row = 0; row < kRowsPerWarp; ++row) {
@@ -362,6 +417,17 @@ static __global__ void __launch_bounds__(kSelectThreads) select_emit_kernel(Sele
   for (int row = 0; row < kRowsPerWarp; ++row) {
     emit_row(mine.key[row], first + row * kWarp, threshold, ranks,
              [&](uint32_t position, uint32_t index) { out.write(image, position, index); });
+  }
+}
+
+// One block per chunk.
+static __global__ void __launch_bounds__(kSelectThreads) select_emit_kernel(SelectMaps maps, SelectOutput out) {
+  RENDSEG_SHARED(BlockSelectScratch, scratch);
+  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
+  if (maps.states[image].found != 0) {
+    emit_chunk(maps, out, image, chunk, scratch);
+  } else if (find_threshold(maps, image, chunk, 1, true, scratch)) {
+    for (uint32_t each = 0; each < maps.chunks; ++each) emit_chunk(maps, out, image, each, scratch);
   }
 }
 
@@ -392,28 +458,33 @@ void run_select(Launch& launch, const SelectArgs& args) {
     return;
   }
   const SelectPlan plan(args.images, args.cells);
-  unsigned char* const base = static_cast<unsigned char*>(args.workspace);
-  const auto at = [&]<typename T>(T*, int64_t offset) { return reinterpret_cast<T*>(base + offset); };
+  const auto at = []<typename T>(T*, void* base, int64_t offset) {
+    return reinterpret_cast<T*>(static_cast<unsigned char*>(base) + offset);
+  };
   uint32_t* const uint32 = nullptr;
-  uint32_t* const first_digits = args.histograms != nullptr ? args.histograms : at(uint32, plan.first_digits);
+  uint32_t* const first_digits =
+      args.histograms != nullptr ? args.histograms : at(uint32, args.zeroed, plan.first_digits);
   const SelectMaps maps{args.keys,
                         first_digits,
-                        at(uint32, plan.second_digits),
-                        at(static_cast<SelectState*>(nullptr), plan.states),
-                        at(static_cast<SelectCount*>(nullptr), plan.counts),
-                        at(uint32, plan.candidate_keys),
-                        at(uint32, plan.candidate_chunks),
+                        at(uint32, args.zeroed, plan.second_digits),
+                        at(static_cast<SelectState*>(nullptr), args.zeroed, plan.states),
+                        at(static_cast<SelectCount*>(nullptr), args.workspace, plan.counts),
+                        at(uint32, args.workspace, plan.candidate_keys),
+                        at(uint32, args.workspace, plan.candidate_chunks),
                         cells,
                         static_cast<uint32_t>(args.k),
                         static_cast<uint32_t>(plan.chunks),
-                        static_cast<uint32_t>(plan.capacity)};
+                        static_cast<uint32_t>(plan.capacity),
+                        args.bounds,
+                        args.limits,
+                        static_cast<uint32_t>(args.width)};
   const LaunchShape shape{args.images * plan.chunks, kSelectThreads};
   if (args.histograms == nullptr) {
-    launch(shape, select_histogram_kernel, args.keys, cells, maps.chunks, first_digits);
+    launch(shape, select_histogram_kernel, maps, first_digits);
   }
   const bool single = args.cells <= kSinglePassMap;
   launch(shape, select_threshold_kernel, maps, 0, single);
-  if (!single) launch(shape, select_threshold_kernel, maps, 1, true);
+  if (!single && args.k > kFewPerCandidate * plan.capacity) launch(shape, select_threshold_kernel, maps, 1, true);
   launch(shape, select_emit_kernel, maps, out);
 }
 

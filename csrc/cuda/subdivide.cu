@@ -41,15 +41,29 @@ T* part(const at::Tensor& buffer, int64_t offset) {
   return reinterpret_cast<T*>(mutable_data<unsigned char>(buffer) + offset);
 }
 
+// What must be zero at first, in this order.
+struct Zeroed {
+  int64_t histograms, counters, select, bytes;
+
+  Zeroed(int64_t images, int64_t cells, bool labels) {
+    const bool counted = labels || select_reads_histogram(cells);
+    Scratch scratch;
+    histograms = scratch.reserve(counted ? images * kHistogramBins * int64_t{sizeof(uint32_t)} : 0);
+    counters = scratch.reserve(labels ? images * int64_t{sizeof(unsigned)} : 0);
+    select = scratch.reserve(select_zeroed_bytes(images, cells));
+    bytes = scratch.bytes();
+  }
+};
+
 bool is_channels_last(const at::Tensor& map, at::MemoryFormat format) {
   return format == at::MemoryFormat::ChannelsLast && map.size(1) > 1;
 }
 
-// Upsampled map (logits or labels) and the selection from it.
+// Upsampled map (logits or labels) and the selection from it. `cleared` points to what must be zero, or is null.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logits, int64_t num_points, int64_t scale,
                                                          bool align_corners,
                                                          const std::optional<at::Tensor>& class_index,
-                                                         SubdivideWanted wanted) {
+                                                         SubdivideWanted wanted, unsigned char* cleared = nullptr) {
   const int64_t n = logits.size(0), c = logits.size(1), h = logits.size(2), w = logits.size(3);
   const int64_t height = h * scale, width = w * scale, cells = height * width;
   const int64_t k = std::min(num_points, cells);
@@ -72,16 +86,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
   const bool labels = wanted == SubdivideWanted::kLabels && c > 1;
   const bool counted = labels || select_reads_histogram(cells);
 
-  // What must be zero comes first, so that one call clears it.
+  const Zeroed zeroed(n, cells, labels);
   Scratch scratch;
-  const int64_t histograms = scratch.reserve(counted ? n * kHistogramBins * int64_t{sizeof(uint32_t)} : 0);
-  const int64_t counters = scratch.reserve(labels ? n * int64_t{sizeof(unsigned)} : 0);
-  const int64_t workspace = scratch.reserve(select_workspace_bytes(n, cells, k));
+  const int64_t zeros = scratch.reserve(cleared == nullptr ? zeroed.bytes : 0);
+  const int64_t workspace = scratch.reserve(select_workspace_bytes(n, cells));
   const at::Tensor buffer = at::empty({scratch.bytes()}, options.dtype(at::kByte));
-  if (scratch.bytes() > 0) {
-    launch.fill_zero(part<unsigned char>(buffer, 0), workspace + select_zeroed_bytes(n, cells, k));
+  if (cleared == nullptr && zeroed.bytes > 0) {
+    cleared = part<unsigned char>(buffer, zeros);
+    launch.fill_zero(cleared, zeroed.bytes);
   }
 
+  SelectArgs select{};
+  at::Tensor known;  // of the source cells, for labels
   dispatch_floating(logits.scalar_type(), "logits", [&]<typename T>() {
     LabelArgs<T> a{};
     a.source = data<T>(source);
@@ -93,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
     a.channel = channel.defined() ? data<int64_t>(channel) : nullptr;
     a.images = n, a.channels = c, a.h = h, a.w = w, a.scale = scale, a.height = height, a.width = width;
     a.keys = mutable_data<uint32_t>(keys);
-    a.histograms = counted ? part<uint32_t>(buffer, histograms) : nullptr;
+    a.histograms = counted ? reinterpret_cast<uint32_t*>(cleared + zeroed.histograms) : nullptr;
     if (!labels) {
       if (wanted == SubdivideWanted::kLabels) {  // one channel has one label
         launch.fill_zero(mutable_data<unsigned char>(result), static_cast<int64_t>(result.nbytes()));
@@ -104,24 +120,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
     a.labels = mutable_data<unsigned char>(result);
     a.wide_labels = result.scalar_type() == at::kShort;
     a.k = k;
-    Scratch known;
-    const int64_t largest = known.reserve(n * h * w * 2 * int64_t{sizeof(T)});
-    const int64_t owner = known.reserve(n * h * w * int64_t{sizeof(uint16_t)});
-    const int64_t bound = known.reserve(n * units_along(a, h) * units_along(a, w) * int64_t{sizeof(uint16_t)});
-    const int64_t limit = known.reserve(n * int64_t{sizeof(uint32_t)});
-    const at::Tensor memory = at::empty({known.bytes()}, options.dtype(at::kByte));
-    a.largest = part<Vec<T, 2>>(memory, largest);
-    a.owner = part<uint16_t>(memory, owner);
-    a.bound = part<uint16_t>(memory, bound);
-    a.limit = part<uint32_t>(memory, limit);
-    a.counters = part<unsigned>(buffer, counters);
+    Scratch parts;
+    const int64_t largest = parts.reserve(n * h * w * 2 * int64_t{sizeof(T)});
+    const int64_t owner = parts.reserve(n * h * w * int64_t{sizeof(uint16_t)});
+    const int64_t bound = parts.reserve(n * units_along(a, h) * units_along(a, w) * int64_t{sizeof(uint16_t)});
+    const int64_t limit = parts.reserve(n * int64_t{sizeof(uint32_t)});
+    known = at::empty({parts.bytes()}, options.dtype(at::kByte));
+    a.largest = part<Vec<T, 2>>(known, largest);
+    a.owner = part<uint16_t>(known, owner);
+    a.bound = part<uint16_t>(known, bound);
+    a.limit = part<uint32_t>(known, limit);
+    a.fills_keys = !(by_gaps(a) && select_reads_histogram(cells));
+    if (!a.fills_keys) select.bounds = a.bound, select.limits = a.limit;
+    a.counters = reinterpret_cast<unsigned*>(cleared + zeroed.counters);
     subdivision::run_subdivide_labels(launch, a);
   });
 
-  SelectArgs select{};
   select.keys = data<uint32_t>(keys);
-  select.histograms = select_reads_histogram(cells) ? part<uint32_t>(buffer, histograms) : nullptr;
-  select.workspace = scratch.bytes() > 0 ? part<unsigned char>(buffer, workspace) : nullptr;
+  if (select_reads_histogram(cells)) {
+    select.histograms = reinterpret_cast<uint32_t*>(cleared + zeroed.histograms);
+    select.zeroed = cleared + zeroed.select;
+    select.workspace = part<unsigned char>(buffer, workspace);
+  }
   select.images = n, select.cells = cells, select.k = k, select.height = height, select.width = width;
   select.indices = mutable_data<int64_t>(indices);
   select.coords = mutable_data<float>(coords);
@@ -130,6 +150,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
 }
 
 }  // namespace
+
+int64_t subdivide_zeroed_bytes(int64_t images, int64_t channels, int64_t cells, bool labels) {
+  return Zeroed(images, cells, labels && channels > 1).bytes;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_step(const at::Tensor& logits, int64_t num_points,
+                                                              int64_t scale_factor, bool align_corners, bool labels,
+                                                              unsigned char* zeroed) {
+  check_subdivide(logits, num_points, std::nullopt, scale_factor);
+  if (labels) check_label_classes(logits);
+  return subdivide(logits, num_points, scale_factor, align_corners, std::nullopt,
+                   labels ? SubdivideWanted::kLabels : SubdivideWanted::kLogits, zeroed);
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_cuda(const at::Tensor& logits, int64_t num_points,
                                                               int64_t scale_factor, bool align_corners,

@@ -11,13 +11,15 @@
 //
 // Three passes:
 // 1. label_sources: a, s1 and s2 of every source cell; the only pass that streams all logits. Writes a as the label
-//    of the scale x scale outputs around the cell, and kNeverSelected as their keys. A source cell is always among the
-//    neighbours of the outputs around it, so this label is right for every output with a bound.
+//    of the scale x scale outputs around the cell, and kNeverSelected as their keys if the selection reads all keys. A
+//    source cell is always among the neighbours of the outputs around it, so this label is right for every output with
+//    a bound.
 // 2. label_unsettled: outputs without a bound are computed from their channels, and their keys counted. When at
 //    least k keys lie in bins up to b, the k-th smallest key of the image does too: that b, from the keys counted here,
 //    is the limit of the image (the last bin of all when fewer than k were counted).
 // 3. label_uncertain: outputs whose bound lies in a bin up to the limit are computed as well. All others have keys
-//    above at least k others, and are not selected whatever their keys are: they keep kNeverSelected.
+//    above at least k others, and are not selected whatever their keys are. They count as kNeverSelected: on a large
+//    map upsampled by gaps the selection learns from the bounds which keys there are, and touches no others.
 #pragma once
 
 #include "subdivide.cuh"
@@ -28,6 +30,7 @@ template <typename T>
 struct LabelArgs : UpsampleArgs<T> {
   void* labels;  // [N,H,W] uint8, or int16 when wide_labels
   bool wide_labels;
+  bool fills_keys;  // the selection reads the keys of all outputs, not only of gaps without a bound beyond the limit
   int64_t k;
   Vec<T, 2>* largest;  // [N,h,w] the two largest logits of each source cell
   uint16_t* owner;     // [N,h,w] channel of the largest, or kNobody
@@ -36,8 +39,8 @@ struct LabelArgs : UpsampleArgs<T> {
   unsigned* counters;  // [N], zero
 };
 
-constexpr uint16_t kNobody = 0xffff;   // beyond any channel: there are at most 32768
-constexpr uint16_t kSettled = 0xffff;  // beyond any bin
+constexpr uint16_t kNobody = 0xffff;  // beyond any channel: there are at most 32768
+constexpr uint16_t kSettled = kNoBound;
 
 template <typename T>
 __device__ inline void store_label(const LabelArgs<T>& a, int64_t at, int32_t label) {
@@ -113,7 +116,7 @@ __device__ inline void store_sources(const LabelArgs<T>& a, int64_t image, int64
     }
     RENDSEG_UNROLL
     for (int r = 0; r < 2; ++r) {
-      fill<2 * V>(a.keys + output + r * a.width, keys);
+      if (a.fills_keys) fill<2 * V>(a.keys + output + r * a.width, keys);
       if (a.wide_labels) {
         fill<2 * V>(static_cast<int16_t*>(a.labels) + output + r * a.width, wide_labels);
       } else {
@@ -127,7 +130,7 @@ __device__ inline void store_sources(const LabelArgs<T>& a, int64_t image, int64
     for (int v = 0; v < V; ++v) {
       for (int64_t i = 0; i < a.scale; ++i) {
         const int64_t at = output + r * a.width + v * a.scale + i;
-        a.keys[at] = kNeverSelected;
+        if (a.fills_keys) a.keys[at] = kNeverSelected;
         store_label(a, at, cells[v].label);
       }
     }

@@ -64,18 +64,20 @@ std::tuple<at::Tensor, at::Tensor> uncertain_points_cuda(const at::Tensor& logit
   TORCH_CHECK_VALUE(cells < (int64_t{1} << 32), "selection holds at most 2^32 - 1 cells in an image, got ", cells);
   const at::Tensor maps = readable_maps(logits);
   const at::Tensor keys = at::empty({images, cells}, logits.options().dtype(at::kInt));
-  // The histograms lie before the workspace, so that one call clears both.
+  // What must be zero comes first, so that one call clears it.
   const bool histograms = select_reads_histogram(cells);
   const int64_t histogram_bytes = histograms ? images * kHistogramBins * int64_t{sizeof(uint32_t)} : 0;
+  const int64_t zeroed_bytes = histogram_bytes + select_zeroed_bytes(images, cells);
   const at::Tensor memory =
-      at::empty({histogram_bytes + select_workspace_bytes(images, cells, k)}, logits.options().dtype(at::kByte));
+      at::empty({zeroed_bytes + select_workspace_bytes(images, cells)}, logits.options().dtype(at::kByte));
   unsigned char* const base = mutable_data<unsigned char>(memory);
-  launch.fill_zero(base, histogram_bytes + select_zeroed_bytes(images, cells, k));
+  launch.fill_zero(base, zeroed_bytes);
 
   SelectArgs select{};
   select.keys = data<uint32_t>(keys);
   select.histograms = histograms ? reinterpret_cast<uint32_t*>(base) : nullptr;
-  select.workspace = base + histogram_bytes;
+  select.zeroed = base + histogram_bytes;
+  select.workspace = base + zeroed_bytes;
   select.images = images;
   select.cells = cells;
   select.k = k;

@@ -25,16 +25,17 @@ void rendseg_block_select(const uint32_t* keys, int64_t count, int64_t k, int th
          indices);
 }
 
-// `histograms` may be null. The memory of the workspace is exact, so that a write beyond it is seen.
+// `histograms` may be null, and so may `bounds` and `limits`. The memory of the workspace is exact, so that a write
+// beyond it is seen.
 void rendseg_select(const uint32_t* keys, uint32_t* histograms, int64_t images, int64_t height, int64_t width,
-                    int64_t k, int64_t* indices, float* coords) {
+                    int64_t k, const uint16_t* bounds, const uint32_t* limits, int64_t* indices, float* coords) {
   using namespace rendseg;
-  const int64_t cells = height * width, bytes = select_workspace_bytes(images, cells, k);
-  const int64_t zeroed = select_zeroed_bytes(images, cells, k);
+  const int64_t cells = height * width, bytes = select_workspace_bytes(images, cells);
+  const std::unique_ptr<unsigned char[]> zeroed(new unsigned char[select_zeroed_bytes(images, cells)]());
   const std::unique_ptr<unsigned char[]> workspace(new unsigned char[bytes]);
   std::memset(workspace.get(), 0xa5, bytes);
-  std::memset(workspace.get(), 0, zeroed);
   emulation::Launch launch;
-  run_select(launch, {keys, histograms, workspace.get(), images, cells, k, height, width, indices, coords});
+  run_select(launch, {keys, histograms, zeroed.get(), workspace.get(), images, cells, k, height, width, bounds, limits,
+                      indices, coords});
 }
 }

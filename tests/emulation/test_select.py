@@ -45,7 +45,15 @@ def histograms_of(keys: Tensor) -> Tensor:
     return torch.stack([torch.bincount(row >> 20, minlength=2048) for row in keys]).int()
 
 
-def select(library: ctypes.CDLL, keys: Tensor, k: int, size: tuple[int, int], histograms: Tensor | None) -> Tensor:
+def select(
+    library: ctypes.CDLL,
+    keys: Tensor,
+    k: int,
+    size: tuple[int, int],
+    histograms: Tensor | None,
+    bounds: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> Tensor:
     images, (height, width) = len(keys), size
     narrow = keys.int()
     indices = torch.full((images, k), -1, dtype=torch.int64)
@@ -54,6 +62,8 @@ def select(library: ctypes.CDLL, keys: Tensor, k: int, size: tuple[int, int], hi
         pointer(narrow),
         pointer(histograms),
         *sizes(images, height, width, k),
+        pointer(bounds),
+        pointer(limits),
         pointer(indices),
         pointer(coords),
     )
@@ -139,13 +149,41 @@ def test_cells_that_are_never_selected_need_no_count(library) -> None:
         assert torch.equal(select(library, keys, k, (height, width), histograms), smallest(keys, k))
 
 
-def test_images_are_apart_and_the_order_of_threads_does_not_matter(library) -> None:
-    """Every kind of map side by side, each on another way through the kernels, seed after seed."""
+@pytest.mark.parametrize("name", ["margins", "flat", "crowded", "crowded in 22 bits, ties", "the whole bin"])
+@pytest.mark.parametrize("shape", [(2, 140, 124), (2, 260, 258), (1, 6000, 4)], ids=str)
+def test_keys_of_some_gaps(library, shape, name: str) -> None:
+    """Gaps with a bound beyond the limit count as never selected, whatever lies in their place."""
+    images, height, width = shape
+    generator = torch.Generator().manual_seed(height)
+    keys = torch.stack([MAPS[name][0](generator, height * width) for _ in range(images)])
+    bounds = torch.randint(0, 2048, (images, height // 2 + 1, width // 2 + 1), generator=generator)
+    bounds[torch.rand(bounds.shape, generator=generator) < 0.3] = 0xFFFF
+    limits = torch.randint(200, 1200, (images,), generator=generator)
+    given = (bounds == 0xFFFF) | (bounds <= limits[:, None, None])
+    rows, columns = (torch.arange(height) + 1) // 2, (torch.arange(width) + 1) // 2
+    given = given[:, rows[:, None], columns].flatten(1)
+    wanted_keys = keys.where(given, NEVER)
+    histograms = histograms_of(wanted_keys)
+    histograms[:, -1] = 0  # nobody counts those
+    poisoned = keys.where(given, 0)
+    narrow = bounds.to(torch.int32).where(bounds < 2**15, bounds - 2**16).to(torch.int16)
+    for seed, share in enumerate((0.004, 0.2, 0.3)):
+        k = int(share * height * width)
+        library.rendseg_emulation_seed(ctypes.c_uint64(seed))
+        got = select(library, poisoned, k, (height, width), histograms, narrow, limits.int())
+        assert torch.equal(got, smallest(wanted_keys, k)), f"k = {k}"
+
+
+@pytest.mark.parametrize("share", [3, 5])
+def test_images_are_apart_and_the_order_of_threads_does_not_matter(library, share: int) -> None:
+    """Every kind of map side by side, each on another way through the kernels, seed after seed; with the second pass in
+    a launch of its own, and in that of the writing kernel.
+    """
     _, height, width = TWO_PASSES
     generator = torch.Generator().manual_seed(3)
     keys = torch.stack([make(generator, height * width) for make, _ in MAPS.values()])
     histograms = histograms_of(keys)
-    k = height * width // 3
+    k = height * width // share
     wanted = smallest(keys, k)
     for seed in range(2 if build.SANITIZE else 5):
         library.rendseg_emulation_seed(ctypes.c_uint64(seed))

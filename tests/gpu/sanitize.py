@@ -67,6 +67,7 @@ def selection(make: Inputs) -> None:
     ops.uncertain_points(logits, 50, make.integers(19, 2))
     ops.sample_uncertain_points(logits, 700)
     ops.sample_uncertain_points(make.tensor(200, 1, 16, 16), 100)
+    ops.sample_uncertain_points(make.tensor(270, 3, 16, 16), 2050)  # more than the blocks at once of 132 processors
     ops.sample_uncertain_points(logits, 300, random_coords=make.uniform(2, 975, 2), padding_mode="border")
     leaf = make.tensor(2, 19, 17, 23, grad=True)
     for align_corners in (False, True):

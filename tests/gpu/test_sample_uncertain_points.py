@@ -16,7 +16,7 @@ CASES = {name: (logits, class_index) for name, logits, class_index in logits_cas
 # (logits, points): one launch for many masks; two launches for few images, keys in shared memory or beyond it
 SHAPES = {
     "masks, one launch": ((150, 1, 40, 48), 1500),
-    "masks of T2": ((140, 1, 64, 64), 12544),
+    "masks of T2": ((140, 1, 64, 64), 12544),  # on 132 multiprocessors the last eight are shared out
     "few images": ((4, 19, 64, 96), 2048),
     "one image": ((1, 19, 64, 96), 2048),
     "keys beyond shared memory": ((2, 2, 64, 96), 25000),
@@ -179,7 +179,8 @@ def test_launches(name: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         ops.sample_uncertain_points(x, num_points)
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in names if not name.lower().startswith("memset")]  # counters of images shared out
     room = torch.cuda.get_device_properties(0).shared_memory_per_block_optin - 16 * 1024
     assert len(kernels) == (1 if "masks" in name and 3 * num_points * 4 <= room else 2), kernels
     assert all("sample_" in kernel for kernel in kernels), kernels
