@@ -11,6 +11,7 @@
 #include "../encode_common.h"
 #include "encode.cuh"
 #include "encode_mma.cuh"
+#include "encode_tf32.cuh"
 
 namespace rendseg {
 namespace {
@@ -78,7 +79,7 @@ void run_op(const Tensor& x, Args<T>& args) {
   encoding::run<op>(launch, args);
 }
 
-// --- encode on tensor cores, for half features
+// --- encode on tensor cores
 
 encoding::MmaArgs mma_args(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
   encoding::MmaArgs args;
@@ -97,6 +98,7 @@ encoding::MmaArgs mma_args(const Tensor& x, const Tensor& codewords, const Tenso
 template <typename F>
 bool on_tensor_cores(const Tensor& x, encoding::MmaArgs args, F&& run) {
   if (!encoding::fits_mma(args)) return false;
+  args.wide = x.scalar_type() == at::kFloat;
   encoding::plan_mma(args);
   CudaLaunch launch(x);
   const auto run_for = [&]<typename X>() {
@@ -105,14 +107,18 @@ bool on_tensor_cores(const Tensor& x, encoding::MmaArgs args, F&& run) {
     encoding::lay_out_mma(args, scratch.mutable_data_ptr());
     return run.template operator()<X>(launch, args, false);
   };
-  return x.scalar_type() == at::kHalf ? run_for.template operator()<half_t>()
-                                      : run_for.template operator()<bfloat16_t>();
+  switch (x.scalar_type()) {
+    case at::kHalf:
+      return run_for.template operator()<half_t>();
+    case at::kBFloat16:
+      return run_for.template operator()<bfloat16_t>();
+    default:
+      return run_for.template operator()<float>();
+  }
 }
 
-bool is_half(const Tensor& x) { return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16; }
-
 bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
-  if (!is_half(x) || any_double({&codewords, &scale})) return false;
+  if (any_double({&x, &codewords, &scale})) return false;
   return on_tensor_cores(x, mma_args(x, codewords, scale, out),
                          [&]<typename X>(auto& launch, auto& args, bool try_only) {
                            return encoding::run_encode_mma<X>(launch, args, try_only);
@@ -121,7 +127,7 @@ bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tens
 
 bool encode_backward_on_tensor_cores(const Tensor& grad, const Tensor& x, const Tensor& codewords, const Tensor& scale,
                                      const Tensor& x_grad, const Tensor& codeword_grad, const Tensor& scale_grad) {
-  if (!is_half(x) || any_double({&grad, &codewords, &scale})) return false;
+  if (any_double({&grad, &x, &codewords, &scale})) return false;
   encoding::MmaArgs args = mma_args(x, codewords, scale, codeword_grad);
   args.grad = view_of_rows(grad);
   args.x_grad = view_of_map(x_grad);

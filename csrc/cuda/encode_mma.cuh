@@ -22,9 +22,9 @@ constexpr int kMmaCodes = 32;  // more take the general path
 constexpr int kStep = 16;      // channels of one product
 constexpr int kSteps = 4;      // of a warp, at most
 constexpr int kMmaChannels = kWarps * kSteps * kStep;
-constexpr int kSub = 32;                 // positions between two exchanges
-constexpr int kWeightPitch = kSub + 8;   // of the weights [code][position]: rows of 80 bytes, no bank conflicts
-constexpr float kWeightScale = 4096.0f;  // of the assignments, which float16 could not hold in two parts otherwise
+constexpr int kSub = 32;                     // positions between two exchanges
+constexpr int kWeightPitch = kMmaCodes + 8;  // of the weights [position][code]: rows of 80 bytes, no bank conflicts
+constexpr float kWeightScale = 4096.0f;      // of the assignments, which float16 could not hold in two parts otherwise
 
 // The codewords as the tensor cores want them: fragments of operand b, [step][split][lane][4 tiles of 8 codes][2].
 constexpr int kFragment = kWarp * 8;
@@ -41,6 +41,7 @@ struct MmaArgs {
   View grad, x_grad, scale_grad;  // backward; `out` is then the gradient of the codewords
   int64_t padded = 0, chunks = 0, chunk_positions = 0;
   int steps = 0;              // of kStep channels, all warps together
+  bool wide = false;          // float32 features: see encode_tf32.cuh
   bool vectors = false;       // rows of a tile can be copied in 16 bytes
   bool grad_vectors = false;  // and those of its gradient
   // Scratch memory
@@ -49,10 +50,11 @@ struct MmaArgs {
   CodeConstants* constants = nullptr;
   float* sum_residual = nullptr;  // [B * chunks][D][padded]
   // and of backward
-  void* code_rows = nullptr;          // c', scaled, [kMmaCodes][steps * kStep]
-  void* grad_rows = nullptr;          // gradient of the result, scaled, in two parts, [B][2][kMmaCodes][steps * kStep]
+  void* code_rows = nullptr;          // c', scaled, [kMmaCodes][steps * kStep]; float32: forward as well, not scaled
+  void* grad_rows = nullptr;          // gradient of the result, scaled, in two parts, [B][2][kMmaCodes][steps * kStep];
+                                      // float32: not scaled, in one part
   float* grad_power = nullptr;        // [B][kMmaCodes]: what it was scaled by
-  float* grad_dot = nullptr;          // [B][kMmaCodes]: its product with the codeword
+  float* grad_dot = nullptr;          // [B][kMmaCodes]: its product with the codeword; float32: with c'
   float* packed_codewords = nullptr;  // see Args
   float* packed_scale = nullptr;
   float* packed_grad = nullptr;
@@ -104,10 +106,30 @@ __device__ inline int64_t fragment_word(int64_t d, int k, int split) {
   return ((step * 2 + split) * kWarp + lane) * 8 + k / 8 * 2 + in_step / 8;
 }
 
+// f(code, value) for every code at channel d. Eight loads are under way at a time.
+template <typename F>
+__device__ inline void for_each_code_of(const MmaArgs& args, int d, F&& f) {
+  constexpr int kBatch = 8;
+  with_dtype(args.codewords.dtype, [&](auto tag) {
+    using C = typename decltype(tag)::Type;
+    const int codes = static_cast<int>(args.codes);
+    for (int from = 0; from < codes; from += kBatch) {
+      C values[kBatch];
+      RENDSEG_UNROLL
+      for (int i = 0; i < kBatch; ++i) values[i] = *address<C>(args.codewords, 0, min(from + i, codes - 1), d);
+      RENDSEG_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        if (from + i < codes) f(from + i, static_cast<float>(widen(values[i])));
+      }
+    }
+  });
+}
+
 // One block for each of kMmaCodes codewords. A codeword that is not finite has the distance that the sum of squares
 // would give, and no part in the products, which it would make NaN for others too.
 template <typename X>
 __global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
+  constexpr bool kWide = std::is_same_v<X, float>;
   RENDSEG_SHARED(float[kMmaChannels], reference);
   const int k = static_cast<int>(blockIdx.x);
   const bool exists = k < args.codes;
@@ -117,14 +139,14 @@ __global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
   for (int d = threadIdx.x; d < padded; d += kThreads) {
     float sum = 0.0f, own = 0.0f;
     int count = 0;
-    for (int other = 0; other < args.codes && d < args.channels; ++other) {
-      const float c = read<float>(args.codewords, 0, other, d);
+    const auto add = [&](int other, float c) {
       if (is_finite(c)) {
         sum += c * (1.0f / kMmaCodes);
         ++count;
       }
       if (other == k) own = c;
-    }
+    };
+    if (d < args.channels) for_each_code_of(args, d, add);
     const float mean = count > 0 && is_finite(sum) ? sum * (static_cast<float>(kMmaCodes) / count) : 0.0f;
     reference[d] = mean;
     if (k == 0) args.reference[d] = mean;
@@ -132,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
     if (exists && d < args.channels) {
       if (is_finite(difference)) {
         top = fmaxf(top, fabsf(difference));
-        constant += static_cast<double>(difference) * difference + 2.0 * mean * difference;
+        constant += static_cast<double>(difference) * difference + (kWide ? 0.0 : 2.0 * mean * difference);
       } else {
         not_finite = difference == difference ? fmaxf(not_finite, 1.0f) : 2.0f;  // infinite; NaN
       }
@@ -141,17 +163,19 @@ __global__ void __launch_bounds__(kThreads) prepare_mma_kernel(MmaArgs args) {
   top = block_max(top);
   not_finite = block_max(not_finite);
   constant = block_sum(constant);
-  const float power = power_for(top);
+  const float power = kWide ? 1.0f : power_for(top);
   for (int d = threadIdx.x * 2; d < padded; d += kThreads * 2) {
-    float value[2], rest[2];
+    float value[2];
     RENDSEG_UNROLL
     for (int i = 0; i < 2; ++i) {
       const bool inside = exists && d + i < args.channels && not_finite == 0.0f;
       value[i] = inside ? (read<float>(args.codewords, 0, k, d + i) - reference[d + i]) * power : 0.0f;
-      rest[i] = value[i] - widen(narrow<X>(value[i]));
     }
-    args.fragments[fragment_word(d, k, 0)] = pack_half2<X>(value[0], value[1]);
-    args.fragments[fragment_word(d, k, 1)] = pack_half2<X>(rest[0], rest[1]);
+    if constexpr (!kWide) {
+      const float rest[2] = {value[0] - widen(narrow<X>(value[0])), value[1] - widen(narrow<X>(value[1]))};
+      args.fragments[fragment_word(d, k, 0)] = pack_half2<X>(value[0], value[1]);
+      args.fragments[fragment_word(d, k, 1)] = pack_half2<X>(rest[0], rest[1]);
+    }
     if (args.code_rows != nullptr) {
       store_vec(static_cast<X*>(args.code_rows) + k * padded + d,
                 Vec<X, 2>{{narrow<X>(value[0]), narrow<X>(value[1])}});
@@ -172,6 +196,7 @@ template <typename X>
 __global__ void __launch_bounds__(kThreads) prepare_gradient_kernel(MmaArgs args) {
   const int64_t image = blockIdx.x / kMmaCodes;
   const int k = static_cast<int>(blockIdx.x % kMmaCodes), padded = args.steps * kStep;
+  constexpr bool kWide = std::is_same_v<X, float>;
   const bool exists = k < args.codes;
   const auto gradient = [&](int d) { return exists && d < args.channels ? read<float>(args.grad, image, k, d) : 0.0f; };
   float top = 0.0f;
@@ -179,17 +204,20 @@ __global__ void __launch_bounds__(kThreads) prepare_gradient_kernel(MmaArgs args
   for (int d = threadIdx.x; d < padded; d += kThreads) {
     const float g = gradient(d);
     top = fmaxf(top, fabsf(g));
-    if (exists && d < args.channels) dot += static_cast<double>(g) * read<float>(args.codewords, 0, k, d);
+    if (exists && d < args.channels) {
+      const float c = read<float>(args.codewords, 0, k, d);
+      dot += static_cast<double>(g) * (kWide ? c - args.reference[d] : c);
+    }
   }
   top = block_max(top);
   dot = block_sum(dot);
-  const float power = power_for(top);
-  X* const to = static_cast<X*>(args.grad_rows) + (image * 2 * kMmaCodes + k) * padded;
+  const float power = kWide ? 1.0f : power_for(top);
+  X* const to = static_cast<X*>(args.grad_rows) + (image * (kWide ? 1 : 2) * kMmaCodes + k) * padded;
   for (int d = threadIdx.x; d < padded; d += kThreads) {
     const float value = gradient(d) * power;
     const X high = narrow<X>(value);
     to[d] = high;
-    to[kMmaCodes * padded + d] = narrow<X>(value - widen(high));
+    if constexpr (!kWide) to[kMmaCodes * padded + d] = narrow<X>(value - widen(high));
   }
   if (threadIdx.x == 0) {
     args.grad_power[blockIdx.x] = power;
@@ -209,8 +237,25 @@ struct TileOf {
   static __host__ __device__ int64_t bytes(int steps) {
     return static_cast<int64_t>(rows(steps)) * pitch(steps) * static_cast<int64_t>(sizeof(X));
   }
+  static __device__ int place(int steps, int row, int column) { return row * pitch(steps) + column; }
   static __device__ int at(int steps, int position, int channel) {
-    return kChannelsLast ? position * pitch(steps) + channel : channel * pitch(steps) + position;
+    return kChannelsLast ? place(steps, position, channel) : place(steps, channel, position);
+  }
+};
+
+// Where 32-bit values lie in rows of `width` values, a multiple of 32: fours are swapped by row, so that eight rows of
+// four columns (ldmatrix) and four rows of eight columns (plain loads of operands) have no bank conflicts, if the rows
+// begin at a multiple of their number. Takes no memory, as a pitch would.
+__device__ inline int swapped(int row, int column) { return column ^ ((row & 3) << 3) ^ (row & 4); }
+
+template <int kTile, bool kChannelsLast>
+struct TileOf<float, kTile, kChannelsLast> {
+  static __host__ __device__ int rows(int steps) { return kChannelsLast ? kTile : steps * kStep; }
+  static __host__ __device__ int columns(int steps) { return kChannelsLast ? steps * kStep : kTile; }
+  static __host__ __device__ int64_t bytes(int steps) { return int64_t{4} * kTile * steps * kStep; }
+  static __device__ int place(int steps, int row, int column) { return row * columns(steps) + swapped(row, column); }
+  static __device__ int at(int steps, int position, int channel) {
+    return kChannelsLast ? place(steps, position, channel) : place(steps, channel, position);
   }
 };
 
@@ -224,23 +269,29 @@ __device__ inline void load_tile(const MmaArgs& args, int64_t image, int64_t fir
   const int row_limit = kChannelsLast ? count : channels, column_limit = kChannelsLast ? channels : count;
   const int64_t row_stride = kChannelsLast ? x.position : x.channel,
                 column_stride = kChannelsLast ? x.channel : x.position;
-  const int pitch = Tile::pitch(args.steps), units = Tile::columns(args.steps) / 8;
-  const int total = Tile::rows(args.steps) * units;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
-    const int row = i / units, column = i % units * 8;
-    X* const to = tile + row * pitch + column;
-    if (args.vectors) {
+  constexpr int kUnit = kVecWidth<X>;
+  const int units = Tile::columns(args.steps) / kUnit, total = Tile::rows(args.steps) * units;
+  const auto each = [&](auto&& move) {
+    for (int i = threadIdx.x; i < total; i += kThreads) {
+      const int row = i / units, column = i % units * kUnit;
+      move(tile + Tile::place(args.steps, row, column), row, column);
+    }
+  };
+  if (args.vectors) {
+    each([&](X* to, int row, int column) {
       const bool valid = row < row_limit && column < column_limit;
       cp_async_16(to, valid ? from + row * row_stride + column : from, valid);
-    } else {
-      Vec<X, 8> values;
+    });
+  } else {
+    each([&](X* to, int row, int column) {
+      Vec<X, kUnit> values;
       RENDSEG_UNROLL
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < kUnit; ++j) {
         const bool valid = row < row_limit && column + j < column_limit;
         values[j] = valid ? from[row * row_stride + (column + j) * column_stride] : narrow<X>(0.0f);
       }
       store_vec(to, values);
-    }
+    });
   }
 }
 
@@ -283,20 +334,23 @@ __device__ inline float high_half(uint32_t pair) {
 // --- the exchange of distances ---------------------------------------------------------------------------------------
 
 // Parts of products [32 positions][32 codes], one for each warp. Columns are swapped by row so that fragments are
-// written, and rows read, without bank conflicts.
+// written, and rows read, without bank conflicts. In two rounds, each of half the positions, they take half the memory.
 constexpr int kPart = kSub * kMmaCodes;
 __device__ inline int part_at(int position, int code) { return position * kMmaCodes + (code ^ (position % 4 * 8)); }
 
-__device__ inline void put_part(float* part, const float (&product)[2][4][4]) {
+template <int kRounds = 1>
+__device__ inline void put_part(float* parts, const float (&product)[2][4][4], int round = 0) {
   const int group = lane_id() / 4, in_group = lane_id() % 4;
+  float* const part = parts + warp_id() * (kPart / kRounds);
   RENDSEG_UNROLL
   for (int m = 0; m < 2; ++m) {
+    if (kRounds == 2 && m != round) continue;
     RENDSEG_UNROLL
     for (int n = 0; n < 4; ++n) {
       RENDSEG_UNROLL
       for (int half = 0; half < 2; ++half) {
         const Vec<float, 2> pair{{product[m][n][half * 2], product[m][n][half * 2 + 1]}};
-        store_vec(part + part_at(m * 16 + half * 8 + group, n * 8 + 2 * in_group), pair);
+        store_vec(part + part_at((kRounds == 2 ? 0 : m * 16) + half * 8 + group, n * 8 + 2 * in_group), pair);
       }
     }
   }
@@ -315,11 +369,12 @@ __device__ inline void put_squares(float* squares, const float (&square)[2][2]) 
 }
 
 // Sum of the parts of all warps for four codes of one position.
+template <int kRounds = 1>
 __device__ inline Vec<float, 4> sum_parts(const float* parts, int position, int code) {
   Vec<float, 4> sum = load_vec<4>(parts + part_at(position, code));
   RENDSEG_UNROLL
   for (int w = 1; w < kWarps; ++w) {
-    const Vec<float, 4> part = load_vec<4>(parts + w * kPart + part_at(position, code));
+    const Vec<float, 4> part = load_vec<4>(parts + w * (kPart / kRounds) + part_at(position, code));
     RENDSEG_UNROLL
     for (int j = 0; j < 4; ++j) sum[j] += part[j];
   }
@@ -329,6 +384,23 @@ __device__ inline Vec<float, 4> sum_parts(const float* parts, int position, int 
 // The thread of a block that makes the softmax: four codes of one position; eight neighbouring lanes share a position.
 __device__ inline int softmax_position() { return static_cast<int>(threadIdx.x) / 8; }
 __device__ inline int softmax_code() { return static_cast<int>(threadIdx.x) % 8 * 4; }
+
+// Products of all warps together, for the codes of this thread. Every thread must take part, and `parts` be free.
+template <int kRounds>
+__device__ inline Vec<float, 4> exchange(float* parts, const float (&product)[2][4][4]) {
+  constexpr int kPositions = kSub / kRounds;
+  Vec<float, 4> sum{};
+  RENDSEG_UNROLL
+  for (int round = 0; round < kRounds; ++round) {
+    if (round > 0) __syncthreads();  // the round before has been read
+    put_part<kRounds>(parts, product, round);
+    __syncthreads();
+    if (softmax_position() / kPositions == round) {
+      sum = sum_parts<kRounds>(parts, softmax_position() % kPositions, softmax_code());
+    }
+  }
+  return sum;
+}
 
 template <typename F>
 __device__ inline float over_position(float value, F&& combine) {
@@ -351,19 +423,18 @@ struct Softmax {
   Vec<float, 4> distance, assigned;
 };
 
-__device__ inline Softmax softmax_of(const MmaArgs& args, const CodeConstants& constants, const float* parts,
+__device__ inline Softmax softmax_of(const MmaArgs& args, const CodeConstants& constants, const Vec<float, 4>& products,
                                      const float* squares) {
   const int position = softmax_position(), code = softmax_code();
   float square = 0.0f;
   RENDSEG_UNROLL
   for (int w = 0; w < kWarps; ++w) square += squares[w * kSub + position];
   Softmax result;
-  result.distance = sum_parts(parts, position, code);
   Vec<float, 4> logit;
   float peak = -static_cast<float>(INFINITY);
   RENDSEG_UNROLL
   for (int j = 0; j < 4; ++j) {
-    const float distance = square + fmaf(constants.factor[code + j], result.distance[j], constants.constant[code + j]);
+    const float distance = square + fmaf(constants.factor[code + j], products[j], constants.constant[code + j]);
     result.distance[j] = distance < 0.0f ? 0.0f : distance;  // a NaN stays
     logit[j] = constants.scale[code + j] * result.distance[j];
     if (code + j < args.codes) peak = fmaxf(peak, logit[j]);
@@ -381,22 +452,33 @@ __device__ inline Softmax softmax_of(const MmaArgs& args, const CodeConstants& c
   return result;
 }
 
-// weights[split][code][position] = value in two parts. Returns their sum: what the products see.
+// weights[split][position][code ..] = values in two parts. Returns their sums: what the products see.
 template <typename X>
-__device__ inline float put_weight(X* weights, int code, int position, float value) {
-  X* const to = weights + code * kWeightPitch + position;
-  const X high = narrow<X>(value);
-  const X low = narrow<X>(value - widen(high));
-  to[0] = high;
-  to[kMmaCodes * kWeightPitch] = low;
-  return widen(high) + widen(low);
+__device__ inline Vec<float, 4> put_weights(X* weights, int position, int code, const Vec<float, 4>& values) {
+  X* const to = weights + position * kWeightPitch + code;
+  Vec<X, 4> high, low;
+  Vec<float, 4> seen;
+  RENDSEG_UNROLL
+  for (int j = 0; j < 4; j += 2) {
+    const Vec<X, 2> pair = narrow_pair<X>(values[j], values[j + 1]);
+    const Vec<X, 2> rest = narrow_pair<X>(values[j] - widen(pair[0]), values[j + 1] - widen(pair[1]));
+    RENDSEG_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      high[j + i] = pair[i];
+      low[j + i] = rest[i];
+      seen[j + i] = widen(pair[i]) + widen(rest[i]);
+    }
+  }
+  store_vec(to, high);
+  store_vec(to + kSub * kWeightPitch, low);
+  return seen;
 }
 
 // Operand a of 16 codes by 16 positions.
 template <typename X>
 __device__ inline void codes_by_positions(uint32_t (&a)[4], const X* weights, int code, int position) {
   const int matrix = lane_id() / 8, row = lane_id() % 8;
-  ldmatrix_x4(a, weights + (code + matrix % 2 * 8 + row) * kWeightPitch + position + matrix / 2 * 8);
+  ldmatrix_x4_trans(a, weights + (position + matrix / 2 * 8 + row) * kWeightPitch + code + matrix % 2 * 8);
 }
 
 // --- products of a warp ----------------------------------------------------------------------------------------------
@@ -501,7 +583,7 @@ __device__ inline void aggregate_slice(const MmaArgs& args, const X* tile, const
     for (int split = 0; split < 2; ++split) {
       RENDSEG_UNROLL
       for (int m = 0; m < 2; ++m) {
-        codes_by_positions(a[split][m], weights + split * kMmaCodes * kWeightPitch, m * 16, p);
+        codes_by_positions(a[split][m], weights + split * kSub * kWeightPitch, m * 16, p);
       }
     }
     RENDSEG_UNROLL
@@ -522,23 +604,29 @@ __device__ inline void aggregate_slice(const MmaArgs& args, const X* tile, const
   }
 }
 
-// f(code, channel, value) for what this thread holds of a result.
-template <typename F>
-__device__ inline void for_each_result(const MmaArgs& args, const Result& result, F&& f) {
+// f(code, channel, value, load(code, channel)) for what this thread holds of a result. Sixteen loads are under way at a
+// time: f stores, and the compiler does not move loads across stores.
+template <typename L, typename F>
+__device__ inline void for_each_result(const MmaArgs& args, const Result& result, L&& load, F&& f) {
   const int group = lane_id() / 4, in_group = lane_id() % 4;
   RENDSEG_UNROLL
   for (int i = 0; i < kSteps; ++i) {
-    RENDSEG_UNROLL
-    for (int n = 0; n < 2; ++n) {
+    const auto each = [&](auto&& at) {
       RENDSEG_UNROLL
-      for (int m = 0; m < 2; ++m) {
+      for (int n = 0; n < 2; ++n) {
         RENDSEG_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const int code = m * 16 + j / 2 * 8 + group, channel = own_step(i) * kStep + n * 8 + 2 * in_group + j % 2;
-          if (code < args.codes && channel < args.channels) f(code, channel, result[i][m][n][j]);
+        for (int m = 0; m < 2; ++m) {
+          RENDSEG_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const int code = m * 16 + j / 2 * 8 + group, channel = own_step(i) * kStep + n * 8 + 2 * in_group + j % 2;
+            if (code < args.codes && channel < args.channels) at(code, channel, n * 8 + m * 4 + j);
+          }
         }
       }
-    }
+    };
+    float loaded[16] = {};
+    each([&](int code, int channel, int at) { loaded[at] = load(code, channel); });
+    each([&](int code, int channel, int at) { f(code, channel, result[i][at / 4 % 2][at / 8][at % 4], loaded[at]); });
   }
 }
 
@@ -575,7 +663,7 @@ struct ForwardShared {
     // Tables of a fixed size first: their places are constants and take no registers.
     take(parts, kWarps * kPart);
     take(squares, kWarps * kSub);
-    take(weights, 2 * kMmaCodes * kWeightPitch);
+    take(weights, 2 * kSub * kWeightPitch);
     take(totals, kMmaCodes);
     take(constants, 1);
     RENDSEG_UNROLL
@@ -629,16 +717,16 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
       float product[2][4][4] = {}, square[2][2] = {};
       contract_slice<X, kTile, kChannelsLast, 2>(args, tile, shared.reference, position, codewords, nullptr, 0, product,
                                                  square);
-      put_part(shared.parts + warp_id() * kPart, product);
       put_squares(shared.squares, square);
-      __syncthreads();
-      const Softmax softmax = softmax_of(args, *shared.constants, shared.parts, shared.squares);
+      const Vec<float, 4> products = exchange<1>(shared.parts, product);
+      const Softmax softmax = softmax_of(args, *shared.constants, products, shared.squares);
       const bool exists = position + softmax_position() < count;
+      Vec<float, 4> weights;
       RENDSEG_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        assigned_sum[j] += put_weight(shared.weights, softmax_code() + j, softmax_position(),
-                                      exists ? softmax.assigned[j] * kWeightScale : 0.0f);
-      }
+      for (int j = 0; j < 4; ++j) weights[j] = exists ? softmax.assigned[j] * kWeightScale : 0.0f;
+      const Vec<float, 4> seen = put_weights(shared.weights, softmax_position(), softmax_code(), weights);
+      RENDSEG_UNROLL
+      for (int j = 0; j < 4; ++j) assigned_sum[j] += seen[j];
       __syncthreads();
       aggregate_slice<X, kTile, kChannelsLast>(args, tile, shared.weights, position, result);
     }
@@ -646,9 +734,13 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
   __syncthreads();
   sum_positions(assigned_sum, shared.parts, shared.totals);
   float* const out = args.sum_residual + chunk * args.channels * args.padded;
-  for_each_result(args, result, [&](int k, int d, float sum) {
-    const float c = read<float>(args.codewords, 0, k, d);
-    out[d * args.padded + k] = (sum - c * shared.totals[k]) * (1.0f / kWeightScale);
+  with_dtype(args.codewords.dtype, [&](auto tag) {
+    using C = typename decltype(tag)::Type;
+    for_each_result(
+        args, result, [&](int k, int d) { return static_cast<float>(widen(*address<C>(args.codewords, 0, k, d))); },
+        [&](int k, int d, float sum, float c) {
+          out[d * args.padded + k] = (sum - c * shared.totals[k]) * (1.0f / kWeightScale);
+        });
   });
 }
 
@@ -668,11 +760,11 @@ __device__ inline void codes_by_channels(uint32_t (&b)[4], const X* rows, int pi
   ldmatrix_x4_trans(b, rows + (code + matrix % 2 * 8 + row) * pitch + channel + matrix / 2 * 8);
 }
 
-// Operand a of 16 positions by 16 codes from weights [code][position].
+// Operand a of 16 positions by 16 codes from weights [position][code].
 template <typename X>
 __device__ inline void positions_by_codes(uint32_t (&a)[4], const X* weights, int position, int code) {
   const int matrix = lane_id() / 8, row = lane_id() % 8;
-  ldmatrix_x4_trans(a, weights + (code + matrix / 2 * 8 + row) * kWeightPitch + position + matrix % 2 * 8);
+  ldmatrix_x4(a, weights + (position + matrix % 2 * 8 + row) * kWeightPitch + code + matrix / 2 * 8);
 }
 
 // Products of 32 positions with the gradient, over the slice of this warp; rows [2][kMmaCodes][pitch] in two parts.
@@ -712,7 +804,7 @@ struct PositionFactors {
   float unscale[kSub], weight_sum[kSub];
 };
 
-// tile = gradient of x, for the slice of this warp. weights [3 * kMmaCodes][position]: A, -W and the rest of A, scaled.
+// tile = gradient of x, for the slice of this warp. weights [3][position][code]: A, -W and the rest of A, scaled.
 template <typename X, bool kChannelsLast>
 __device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X* weights, const X* grad_rows,
                                            const X* code_rows, int pitch, const float* reference,
@@ -721,14 +813,14 @@ __device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X
   const int group = lane_id() / 4, in_group = lane_id() % 4;
   for (int step = warp_id(); step < args.steps; step += kWarps) {
     float sum[2][2][4] = {};
-    const auto add = [&](int weight_row, const X* rows) {  // over all codes
+    const auto add = [&](int table, const X* rows) {  // over all codes
       RENDSEG_UNROLL
       for (int code = 0; code < kMmaCodes; code += 16) {
         uint32_t a[4], b[4];
         codes_by_channels(b, rows, pitch, code, step * kStep);
         RENDSEG_UNROLL
         for (int m = 0; m < 2; ++m) {
-          positions_by_codes(a, weights, m * 16, weight_row + code);
+          positions_by_codes(a, weights + table * kSub * kWeightPitch, m * 16, code);
           RENDSEG_UNROLL
           for (int n = 0; n < 2; ++n) {
             const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
@@ -738,11 +830,11 @@ __device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X
       }
     };
     if constexpr (kSplitGradient<X>) {
-      add(2 * kMmaCodes, grad_rows);
+      add(2, grad_rows);
       add(0, grad_rows + kMmaCodes * pitch);
     }
     add(0, grad_rows);
-    add(kMmaCodes, code_rows);
+    add(1, code_rows);
     RENDSEG_UNROLL
     for (int m = 0; m < 2; ++m) {
       RENDSEG_UNROLL
@@ -772,15 +864,16 @@ __device__ inline void store_slice(const MmaArgs& args, int64_t image, int64_t f
   const int channels = static_cast<int>(args.channels);
   for (int step = warp_id(); step < args.steps; step += kWarps) {
     if (args.grad_vectors) {
-      constexpr int kUnits = kChannelsLast ? kStep / 8 : kSub / 8;  // of 16 bytes in a row
+      constexpr int kUnit = kVecWidth<X>;
+      constexpr int kUnits = (kChannelsLast ? kStep : kSub) / kUnit;  // of 16 bytes in a row
       constexpr int kRows = kChannelsLast ? kSub : kStep;
       RENDSEG_UNROLL
       for (int i = 0; i < kRows * kUnits; i += kWarp) {
-        const int row = (i + lane_id()) / kUnits, unit = (i + lane_id()) % kUnits * 8;
+        const int row = (i + lane_id()) / kUnits, unit = (i + lane_id()) % kUnits * kUnit;
         const int position = kChannelsLast ? row : unit, channel = step * kStep + (kChannelsLast ? unit : row);
         if (position >= count || channel >= channels) continue;
         store_vec_streaming(to + position * x.position + channel * x.channel,
-                            load_vec<8>(tile + Tile::at(args.steps, position, channel)));
+                            load_vec<kUnit>(tile + Tile::at(args.steps, position, channel)));
       }
     } else {
       const bool along_channels = x.channel < x.position;
@@ -794,7 +887,8 @@ __device__ inline void store_slice(const MmaArgs& args, int64_t image, int64_t f
   }
 }
 
-template <typename X, bool kChannelsLast, int kStages>
+// With two rounds of an exchange, weights take the place of the parts.
+template <typename X, bool kChannelsLast, int kStages, int kRounds>
 struct BackwardShared {
   X* tile[kStages];
   X *grad_rows, *code_rows, *logit_weights, *weights;
@@ -812,10 +906,17 @@ struct BackwardShared {
       at += values * static_cast<int64_t>(sizeof(V));
     };
     // Tables of a fixed size first: their places are constants and take no registers.
-    take(parts, kWarps * kPart);
+    constexpr int64_t kArrays = kSplitGradient<X> ? 3 : 2, kWeights = kSub * kWeightPitch;
+    static_assert((2 + kArrays) * kWeights * 2 <= kWarps * kPart / 2 * 4, "weights take the place of the parts");
+    take(parts, kWarps * kPart / kRounds);
     take(squares, kWarps * kSub);
-    take(logit_weights, 2 * kMmaCodes * kWeightPitch);
-    take(weights, (kSplitGradient<X> ? 3 : 2) * kMmaCodes * kWeightPitch);
+    if constexpr (kRounds == 2) {
+      logit_weights = reinterpret_cast<X*>(parts);
+      weights = logit_weights + 2 * kWeights;
+    } else {
+      take(logit_weights, 2 * kWeights);
+      take(weights, kArrays * kWeights);
+    }
     take(totals, kMmaCodes);
     take(tops, kWarps);
     take(grad_unscale, kMmaCodes);
@@ -836,10 +937,10 @@ struct BackwardShared {
 __device__ inline float sum_of(float a, float b) { return a + b; }
 __device__ inline float larger_of(float a, float b) { return fmaxf(a, b); }
 
-template <typename X, bool kChannelsLast, int kStages>
+template <typename X, bool kChannelsLast, int kStages, int kRounds>
 __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArgs args) {
   RENDSEG_DYNAMIC_SHARED(memory);
-  const BackwardShared<X, kChannelsLast, kStages> shared(memory, args.steps);
+  const BackwardShared<X, kChannelsLast, kStages, kRounds> shared(memory, args.steps);
   const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
   const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
   const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
@@ -853,17 +954,17 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
   };
 
   if (kStages == 2) load(0);
-  cp_async_commit();
   const X* const grad_rows = static_cast<const X*>(args.grad_rows) + image * 2 * kMmaCodes * channels;
   const X* const code_rows = static_cast<const X*>(args.code_rows);
   for (int i = threadIdx.x; i < 3 * kMmaCodes * channels / 8; i += kThreads) {
     const int row = i / (channels / 8), d = i % (channels / 8) * 8, code_row = row - 2 * kMmaCodes;
     if (code_row < 0) {
-      store_vec(shared.grad_rows + row * pitch + d, load_vec<8>(grad_rows + row * channels + d));
+      cp_async_16(shared.grad_rows + row * pitch + d, grad_rows + row * channels + d);
     } else {
-      store_vec(shared.code_rows + code_row * pitch + d, load_vec<8>(code_rows + code_row * channels + d));
+      cp_async_16(shared.code_rows + code_row * pitch + d, code_rows + code_row * channels + d);
     }
   }
+  cp_async_commit();
   for (int d = threadIdx.x; d < channels; d += kThreads) shared.reference[d] = args.reference[d];
   if (threadIdx.x < kMmaCodes) {
     const int64_t of_image = image * kMmaCodes + threadIdx.x;
@@ -891,24 +992,22 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
     X* const tile = tile_of(t);
     const int count = count_of(t);
 
+    Vec<float, 4> products;
     {
       float product[2][4][4] = {}, square[2][2] = {};
       contract_slice<X, kSub, kChannelsLast, 1>(args, tile, shared.reference, 0, codewords, shared.code_rows, pitch,
                                                 product, square);
-      put_part(shared.parts + warp_id() * kPart, product);
       put_squares(shared.squares, square);
+      products = exchange<kRounds>(shared.parts, product);
     }
-    __syncthreads();
-    const Softmax softmax = softmax_of(args, *shared.constants, shared.parts, shared.squares);
+    const Softmax softmax = softmax_of(args, *shared.constants, products, shared.squares);
+    Vec<float, 4> logit_grad;
     {
       float product[2][4][4] = {};
       contract_gradient<X, kChannelsLast>(args, tile, shared.grad_rows, pitch, product);
       __syncthreads();  // the distances have been read
-      put_part(shared.parts + warp_id() * kPart, product);
+      logit_grad = exchange<kRounds>(shared.parts, product);
     }
-    __syncthreads();
-
-    Vec<float, 4> logit_grad = sum_parts(shared.parts, own, code);
     float dot = 0.0f;
     RENDSEG_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -935,13 +1034,18 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
     }
     weight_sum = over_position(weight_sum, sum_of);
     const float scale = power_for(over_position(top, larger_of));
+    if constexpr (kRounds == 2) __syncthreads();  // the products have been read
+    Vec<X, 4> a_high, a_low, w_high;
     RENDSEG_UNROLL
     for (int j = 0; j < 4; ++j) {
-      X* const to = shared.weights + (code + j) * kWeightPitch + own;
-      to[0] = narrow<X>(a[j] * scale);
-      to[kMmaCodes * kWeightPitch] = narrow<X>(w[j] * scale);
-      if constexpr (kSplitGradient<X>) to[2 * kMmaCodes * kWeightPitch] = narrow<X>(a[j] * scale - widen(to[0]));
+      a_high[j] = narrow<X>(a[j] * scale);
+      a_low[j] = narrow<X>(a[j] * scale - widen(a_high[j]));
+      w_high[j] = narrow<X>(w[j] * scale);
     }
+    X* const to = shared.weights + own * kWeightPitch + code;
+    store_vec(to, a_high);
+    store_vec(to + kSub * kWeightPitch, w_high);
+    if constexpr (kSplitGradient<X>) store_vec(to + 2 * kSub * kWeightPitch, a_low);
     if (lane_id() % 8 == 0) {
       shared.factors->unscale[own] = 1.0f / scale;
       shared.factors->weight_sum[own] = weight_sum;
@@ -963,10 +1067,10 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
       for (int j = 0; j < 4; ++j) logit_sum[j] *= change;
     }
     RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const float scaled = logit_grad[j] == 0.0f ? 0.0f : logit_grad[j] * power;
-      logit_sum[j] += put_weight(shared.logit_weights, code + j, own, scaled);
-    }
+    for (int j = 0; j < 4; ++j) logit_grad[j] = logit_grad[j] == 0.0f ? 0.0f : logit_grad[j] * power;
+    const Vec<float, 4> seen = put_weights(shared.logit_weights, own, code, logit_grad);
+    RENDSEG_UNROLL
+    for (int j = 0; j < 4; ++j) logit_sum[j] += seen[j];
     __syncthreads();
     aggregate_slice<X, kSub, kChannelsLast>(args, tile, shared.logit_weights, 0, result);
     __syncwarp();
@@ -986,16 +1090,16 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArg
   put_totals(scale_sum, args.sum_scale + chunk * args.padded);
   put_totals(logit_sum, nullptr);
   float* const out = args.sum_residual + chunk * args.channels * args.padded;
-  for_each_result(args, result, [&](int k, int d, float sum) {
-    out[d * args.padded + k] = (sum - args.packed_codewords[d * args.padded + k] * shared.totals[k]) * unscale;
-  });
+  for_each_result(
+      args, result, [&](int k, int d) { return __ldg(args.packed_codewords + d * args.padded + k); },
+      [&](int k, int d, float sum, float c) { out[d * args.padded + k] = (sum - c * shared.totals[k]) * unscale; });
 }
 
 // --- host ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMmaChunks = 128;  // of all images together: a block for every multiprocessor of the largest GPUs
 
-// Whether the tensor cores can do it. X is half_t or bfloat16_t.
+// Whether the tensor cores can do it.
 inline bool fits_mma(const MmaArgs& args) {
   return args.positions < (int64_t{1} << 30) && args.codes <= kMmaCodes && args.channels >= kStep &&
          args.channels <= kMmaChannels;
@@ -1006,13 +1110,15 @@ inline bool is_channels_last(const MmaArgs& args) { return args.x.channel == 1 &
 // Whether rows of `view` can be moved in 16 bytes.
 inline bool moves_in_vectors(const MmaArgs& args, const View& view, bool channels_last) {
   const int64_t row = channels_last ? view.position : view.channel;
-  return (channels_last ? view.channel : view.position) == 1 && row % 8 == 0 && view.image % 8 == 0 &&
-         (channels_last ? args.channels : args.positions) % 8 == 0 && is_aligned(view.data, 16);
+  const int64_t unit = args.wide ? 4 : 8;
+  return (channels_last ? view.channel : view.position) == 1 && row % unit == 0 && view.image % unit == 0 &&
+         (channels_last ? args.channels : args.positions) % unit == 0 && is_aligned(view.data, 16);
 }
 
 inline void plan_mma(MmaArgs& args) {
   args.padded = (args.codes + kPad - 1) / kPad * kPad;
   args.steps = static_cast<int>((args.channels + kStep - 1) / kStep);
+  if (args.wide) args.steps += args.steps % 2;  // rows of a multiple of 32 channels
   const int64_t units = (args.positions + 63) / 64,
                 per_image = kMmaChunks / args.batch < 1 ? 1 : kMmaChunks / args.batch;
   args.chunk_positions = (units + per_image - 1) / per_image * 64;
@@ -1032,12 +1138,16 @@ inline int64_t lay_out_mma(MmaArgs& args, void* memory) {
   };
   const auto floats = [&](int64_t values) { return static_cast<float*>(place(values * 4)); };
   const int64_t channels = args.steps * kStep, width = args.channels * args.padded, chunks = args.batch * args.chunks;
-  args.fragments = static_cast<uint32_t*>(place(fragment_words(args.steps) * 4));
+  if (args.wide) {
+    args.code_rows = place(kMmaCodes * channels * 4);
+  } else {
+    args.fragments = static_cast<uint32_t*>(place(fragment_words(args.steps) * 4));
+  }
   args.reference = floats(channels);
   args.constants = static_cast<CodeConstants*>(place(sizeof(CodeConstants)));
   args.sum_residual = floats(chunks * width);
   if (args.grad.data == nullptr) return bytes;
-  args.code_rows = place(kMmaCodes * channels * 2);
+  if (!args.wide) args.code_rows = place(kMmaCodes * channels * 2);
   args.grad_rows = place(args.batch * 2 * kMmaCodes * channels * 2);
   args.grad_power = floats(args.batch * kMmaCodes);
   args.grad_dot = floats(args.batch * kMmaCodes);
@@ -1084,13 +1194,23 @@ bool launch_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
   return true;
 }
 
+// Of float32 features, in encode_tf32.cuh.
+template <bool kChannelsLast, typename Launch>
+bool pick_encode_tf32(Launch& launch, const MmaArgs& args, bool try_only);
+template <bool kChannelsLast, typename Launch>
+bool pick_encode_tf32_backward(Launch& launch, const MmaArgs& args, bool try_only);
+
 // Two tiles under way where the GPU has the shared memory, else one, else a smaller one. The order of all sums is the
 // same in each.
 template <typename X, bool kChannelsLast, typename Launch>
 bool pick_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
-  return launch_encode_mma<X, 64, kChannelsLast, 2>(launch, args, try_only) ||
-         launch_encode_mma<X, 32, kChannelsLast, 2>(launch, args, try_only) ||
-         launch_encode_mma<X, 32, kChannelsLast, 1>(launch, args, try_only);
+  if constexpr (std::is_same_v<X, float>) {
+    return pick_encode_tf32<kChannelsLast>(launch, args, try_only);
+  } else {
+    return launch_encode_mma<X, 64, kChannelsLast, 2>(launch, args, try_only) ||
+           launch_encode_mma<X, 32, kChannelsLast, 2>(launch, args, try_only) ||
+           launch_encode_mma<X, 32, kChannelsLast, 1>(launch, args, try_only);
+  }
 }
 
 // Whether it was done. With `try_only`: whether it can be, on this GPU.
@@ -1107,20 +1227,27 @@ bool run_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
   return true;
 }
 
-template <typename X, bool kChannelsLast, int kStages, typename Launch>
+template <typename X, bool kChannelsLast, int kStages, int kRounds, typename Launch>
 bool launch_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = BackwardShared<X, kChannelsLast, kStages>(nowhere(), args.steps).bytes;
+  const int64_t bytes = BackwardShared<X, kChannelsLast, kStages, kRounds>(nowhere(), args.steps).bytes;
   if (bytes > launch.shared_limit()) return false;
   if (!try_only) {
-    launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_backward_kernel<X, kChannelsLast, kStages>, args);
+    launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_backward_kernel<X, kChannelsLast, kStages, kRounds>,
+           args);
   }
   return true;
 }
 
+// At 512 channels: two tiles and two rounds on sm_90 (202 K), one tile on sm_80 (161 K). Sums are the same in each.
 template <typename X, bool kChannelsLast, typename Launch>
 bool pick_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  return launch_encode_mma_backward<X, kChannelsLast, 2>(launch, args, try_only) ||
-         launch_encode_mma_backward<X, kChannelsLast, 1>(launch, args, try_only);
+  if constexpr (std::is_same_v<X, float>) {
+    return pick_encode_tf32_backward<kChannelsLast>(launch, args, try_only);
+  } else {
+    return launch_encode_mma_backward<X, kChannelsLast, 2, 1>(launch, args, try_only) ||
+           launch_encode_mma_backward<X, kChannelsLast, 2, 2>(launch, args, try_only) ||
+           launch_encode_mma_backward<X, kChannelsLast, 1, 2>(launch, args, try_only);
+  }
 }
 
 template <typename X, typename Launch>

@@ -17,6 +17,8 @@ from rendseg.reference.encode import _aggregate_backward, _encode_backward, _sca
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 from cases_encode import bad_inputs, make, rows, samples  # noqa: E402
 
+# Shared memory of a block on sm_90 and sm_80, on the smaller GPUs, and too little for any kernel on tensor cores.
+SM_90, SM_80, DEFAULT_LIMIT, TOO_LITTLE = 232448, 166912, 101376, 32000
 SAMPLES = {sample[0]: sample[1:] for sample in samples()}
 BAD = {f"{op}: {name}": (op, kwargs, error, pattern) for name, op, kwargs, error, pattern in bad_inputs()}
 BAD = {name: bad for name, bad in BAD.items() if "sparse" not in name}  # tensors that the dispatcher does not send here
@@ -37,7 +39,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def check_op(emulated, name: str, inputs: tuple[Tensor, ...], seeds: int = 2) -> None:
+def check_op(
+    emulated, name: str, inputs: tuple[Tensor, ...], seeds: int = 2, shared_limit: int = DEFAULT_LIMIT
+) -> None:
     """Forward and gradients against the reference in float64 on the same rounded inputs; the same bits for any seed."""
     wide = [t.detach().double().requires_grad_() for t in inputs]
     wanted = getattr(reference, name)(*wide)
@@ -49,7 +53,7 @@ def check_op(emulated, name: str, inputs: tuple[Tensor, ...], seeds: int = 2) ->
     before: list[Tensor] = []
     for seed in range(seeds):
         emulated.seed(seed)
-        emulated.device(processors=3 + seed)
+        emulated.device(processors=3 + seed, shared_limit=shared_limit)
         got = getattr(emulated.ops, name)(*inputs)
         assert got.dtype == promoted
         assert got.is_contiguous()
@@ -69,6 +73,11 @@ def check_op(emulated, name: str, inputs: tuple[Tensor, ...], seeds: int = 2) ->
 @pytest.mark.parametrize("name", SAMPLES)
 def test_encode(emulated, name: str) -> None:
     check_op(emulated, "encode", SAMPLES[name], seeds=3)
+
+
+@pytest.mark.parametrize("name", ["plain", "tiles", "one codeword", "channels_last", "sliced", "bfloat16 features"])
+def test_encode_without_tensor_cores(emulated, name: str) -> None:
+    check_op(emulated, "encode", SAMPLES[name], shared_limit=TOO_LITTLE)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -108,8 +117,10 @@ def errors(got: list[Tensor], truth: list[Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -3000.0])
 @pytest.mark.parametrize("spread", [0.1, 1.0])
-def test_error_is_at_most_twice_that_of_the_direct_form(emulated, offset: float, spread: float) -> None:
+@pytest.mark.parametrize("limit", [DEFAULT_LIMIT, TOO_LITTLE], ids=["tensor cores", "without"])
+def test_error_is_at_most_twice_that_of_the_direct_form(emulated, limit: int, spread: float, offset: float) -> None:
     """Codewords and features far from zero: an expanded square would lose every digit."""
+    emulated.device(shared_limit=limit)
     g = torch.Generator().manual_seed(5)
     c = offset + spread * torch.randn(16, 64, generator=g)
     x = offset + spread * torch.randn(2, 64, 12, 24, generator=g)
@@ -118,7 +129,11 @@ def test_error_is_at_most_twice_that_of_the_direct_form(emulated, offset: float,
     truth = [reference.encode(x.double(), c.double(), s.double())]
     truth += _encode_backward(grad.double(), x.double(), c.double(), s.double())
     direct = errors([reference.encode(x, c, s), *_encode_backward(grad, x, c, s)], truth)
-    ours = errors([emulated.ops.encode(x, c, s), *emulated.ops._encode_backward(grad, x, c, s)], truth)
+    got = [emulated.ops.encode(x, c, s)]
+    before = emulated.launches()
+    got += emulated.ops._encode_backward(grad, x, c, s)
+    assert emulated.launches() - before == (3 if limit == TOO_LITTLE else 5)
+    ours = errors(got, truth)
     for what, mine, theirs in zip(("result", "x", "codewords", "scale"), ours, direct, strict=True):
         assert mine <= 2 * theirs + 4e-7, f"{what}: {mine:.3g} against {theirs:.3g}"
 
@@ -209,12 +224,12 @@ def test_bad_input(emulated, name: str) -> None:
         getattr(emulated.ops, op)(**kwargs())
 
 
-# ---- Tensor cores: float16 and bfloat16 features, at most 32 codewords and 512 channels
+# ---- Tensor cores: at most 32 codewords and 512 channels
 
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def halves(
+def features(
     batch: int, channels: int, size: tuple[int, ...], codes: int, dtype: torch.dtype, last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, c, s = make(batch, channels, size, codes)
@@ -235,22 +250,80 @@ def halves(
     ids=str,
 )
 def test_tensor_cores(emulated, shape, dtype: torch.dtype, last: bool) -> None:
-    inputs = halves(*shape, dtype, last)
+    inputs = features(*shape, dtype, last)
+    wide = [t.double().requires_grad_() for t in inputs]
+    wanted = reference.encode(*wide)
+    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    wanted_grads = torch.autograd.grad(wanted, wide, grad.double())
+    results, gradients = [], []
+    for seed, limit in enumerate((SM_90, SM_80, DEFAULT_LIMIT)):  # two large tiles, two small ones, one
+        emulated.seed(seed)
+        emulated.device(shared_limit=limit)
+        results.append(emulated.ops.encode(*inputs))
+        assert torch.equal(results[0], results[-1])  # the size of a tile leaves the order of the sums alone
+        before = emulated.launches()
+        grads = emulated.ops._encode_backward(grad, *inputs)
+        gradients.append(grads)
+        if emulated.launches() - before == 5:
+            assert all(torch.equal(a, b) for a, b in zip(gradients[0], grads, strict=True))
+        else:
+            assert shape[1] == 512 and limit == DEFAULT_LIMIT  # too little for the tables of so many channels
+        for what, got, want in zip(("x", "codewords", "scale"), grads, wanted_grads, strict=True):
+            close(got, want, torch.float32, what)
+        assert grads[0].stride() == inputs[0].stride()
+    close(results[0], wanted.detach(), torch.float32)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 512, (12, 16), 32),  # the main case
+        (2, 48, (9, 24), 19),  # warps without channels, several chunks, a tail of positions in 16-byte copies
+        (3, 130, (7, 11), 31),  # nothing aligned
+        (2, 33, (5, 13), 2),
+        (1, 16, (1, 8), 1),
+        (2, 320, (3, 7), 8),
+    ],
+    ids=str,
+)
+def test_float32_on_tensor_cores(emulated, shape, last: bool) -> None:
+    inputs = features(*shape, torch.float32, last)
     wide = [t.double().requires_grad_() for t in inputs]
     wanted = reference.encode(*wide)
     grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
     wanted_grads = torch.autograd.grad(wanted, wide, grad.double())
     results = []
-    for seed, limit in enumerate((232448, 166912, 101376)):  # two large tiles, two small ones, one
+    for seed, limit in enumerate((SM_90, SM_80)):
         emulated.seed(seed)
         emulated.device(shared_limit=limit)
         results.append(emulated.ops.encode(*inputs))
-        assert torch.equal(results[0], results[-1])  # the size of a tile leaves the order of the sums alone
+        assert torch.equal(results[0], results[-1])  # two tiles under way, and one
+        before = emulated.launches()
         grads = emulated.ops._encode_backward(grad, *inputs)
+        # Backward at 512 channels needs more than sm_80 has.
+        assert emulated.launches() - before == (3 if shape[1] == 512 and limit == SM_80 else 5)
         for what, got, want in zip(("x", "codewords", "scale"), grads, wanted_grads, strict=True):
             close(got, want, torch.float32, what)
         assert grads[0].stride() == inputs[0].stride()
     close(results[0], wanted.detach(), torch.float32)
+
+
+def test_float32_on_tensor_cores_has_the_same_bits_in_any_order(emulated) -> None:
+    for last in (False, True):
+        inputs = features(2, 70, (9, 16), 21, torch.float32, last)
+        check_op(emulated, "encode", inputs, seeds=4, shared_limit=SM_90)
+
+
+def test_float32_at_any_magnitude(emulated) -> None:
+    for magnitude in (1e-6, 1e-3, 1e6):
+        x, c, s = make(1, 40, (192,), 9)
+        inputs = x * magnitude, c * magnitude, s / magnitude**2
+        grad = torch.randn(1, 9, 40, generator=torch.Generator().manual_seed(4)) * magnitude
+        wide = [t.double() for t in inputs]
+        got = [emulated.ops.encode(*inputs), *emulated.ops._encode_backward(grad, *inputs)]
+        truth = [reference.encode(*wide), *_encode_backward(grad.double(), *wide)]
+        assert max(errors(got, truth)) <= 3e-6
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -266,7 +339,7 @@ def test_tensor_cores_are_exact_enough(emulated, norm: float, offset: float, dty
     assert errors([got], [truth])[0] <= (2e-4 if dtype == torch.bfloat16 else 2e-5)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_tensor_cores_spread_nan_and_infinity_as_the_reference(emulated, value: float, dtype: torch.dtype) -> None:
     x, c, s = make(2, 20, (12, 12), 6)
