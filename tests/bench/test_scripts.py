@@ -40,6 +40,7 @@ def test_the_one_of_the_models_says_what_is_missing() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(build.missing()), reason=f"no emulation: {build.missing()}")
 @pytest.mark.parametrize(
     "script, workload, rows",
