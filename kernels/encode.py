@@ -400,8 +400,8 @@ def _encode_backward_kernel(
     parts_ptr: ``[B * chunks, K, D]`` float32 or float64, written: sums of g x', g the gradient of the logits; not by
         aggregate.
     sums_ptr: ``[3, B * chunks, K]`` float32 or float64, written: sums of a, of g, and of g ||x - c||^2.
-    spill_ptr: ``[B * chunks, 2, BLOCK_M, BLOCK_K]`` float32 or float64, where BLOCK_K is over 128: what the products
-        over codewords take a part at a time, because each warp would hold all of it.
+    spill_ptr: ``[B * chunks, 2, BLOCK_M, BLOCK_K]`` float32 or float64, where BLOCK_K is over 128: what the sums over
+        positions and the products over codewords take a part at a time, because each warp would hold all of it.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // chunks
@@ -432,7 +432,13 @@ def _encode_backward_kernel(
                 c = _codes(centered_ptr, k, d, channels, 1, codes, channels, ACC, INDEX)
                 product = tl.dot(values, tl.trans(c), product, input_precision=PRECISION, out_dtype=ACC)
                 squared_x += tl.sum(values * values, axis=1)
-            if OP != _SCALED_L2:
+            if OP == _AGGREGATE or (OP == _ENCODE and BLOCK_K <= 256):
+                g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
+                assigned_grad = tl.dot(values, tl.trans(g), assigned_grad, input_precision=PRECISION, out_dtype=ACC)
+        if OP == _ENCODE and BLOCK_K > 256:  # registers hold one of c and g
+            for start in range(0, channels, BLOCK_D):
+                d = start + lanes
+                values = _features(x, shift_ptr, at, d, x_d, has_position, channels, ACC, INDEX)
                 g = _codes(grad, k, d, grad_k, grad_d, codes, channels, ACC, INDEX)
                 assigned_grad = tl.dot(values, tl.trans(g), assigned_grad, input_precision=PRECISION, out_dtype=ACC)
         # The sums of the tile before were written by other threads, perhaps.
@@ -461,37 +467,63 @@ def _encode_backward_kernel(
         if OP != _SCALED_L2:
             _add_total(sums_a, assigned, k, has_code, tile > first)
 
-        if OP != _AGGREGATE:
-            # In a loop of its own: with what follows, more operands would have to stay in registers than there are.
-            _add_sums(
-                parts_ptr + row * codes * channels,
-                logits_grad,
-                x,
-                shift_ptr,
-                at,
-                x_d,
-                has_position,
-                k,
-                channels,
-                codes,
-                tile > first,
-                ACC,
-                PRECISION,
-                INDEX,
-                BLOCK_S,
-            )
-        target_at = _at_positions(m, width, x_grad_h, x_grad_w, GRAD_FLAT, INDEX)
-        if OP != _AGGREGATE:
-            scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
-            pull = 2.0 * scale[None, :] * logits_grad
-            total_pull = tl.sum(pull, axis=1)
         if BLOCK_K > 128:
+            # Written as soon as they are known: no register keeps them through what follows.
             spilled = spill_ptr + row * (2 * BLOCK_M * BLOCK_K) + tl.arange(0, BLOCK_M)[:, None] * BLOCK_K
             if OP != _AGGREGATE:
-                tl.store(spilled + k[None, :], pull)
+                scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+                tl.store(spilled + k[None, :], logits_grad)
+                total_pull = tl.sum(2.0 * scale[None, :] * logits_grad, axis=1)
             if OP != _SCALED_L2:
                 tl.store(spilled + BLOCK_M * BLOCK_K + k[None, :], assigned)
             tl.debug_barrier()
+
+        if OP != _AGGREGATE:
+            # In loops of their own: with what follows, more operands would have to stay in registers than there are.
+            sums = parts_ptr + row * codes * channels
+            if BLOCK_K > 128:
+                for first_k in range(0, codes, 128):
+                    some = first_k + tl.arange(0, 128)
+                    _add_sums(
+                        sums,
+                        tl.load(spilled + some[None, :]),
+                        x,
+                        shift_ptr,
+                        at,
+                        x_d,
+                        has_position,
+                        some,
+                        channels,
+                        codes,
+                        tile > first,
+                        ACC,
+                        PRECISION,
+                        INDEX,
+                        BLOCK_S,
+                    )
+            else:
+                _add_sums(
+                    sums,
+                    logits_grad,
+                    x,
+                    shift_ptr,
+                    at,
+                    x_d,
+                    has_position,
+                    k,
+                    channels,
+                    codes,
+                    tile > first,
+                    ACC,
+                    PRECISION,
+                    INDEX,
+                    BLOCK_S,
+                )
+        target_at = _at_positions(m, width, x_grad_h, x_grad_w, GRAD_FLAT, INDEX)
+        if OP != _AGGREGATE and BLOCK_K <= 128:
+            scale = tl.load(scale_ptr + k * scale_k, mask=has_code, other=0.0).to(ACC)
+            pull = 2.0 * scale[None, :] * logits_grad
+            total_pull = tl.sum(pull, axis=1)
         for start in tl.range(0, channels, BLOCK_D, num_stages=1):  # registers again
             d = start + lanes
             has_channel = d < channels
@@ -504,7 +536,8 @@ def _encode_backward_kernel(
                     part = first_k + tl.arange(0, 32)
                     if OP != _AGGREGATE:
                         c = _codes(centered_ptr, part, d, channels, 1, codes, channels, ACC, INDEX)
-                        pulled = -tl.load(spilled + part[None, :])
+                        factor = tl.load(scale_ptr + part * scale_k, mask=part < codes, other=0.0).to(ACC)
+                        pulled = -2.0 * factor[None, :] * tl.load(spilled + part[None, :])
                         result = tl.dot(pulled, c, result, input_precision=PRECISION, out_dtype=ACC)
                     if OP != _SCALED_L2:
                         g = _codes(grad, part, d, grad_k, grad_d, codes, channels, ACC, INDEX)
@@ -626,18 +659,27 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
     """Tile of a shape; arrays of positions x codewords stay in registers, one in forward and three in backward."""
     padded = max(16, triton.next_power_of_2(codes))
     old = VERSION < (3, 9)  # whose code takes more registers
+    early = before_sm_90(arch)
     if wide:
         m, d, s, warps, stages = 32, 16, 16, 8 if old else 4, 1
     elif padded <= 32:
-        m, d, s, warps, stages = (64, 32, 32 if old else 64, 4, 1) if backward else (64, 32, 64, 4, 2)
+        m, d, s, warps, stages = 64, 32, 64, 4, 1 if backward else 2
+        if old and backward:
+            d, s, warps = (32, 32, 4) if is_amd(arch) else (16, 16, 8)
+        elif old and early:
+            d = 16
     elif padded <= 64:
         m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
-        if (old and is_amd(arch)) if backward else (old or before_sm_90(arch)):
+        if (old and is_amd(arch)) if backward else (old or early):
             m //= 2
+        if old and early and backward:
+            s = 32
     elif padded <= 128:
-        m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
+        m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 16 if old else 32, 32, 8, 2)
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
+        if padded > 256 and early and not backward:
+            s = 8
     if is_amd(arch):  # each of 4 warps may have 512 registers, of 8 half as many
         warps = 4
     most = max(16, triton.next_power_of_2(channels))
@@ -936,6 +978,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
         ("fp32", 512, 64),
         ("fp32", 512, 128),
         ("fp32", 512, 256),
+        ("fp32", 512, 512),
         ("fp64", 512, 32),
         ("fp32", 19, 5),
     ):

@@ -84,7 +84,7 @@ def test_samples(name: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", FORMULAS)
-@pytest.mark.parametrize("name", ["odd", "sliced", "float16", "float64 features, channels_last"])
+@pytest.mark.parametrize("name", ["odd", "sliced", "float16", "float64 features, channels_last", "many codewords"])
 def test_several_tiles_of_a_chunk(name: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shapes get a tile for each chunk; here a chunk has all."""
     monkeypatch.setattr("rendseg.kernels.encode._PROGRAMS", 1)
@@ -125,7 +125,7 @@ def test_more_positions_than_65535(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_codewords_of_every_tile() -> None:
-    for codes in (16, 17, 64, 128):
+    for codes in (16, 17, 64, 128, 200, 512):
         check_op("encode", make(1, 20, (9, 11), codes))
 
 
