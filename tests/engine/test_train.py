@@ -71,7 +71,9 @@ def test_what_a_run_leaves(uninterrupted: Config) -> None:
 
 
 def test_the_loss_falls_and_scalars_are_written(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, iterations=60, log_every=10, tensorboard=True, checkpoint_every=100)
+    # Small steps, and points drawn evenly: those of uncertain cells lie elsewhere after every step.
+    slowly = ("train.optimizer.lr=0.005", "model.pointrend.importance_ratio=0")
+    config = tiny_config(tmp_path, *slowly, iterations=60, log_every=10, tensorboard=True, checkpoint_every=100)
     history = train(config)["history"]
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
