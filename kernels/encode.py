@@ -452,8 +452,8 @@ def _encode_backward_kernel(
             assigned_grad = tl.where(live, assigned_grad - grad_c[None, :], 0.0)
         if OP == _AGGREGATE:
             where = m.to(tl.int64)[:, None] * given_grad_m + k.to(tl.int64)[None, :] * given_grad_k
-            target = given_grad_ptr + b * given_grad_b + where
-            tl.store(target, assigned_grad.to(given_grad_ptr.dtype.element_ty), mask=live)
+            given_grad = given_grad_ptr + b * given_grad_b + where
+            tl.store(given_grad, assigned_grad.to(given_grad_ptr.dtype.element_ty), mask=live)
         else:
             squared_c = tl.load(squares_ptr + k, mask=has_code, other=0.0)
             distance = _distance(squared_x, squared_c, product)
@@ -675,7 +675,9 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
         if old and early and backward:
             s = 32
     elif padded <= 128:
-        m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 16 if old else 32, 32, 8, 2)
+        m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
+        if old and not backward and not is_amd(arch):
+            d = 16
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
         if padded > 256 and early and not backward:
@@ -984,6 +986,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
     ):
         cases += [_main_case(ENCODE, dtype, False, channels, codes, backward, arch) for backward in (False, True)]
     cases += [_main_case(ENCODE, "bf16", True, 512, 32, True, arch, flat=False)]
+    cases += [
+        _main_case(op, "fp32", False, 512, codes, True, arch) for op in (SCALED_L2, AGGREGATE) for codes in (5, 64, 256)
+    ]
     block_k, block_d = _center_tile(32, 512)
     scratch = ("centered_ptr", "shift_ptr", "squares_ptr", "products_ptr")
     for grad in (False, True):
