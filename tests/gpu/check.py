@@ -131,6 +131,12 @@ def output_of(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def architectures() -> str:
+    """Of the GPUs of this machine, as torch's builds take them."""
+    found = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    return ";".join(sorted({word for word in found if re.fullmatch(r"\d+\.\d+", word)})) or "9.0"
+
+
 def find_sanitizer() -> str | None:
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
@@ -155,6 +161,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="*", default=[], help="operators of the stages smoke and triton; default: all")
     parser.add_argument("--dtypes", nargs="*", default=[], help="dtypes of these stages; default: all")
     parser.add_argument("--tests", nargs="*", default=[], help="files or tests of the stage tests; default: tests/gpu")
+    parser.add_argument("--parts", nargs="*", default=list(sanitize_parts.PARTS), help="of the stage sanitize")
     parser.add_argument("--workers", type=int, default=0, help="processes of the stage tests; default: half the cores")
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in LIMITS]
@@ -196,6 +203,8 @@ class Check:
 
     def environment(self, **more: str) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MAKEFLAGS")}
+        # The programs of the packages of this Python, such as ninja, lie beside it.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "RENDSEG_CHECK_REHEARSE": str(int(self.rehearsal))}
         if self.build_failed:
             env["RENDSEG_DISABLE_EXTENSION"] = "1"  # an older one may lie there
@@ -279,6 +288,7 @@ class Check:
                 RENDSEG_CUDA="1",
                 RENDSEG_REQUIRE_EXTENSION="1",
                 MAX_JOBS=os.environ.get("MAX_JOBS") or str(self.cores),
+                TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(),
             )
         self.run([job], 1, limit, lambda job: ())
         how = job.ended_how()
@@ -298,19 +308,9 @@ class Check:
         self.finish_probe()
         job = self.job("build", "resources", self.python("csrc/check_resources.py", "--table"), 40)
         self.run([job], 1, 40, lambda job: ())
-        found = [
-            line.removeprefix("check_resources: ").strip()
-            for line in job.log.read_text(errors="replace").splitlines()
-            if line.startswith("check_resources: ")
-        ]
+        text = job.log.read_text(errors="replace")
         here = "sm_" + self.machine.get("capability", "").replace(".", "")
-        faults = [line for line in found[:-1] if " on sm_" not in line or f" on {here}" in line]
-        others = len(found[:-1]) - len(faults)
-        if job.returncode == 0 or (found and not faults):
-            tail = f" ({others} findings of other architectures)" if others else ""
-            stage["notes"].append(f"registers: no spills on {here}{tail}" if job.returncode else found[-1])
-        else:
-            stage["notes"] += faults or [f"registers were not looked at: {job.ended_how()}: {job.tail()}"]
+        stage["notes"] += resource_notes(text, here) or [f"registers: not looked at: {job.ended_how()} {job.tail()}"]
 
     def smoke(self, stage: dict[str, Any], limit: float) -> None:
         backend = "emulated" if self.rehearsal else "cpp"
@@ -483,7 +483,7 @@ class Check:
         dtypes = dict(zip(SANITIZERS, sanitize_parts.DTYPES, strict=True))
         jobs = []
         for tool in SANITIZERS:
-            for part in sanitize_parts.PARTS:
+            for part in self.args.parts:
                 command = self.python(
                     *(str(HERE / "sanitize.py"), "--device", self.device, "--part", part),
                     *("--stage", f"sanitize {tool}", "--results", str(self.cases)),
@@ -530,7 +530,7 @@ class Check:
             stage["notes"] += refused[:3]
         for tool, names in called.items():
             missed = schemas() - names
-            if missed and counts["ok"] == len(every):
+            if missed and counts["ok"] == len(every) and self.args.parts == list(sanitize_parts.PARTS):
                 stage["failures"].append(
                     {"case": f"{tool}: {', '.join(sorted(missed))}", "outcome": "operators that nothing calls"}
                 )
@@ -728,6 +728,19 @@ def schemas() -> set[str]:
     """The names of all operators, read from the text of rendseg: importing it would need torch."""
     text = (ROOT / "rendseg" / "ops" / "schemas.py").read_text()
     return set(re.findall(r"^    [\"'](\w+)\(", text, re.MULTILINE))
+
+
+def resource_notes(text: str, here: str) -> list[str]:
+    """What check_resources.py says of the kernels for this device; the number of findings for others."""
+    said = [line.partition(": ")[2].strip() for line in text.splitlines() if line.startswith("check_resources: ")]
+    if not said:
+        return []
+    *faults, verdict = said
+    ours = [line for line in faults if " on sm_" not in line or f" on {here}: " in line]
+    if len(ours) == len(faults):
+        return [f"registers: {line}" for line in [*ours[:4], verdict]]
+    others = f"{len(faults) - len(ours)} findings of other architectures than {here} do not count here"
+    return [f"registers: {line}" for line in [*ours[:4], f"{len(ours)} findings on {here}; {others}"]]
 
 
 def largest(cases: Iterable[dict[str, Any]]) -> str:
