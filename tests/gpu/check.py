@@ -351,6 +351,8 @@ class Check:
             arguments = ["--op", op, "--backend", backend, "--device", self.device, "--stage", name]
             arguments += [part for dtype in dtypes for part in ("--dtype", dtype)]
             arguments += ["--results", str(self.cases), *(["--after", after] if after else [])]
+            arguments += ["--limit", f"{0.8 * limit if backend == 'triton' else min(40.0, 0.8 * limit):.0f}"]
+            arguments += ["--small"] if self.rehearsal and backend == "triton" else []
             job = self.job(
                 name, key, self.python(str(HERE / "smoke.py"), *arguments), limit, **self.threads(at_once), **env
             )
@@ -452,6 +454,7 @@ class Check:
         entries = [entry for entry in read_lines(self.cases) if entry.get("stage") == "tests"]
         collected = max((entry["count"] for entry in entries if entry.get("event") == "collected"), default=0)
         begun, finished = self.outcomes("tests")
+        stage["collected"] = collected
         counts = {"ok": 0, "failed": 0, "timeout": 0, "died": 0, "skipped": 0, "not run": 0}
         for case in sorted(begun | finished.keys()):
             entry = finished.get(case)

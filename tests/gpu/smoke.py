@@ -191,14 +191,18 @@ Measure = tuple[str, float, float]  # what, its error, the bound
 class Case:
     """Inputs of one dtype and layout on the device, and the measures against the reference."""
 
-    def __init__(self, op: str, dtype: str, layout: str, device: str) -> None:
+    def __init__(self, dtype: str, layout: str, device: str, small: bool = False) -> None:
         import torch
 
-        self.torch, self.op, self.device = torch, op, device
+        self.torch, self.device, self.small = torch, device, small
         self.dtype = getattr(torch, dtype)
         self.layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
         self.generator = torch.Generator().manual_seed(11)
         self.wide = self.dtype == torch.float64
+
+    def cut(self, number: int, by: int = 3) -> int:
+        """A length, and with ``by=9`` a number of points: less for Triton's interpreter, which is slow."""
+        return max(number // by, 3) if self.small else number
 
     def normal(self, *shape: int) -> Any:
         """On the CPU, in the dtype and layout."""
@@ -256,7 +260,7 @@ def case_uncertainty(c: Case) -> Iterator[Measure]:
     from rendseg import ops, reference
 
     for channels in (19, 1):
-        logits = c.normal(2, channels, 33, 45)
+        logits = c.normal(2, channels, c.cut(33), c.cut(45))
         got = ops.uncertainty(logits.to(c.device))
         yield c.compare(f"{channels} classes", got, reference.uncertainty(logits.double()), 1e-6)
 
@@ -273,20 +277,22 @@ def case_uncertain_points(c: Case) -> Iterator[Measure]:
 
     chosen = c.torch.tensor([3, 7])
     for channels, points, index in ((19, 200, None), (1, 100, None), (19, 50, chosen)):
-        logits = c.normal(2, channels, 33, 45)
+        height, width, points = c.cut(33), c.cut(45), c.cut(points, 9)
+        logits = c.normal(2, channels, height, width)
         got, coords = ops.uncertain_points(logits.to(c.device), points, None if index is None else index.to(c.device))
         wanted, _ = reference.uncertain_points(logits.double(), points, index)
         yield c.exact(f"{points} of {channels} classes", got, wanted)
-        yield centres(c, "coordinates", coords, wanted, 33, 45)
+        yield centres(c, "coordinates", coords, wanted, height, width)
 
 
 def case_sample_uncertain_points(c: Case) -> Iterator[Measure]:
     from rendseg import ops, reference
 
-    torch, points, drawn = c.torch, 200, 600
+    torch, points = c.torch, c.cut(200, 9)
+    drawn = 3 * points
     kept = int(0.75 * points)
     # Few images and many masks take different kernels.
-    for images, channels, size in ((2, 19, (33, 45)), (150, 1, (16, 16))):
+    for images, channels, size in ((2, 19, (c.cut(33), c.cut(45))), (c.cut(150, 40), 1, (16, 16))):
         logits = c.normal(images, channels, *size)
         draws = torch.rand(images, drawn + points - kept, 2, generator=c.generator)
         got = ops.sample_uncertain_points(logits.to(c.device), points, random_coords=draws.to(c.device)).cpu()
@@ -303,7 +309,7 @@ def case_sample_uncertain_points(c: Case) -> Iterator[Measure]:
         # Rounding of the sampled value, of the margin, and of the place in a map of this width.
         slack = (2 * torch.finfo(c.dtype).eps + 2e-6 * max(size)) * float(logits.double().abs().max())
         yield f"{what}: uncertainty of the chosen", float((best - mine).abs().max()), 2 * slack
-    free = ops.sample_uncertain_points(c.normal(2, 19, 33, 45).to(c.device), points)
+    free = ops.sample_uncertain_points(c.normal(2, 19, c.cut(33), c.cut(45)).to(c.device), points)
     yield "drawn points outside [0, 1]", float(((free < 0) | (free > 1)).sum()), 0.0
     yield "drawn points, how often the first recurs", float((free[0] == free[0, 0]).all(-1).sum() - 1), 0.0
 
@@ -314,17 +320,18 @@ def case_subdivide(c: Case) -> Iterator[Measure]:
 
     torch = c.torch
     for channels, factor, aligned in ((19, 2, False), (19, 3, True), (1, 2, False)):
-        logits = c.normal(2, channels, 17, 23)
+        height, width, points = c.cut(17), c.cut(23), c.cut(100, 9)
+        logits = c.normal(2, channels, height, width)
         leaf, wide = c.leaf(logits), logits.double().requires_grad_()
-        fine, indices, coords = ops.subdivide(leaf, 100, factor, aligned)
+        fine, indices, coords = ops.subdivide(leaf, points, factor, aligned)
         wanted = upsample(wide, factor, aligned)
         what = f"{channels} classes, factor {factor}"
         yield c.compare(what, fine, wanted, 1e-5)
         # The selection is that of the values as stored.
-        right, _ = reference.uncertain_points(fine.detach().cpu().double(), 100)
+        right, _ = reference.uncertain_points(fine.detach().cpu().double(), points)
         yield c.exact(f"{what}: selection", indices, right)
-        yield centres(c, "coordinates", coords, right, 17 * factor, 23 * factor)
-        nothing, same, _ = ops.subdivide(leaf.detach(), 100, factor, aligned, return_logits=False)
+        yield centres(c, "coordinates", coords, right, height * factor, width * factor)
+        nothing, same, _ = ops.subdivide(leaf.detach(), points, factor, aligned, return_logits=False)
         if nothing is not None:
             raise AssertionError("logits that were not wanted")
         yield c.exact(f"{what}: selection without logits", same, right)
@@ -340,10 +347,10 @@ def case_subdivide_labels(c: Case) -> Iterator[Measure]:
 
     torch = c.torch
     for channels in (19, 150):
-        logits = c.normal(2, channels, 17, 23)
+        logits, points = c.normal(2, channels, c.cut(17), c.cut(23)), c.cut(100, 9)
         held = logits.to(c.device)
-        labels, indices, _ = torch.ops.rendseg._subdivide_labels(held, 100)
-        fine, same, _ = subdivide(held, 100)
+        labels, indices, _ = torch.ops.rendseg._subdivide_labels(held, points)
+        fine, same, _ = subdivide(held, points)
         yield c.exact(f"{channels} classes: against its own logits", labels.long(), fine.argmax(1).cpu())
         yield c.exact(f"{channels} classes: selection", indices, same.cpu())
         wide = upsample(logits.double(), 2, False)
@@ -360,9 +367,9 @@ def case_point_sample(c: Case) -> Iterator[Measure]:
     from rendseg import ops, reference
 
     for padding, aligned in (("zeros", False), ("border", True)):
-        maps = [c.normal(2, 37, 21, 30), c.normal(2, 5, 9, 11)]
+        maps = [c.normal(2, c.cut(37), c.cut(21), c.cut(30)), c.normal(2, 5, 9, 11)]
         options = {"padding_mode": padding, "align_corners": aligned}
-        coords = c.uniform(2, 70, 2) * 1.2 - 0.1
+        coords = c.uniform(2, c.cut(70), 2) * 1.2 - 0.1
         mine, right = sampler(ops.point_sample, **options), sampler(reference.point_sample, **options)
         yield from c.with_gradients(f"bilinear, {padding}", mine, right, *maps, coords)
     # The nearest cell has no slope, and no gradient of the coordinates.
@@ -370,11 +377,10 @@ def case_point_sample(c: Case) -> Iterator[Measure]:
     right = sampler(reference.point_sample, coords.double(), mode="nearest")
     yield from c.with_gradients("nearest", mine, right, *maps)
     # Points enough for the kernels that file them under tiles.
-    coords = c.uniform(2, 2000, 2)
+    coords = c.uniform(2, c.cut(2000, 30), 2)
     mine = sampler(ops.point_sample, coords.to(c.device))
-    yield from c.with_gradients(
-        "2000 points", mine, sampler(reference.point_sample, coords.double()), c.normal(2, 40, 60, 70)
-    )
+    value = c.normal(2, c.cut(40), c.cut(60), c.cut(70))
+    yield from c.with_gradients("many points", mine, sampler(reference.point_sample, coords.double()), value)
 
 
 def sampler(function: Callable[..., Any], coords: Any = None, **options: Any) -> Callable[..., Any]:
@@ -392,8 +398,8 @@ def case_point_labels(c: Case) -> Iterator[Measure]:
 
     torch = c.torch
     limits = torch.iinfo(c.dtype)
-    labels = torch.randint(limits.min, limits.max, (2, 40, 50), generator=c.generator).to(c.dtype)
-    coords = torch.rand(2, 300, 2, generator=c.generator) * 1.2 - 0.1
+    labels = torch.randint(limits.min, limits.max, (2, c.cut(40), c.cut(50)), generator=c.generator).to(c.dtype)
+    coords = torch.rand(2, c.cut(300, 9), 2, generator=c.generator) * 1.2 - 0.1
     for at in (coords, coords.double()):
         got = ops.point_labels(labels.to(c.device), at.to(c.device), -1)
         yield c.exact(f"{at.dtype}"[6:], got, reference.point_labels(labels, at, -1))
@@ -403,8 +409,9 @@ def case_scatter_points(c: Case) -> Iterator[Measure]:
     from rendseg import ops, reference
 
     torch = c.torch
-    logits, values = c.normal(2, 19, 33, 45), c.normal(2, 19, 60)
-    indices = torch.stack([torch.randperm(33 * 45, generator=c.generator)[:60] for _ in range(2)])
+    height, width, points = c.cut(33), c.cut(45), c.cut(60)
+    logits, values = c.normal(2, 19, height, width), c.normal(2, 19, points)
+    indices = torch.stack([torch.randperm(height * width, generator=c.generator)[:points] for _ in range(2)])
     held = indices.to(c.device)
     yield from c.with_gradients(
         "new tensor",
@@ -424,7 +431,7 @@ def codebook(c: Case) -> tuple[Any, Any]:
 
 def positions(c: Case) -> Any:
     """``[B, M, D]``: rows of a map in the layout, so a view with the channels far apart, or side by side."""
-    return c.normal(2, 40, 9, 15).flatten(2).transpose(1, 2)
+    return c.normal(2, 40, 9, c.cut(15)).flatten(2).transpose(1, 2)
 
 
 def case_scaled_l2(c: Case) -> Iterator[Measure]:
@@ -436,20 +443,20 @@ def case_scaled_l2(c: Case) -> Iterator[Measure]:
 def case_aggregate(c: Case) -> Iterator[Measure]:
     from rendseg import ops, reference
 
-    weights = c.torch.rand(2, 135, 12, generator=c.generator).to(c.dtype)
-    yield from c.with_gradients("aggregate", ops.aggregate, reference.aggregate, weights, positions(c), codebook(c)[0])
+    x = positions(c)
+    weights = c.torch.rand(2, x.shape[1], 12, generator=c.generator).to(c.dtype)
+    yield from c.with_gradients("aggregate", ops.aggregate, reference.aggregate, weights, x, codebook(c)[0])
 
 
 def case_encode(c: Case) -> Iterator[Measure]:
     from rendseg import ops, reference
 
-    yield from c.with_gradients("one dtype", ops.encode, reference.encode, c.normal(2, 40, 9, 15), *codebook(c))
+    yield from c.with_gradients("one dtype", ops.encode, reference.encode, c.normal(2, 40, 9, c.cut(15)), *codebook(c))
     # Half features with codewords in float32 are what training under autocast gives; 512 channels as in the paper.
-    words, scale = c.torch.randn(32, 512, generator=c.generator), -c.torch.rand(32, generator=c.generator) / 256
-    words, scale = (words.double(), scale.double()) if c.wide else (words, scale)
-    yield from c.with_gradients(
-        "codewords in float32", ops.encode, reference.encode, c.normal(1, 512, 12, 11), words, scale
-    )
+    channels, x = c.cut(512, 8), c.normal(1, c.cut(512, 8), 12, c.cut(11))
+    words, scale = c.torch.randn(32, channels, generator=c.generator), -c.torch.rand(32, generator=c.generator)
+    words, scale = words.to(c.torch.float64 if c.wide else words.dtype), scale.to(x.dtype if c.wide else scale.dtype)
+    yield from c.with_gradients("codewords in float32", ops.encode, reference.encode, x, words, scale * 2 / channels)
 
 
 def case_refine(c: Case) -> Iterator[Measure]:
@@ -462,32 +469,33 @@ def case_refine(c: Case) -> Iterator[Measure]:
     torch = c.torch
     # The head runs in TF32 where float32 may, and halves are rounded after every layer.
     loose = {torch.float64: 1e-9, torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 1e-1}[c.dtype]
+    h, w, points = c.cut(16), c.cut(24), c.cut(150, 9)
     for classes, hidden, layers in ((19, 64, 3), (1, 64, 3), (5, 32, 0)):
-        coarse, features = c.normal(2, classes, 16, 24), c.normal(2, 64, 32, 48)
+        coarse, features = c.normal(2, classes, h, w), c.normal(2, 64, 2 * h, 2 * w)
         torch.manual_seed(3)
         head = PointHead(64, classes, hidden, layers, init="torch").eval().requires_grad_(False).to(c.dtype)
         wide, on_device = copy.deepcopy(head).double(), copy.deepcopy(head).to(c.device)
         held, maps = coarse.to(c.device), features.to(c.device)
-        at = every_cell(coarse, 32, 48)
+        at = every_cell(coarse, 2 * h, 2 * w)
         answers = wide(
             reference.point_sample(features.double(), at.double()), reference.point_sample(coarse.double(), at.double())
-        ).view(2, classes, 32, 48)
+        ).view(2, classes, 2 * h, 2 * w)
         fine = upsample(coarse.double(), 2, False)
         for name, called in (("stock head", on_device), ("any head", lambda f, g, h=on_device: h(f, g))):
             what = f"{name}, {classes} classes"
-            whole = refine(held, maps, called, steps=1, num_points=32 * 48)
+            whole = refine(held, maps, called, steps=1, num_points=4 * h * w)
             largest = max(float(answers.abs().max()), 1.0)
             yield f"{what}, every cell", c.compare("", whole, answers)[1], loose * largest
-            some = refine(held, maps, called, steps=1, num_points=150)
+            some = refine(held, maps, called, steps=1, num_points=points)
             # A cell holds the head's answer or the interpolated logits; which, the selection says.
-            indices, _ = reference.uncertain_points(upsample(coarse, 2, False), 150)
-            taken = torch.zeros(2, 32 * 48, dtype=torch.bool).scatter(1, indices, True).view(2, 1, 32, 48)
+            indices, _ = reference.uncertain_points(upsample(coarse, 2, False), points)
+            taken = torch.zeros(2, 4 * h * w, dtype=torch.bool).scatter(1, indices, True).view(2, 1, 2 * h, 2 * w)
             off = (some.cpu().double() - torch.where(taken, answers, fine)).abs().amax(1)
             bound = loose * max(largest, float(fine.abs().max()))
             # Where rounding ties or turns an uncertainty round, a cell may be chosen for another.
             yield f"{what}, cells that differ", float((off > bound).sum()), 4.0
-            deep = refine(held, maps, called, steps=2, num_points=150)
-            labels = refine(held, maps, called, steps=2, num_points=150, output="labels")
+            deep = refine(held, maps, called, steps=2, num_points=points)
+            labels = refine(held, maps, called, steps=2, num_points=points, output="labels")
             yield c.exact(f"{what}, labels against its own logits", labels.long(), deep.argmax(1).cpu())
             yield f"{what}, values that are not finite", float((~deep.isfinite()).sum()), 0.0
 
@@ -513,7 +521,7 @@ def recorder() -> Any:
     return Recorder()
 
 
-def run_case(op: str, dtype: str, layout: str, device: str) -> tuple[Measure, list[str]]:
+def run_case(op: str, dtype: str, layout: str, device: str, small: bool) -> tuple[Measure, list[str]]:
     """The measure that comes nearest to its bound, or passes it furthest; and the operators that ran."""
     torch = sys.modules["torch"]
     if device == "cuda":  # what the allocator hands out next holds NaN
@@ -521,7 +529,7 @@ def run_case(op: str, dtype: str, layout: str, device: str) -> tuple[Measure, li
             torch.full((size,), math.nan, device="cuda")
     worst: Measure | None = None
     with recorder() as recorded:
-        for measure in RUN[op](Case(op, dtype, layout, device)):
+        for measure in RUN[op](Case(dtype, layout, device, small)):
             if worst is None or share(measure) > share(worst):
                 worst = measure
     if device == "cuda":
@@ -561,6 +569,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--after", default="", help="begin behind this case")
     parser.add_argument("--results", type=Path, help="append lines of JSON to this file; default: print them")
     parser.add_argument("--limit", type=float, default=60, help="seconds for a case")
+    parser.add_argument("--small", action="store_true", help="fewer cells and points")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args(argv)
     names = [name for op in args.op or OPS for name in case_names(op, args.backend, tuple(args.dtype))]
@@ -587,7 +596,7 @@ def main(argv: list[str] | None = None) -> int:
             entry: dict[str, Any] = {"case": current, "event": "end"}
             try:
                 planted(plant(args.stage, current))
-                measure, called = run_case(op, dtype, layout, args.device)
+                measure, called = run_case(op, dtype, layout, args.device, args.small)
                 entry |= {"what": measure[0], "error": measure[1], "bound": measure[2], "ops": called}
                 entry["outcome"] = "ok" if measure[1] <= measure[2] else "wrong"
             except Exception as error:
