@@ -126,11 +126,14 @@ def test_a_short_rehearsal_with_planted_faults(tmp_path: Path) -> None:
     """A segmentation fault and a lost CUDA context, in smoke and in the tests: every other result is there."""
     build.build_library()
     env = without(tmp_path / "path", "pydantic", "typer")
-    lost = "test_matches_the_reference[case0-False-dtype1]"
-    crashed = "test_matches_the_reference[case0-False-dtype0]"
+    names = {
+        dtype: f"test_scatter_points.py::test_matches_the_reference[(2, 19, 65, 33, 200)-False-torch.{dtype}]"
+        for dtype in ("float16", "bfloat16", "float32", "float64")
+    }
     env["RENDSEG_CHECK_PLANT"] = (
         "smoke:scatter_points float32 channels_last@segv,smoke:uncertainty float32 contiguous@sticky,"
-        f"tests:{crashed}@segv,tests:test_launches@sticky,sanitize memcheck:encoding float32@segv"
+        "tests:200)-False-torch.float16@segv,tests:200)-False-torch.bfloat16@sticky,"
+        "sanitize memcheck:encoding float32@segv"
     )
     env["RENDSEG_CHECK_CASES"] = "4"
     done, result = driver(
@@ -153,9 +156,9 @@ def test_a_short_rehearsal_with_planted_faults(tmp_path: Path) -> None:
     assert "SIGSEGV" in told["scatter_points float32 channels_last"]
     assert "the CUDA context is lost" in told["uncertainty float32 contiguous"]
     tested = outcomes(result, "tests")
-    assert tested[f"test_scatter_points.py::{crashed}"] == "died"
-    assert tested[f"test_scatter_points.py::{lost}"] == "ok"
-    assert sorted(tested.values()).count("ok") >= 3 and len(tested) == stage(result, "tests")["collected"]
+    assert [tested[name] for name in names.values()] == ["died", "failed", "ok", "ok"]
+    assert len(tested) == stage(result, "tests")["collected"] == 6
+    assert stage(result, "tests")["counts"]["not run"] == 0
     assert set(outcomes(result, "triton").values()) == {"ok"}
     assert outcomes(result, "sanitize") == {
         "memcheck encoding": "failed",
@@ -163,8 +166,9 @@ def test_a_short_rehearsal_with_planted_faults(tmp_path: Path) -> None:
         "initcheck encoding": "ok",
     }
     text = done.stdout[done.stdout.index("== gpu-check: summary ==") :]
-    for words in ("scatter_points float32 channels_last: died", "uncertainty float32 contiguous: error", crashed):
+    for words in ("scatter_points float32 channels_last: died", "uncertainty float32 contiguous: error"):
         assert words in text
+    assert names["float16"] + ": died" in text and names["bfloat16"] + ": failed" in text
     assert len(text.splitlines()) <= 100
     assert len(list((tmp_path / "out").iterdir())) <= 8
 

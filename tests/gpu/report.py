@@ -82,6 +82,12 @@ def speed_lines(rows: Iterable[Mapping[str, Any]], limit: int = MAX_ROWS) -> lis
     return [head, *lines[:limit], *more]
 
 
+def ceilings(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What copies and products reach on this device, as the first benchmark measured it."""
+    found = next((row["ceilings"] for row in rows if row.get("ceilings")), {})
+    return cut("ceilings: " + ", ".join(f"{key} {figure(value)}" for key, value in found.items())) if found else ""
+
+
 def stage_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{'stage':<12}{'outcome':<11}{'seconds':>8}{'limit':>7}  counts"]
     for stage in stages:
@@ -139,6 +145,8 @@ def summary(report: Mapping[str, Any]) -> str:
         head.append("REHEARSAL: emulated kernels on a CPU at small sizes; the times and speeds below mean nothing.")
     for shown, kept in ((MAX_FAILURES, MAX_ROWS), (30, 24), (20, 20), (12, 12), (5, 5)):
         speed = speed_lines(report.get("rows", ()), kept)
+        if speed and ceilings(report["rows"]):
+            speed.insert(0, ceilings(report["rows"]))
         lines = [*head, "", *stage_lines(stages), "", *failure_lines(failures, shown)]
         if notes:
             lines += ["", *(cut(note) for note in notes[:MAX_NOTES])]
