@@ -352,7 +352,7 @@ class Check:
             arguments += [part for dtype in dtypes for part in ("--dtype", dtype)]
             arguments += ["--results", str(self.cases), *(["--after", after] if after else [])]
             arguments += ["--limit", f"{0.8 * limit if backend == 'triton' else min(40.0, 0.8 * limit):.0f}"]
-            arguments += ["--small"] if self.rehearsal and backend == "triton" else []
+            arguments += ["--small"] if self.rehearsal and (backend == "triton" or op == "refine") else []
             job = self.job(
                 name, key, self.python(str(HERE / "smoke.py"), *arguments), limit, **self.threads(at_once), **env
             )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MAX_LINES, MAX_CHARS, WIDTH = 100, 10_800, 170
+MAX_LINES, MAX_CHARS, WIDTH = 100, 10_800, 190
 MAX_FAILURES, MAX_NOTES, MAX_ROWS = 42, 12, 28
 COLUMNS = ("rendseg", "triton", "eager", "hand-tuned", "compile")
 
