@@ -45,7 +45,8 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("RENDSEG_", "TRITON_", "PYTEST_"))
     }
-    kept.pop("OUT", None)
+    for name in ("OUT", "STAGES", "BUDGET", "REHEARSE"):
+        kept.pop(name, None)
     return {**kept, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
 

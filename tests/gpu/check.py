@@ -49,6 +49,7 @@ LIMITS = {
     "bench": 240.0,
 }
 BUDGET = 480.0
+REHEARSAL_BUDGET = 1800.0  # a rehearsal may have two slow cores; its limits are stretched likewise
 LEAST = {"build": 20.0, "bench-quick": 20.0, "sanitize": 20.0, "bench": 25.0}  # not begun with less; 10 for the others
 RESERVE = 4.0  # seconds for the last files and the summary
 NEEDS_EXTENSION = ("smoke", "bench-quick", "tests", "sanitize", "bench")
@@ -149,7 +150,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stages", nargs="*", default=words("STAGES"), help=f"of {', '.join(LIMITS)}; default: all")
     parser.add_argument(
-        "--budget", type=float, default=float(os.environ.get("BUDGET") or BUDGET), help="seconds for the whole"
+        "--budget",
+        type=float,  # also of the text in the environment
+        default=os.environ.get("BUDGET") or None,
+        help=f"seconds for the whole; default: {BUDGET:g}, in a rehearsal {REHEARSAL_BUDGET:g}",
     )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check"))
     parser.add_argument(
@@ -162,12 +166,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="*", default=[], help="dtypes of these stages; default: all")
     parser.add_argument("--tests", nargs="*", default=[], help="files or tests of the stage tests; default: tests/gpu")
     parser.add_argument("--parts", nargs="*", default=list(sanitize_parts.PARTS), help="of the stage sanitize")
-    parser.add_argument("--workers", type=int, default=0, help="processes of the stage tests; default: half the cores")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes of the stage tests; default: the cores but four"
+    )
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in LIMITS]
     if unknown:
         parser.error(f"STAGES: no stage is called {', '.join(unknown)}; there are {', '.join(LIMITS)}")
     args.stages = [name for name in LIMITS if not args.stages or name in args.stages]
+    if args.budget is None:
+        args.budget = REHEARSAL_BUDGET if args.rehearse else BUDGET
     if not args.budget > 0:
         parser.error(f"BUDGET must be a number of seconds above 0, got {args.budget:g}")
     return args
@@ -315,7 +323,7 @@ class Check:
     def smoke(self, stage: dict[str, Any], limit: float) -> None:
         backend = "emulated" if self.rehearsal else "cpp"
         jobs = [(op, ()) for op in self.args.ops or smoke.OPS]
-        self.operators(stage, limit, backend, jobs, min(6, self.cores), {})
+        self.operators(stage, limit, backend, jobs, max(1, min(12, self.cores - 2)), {})
 
     def triton(self, stage: dict[str, Any], limit: float) -> None:
         # Compilation takes a core each: a process for each operator and dtype, those of the large kernels first.
@@ -327,6 +335,11 @@ class Check:
             for dtype in (smoke.dtypes_of(op, "triton")[:1] if op == "point_labels" else smoke.dtypes_of(op, "triton"))
             if not self.args.dtypes or dtype in self.args.dtypes
         ]
+        if self.rehearsal:  # starting a process takes longer than the rest: one for each operator, and two dtypes
+            two = {"uint8", "float32", "bfloat16"}
+            jobs = [
+                (op, tuple(d for o, (d,) in jobs if o == op and d in two)) for op in dict.fromkeys(o for o, _ in jobs)
+            ]
         env = {"TRITON_INTERPRET": "1"} if self.rehearsal else {}
         self.operators(stage, limit, "triton", jobs, max(1, self.cores - 2), env)
 
@@ -434,7 +447,7 @@ class Check:
         if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("xdist") is None:
             stage.update(outcome="not run", reason="pytest or pytest-xdist is not installed")
             return
-        workers = self.args.workers or max(1, min(8, self.cores // 2))
+        workers = self.args.workers or max(1, min(12, self.cores - 4))
         chosen = [str(Path("tests/gpu") / name) for name in self.args.tests] or ["tests/gpu"]
         job = self.job(
             "tests",
@@ -485,10 +498,12 @@ class Check:
             return
         dtypes = dict(zip(SANITIZERS, sanitize_parts.DTYPES, strict=True))
         jobs = []
+        groups = [tuple(self.args.parts)] if self.rehearsal else [(part,) for part in self.args.parts]
         for tool in SANITIZERS:
-            for part in self.args.parts:
+            for parts in groups:
                 command = self.python(
-                    *(str(HERE / "sanitize.py"), "--device", self.device, "--part", part),
+                    *(str(HERE / "sanitize.py"), "--device", self.device),
+                    *(word for part in parts for word in ("--part", part)),
                     *("--stage", f"sanitize {tool}", "--results", str(self.cases)),
                 )
                 if self.rehearsal:  # without the tools, a dtype for each
@@ -501,22 +516,26 @@ class Check:
                         *command,
                     ]
                 # Without torch's cache of memory each tensor has bounds of its own.
-                jobs.append(self.job("sanitize", f"{tool} {part}", command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+                jobs.append(
+                    self.job(
+                        "sanitize", f"{tool} {','.join(parts)}", command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+                    )
+                )
         every = list(jobs)
         self.run(jobs, min(len(jobs), max(1, self.cores - 2)), limit, lambda job: ())
         counts = {"ok": 0, "failed": 0, "timeout": 0, "not run": 0}
         refused: list[str] = []
         called: dict[str, set[str]] = {tool: set() for tool in SANITIZERS}
         for job in every:
-            tool, part = job.name.split()
+            tool, parts = job.name.split()[0], tuple(job.name.split()[1].split(","))
             begun, finished = self.outcomes(f"sanitize {tool}")
-            mine = {case: entry for case, entry in finished.items() if case.startswith(part)}
+            mine = {case: entry for case, entry in finished.items() if case.startswith(parts)}
             for entry in mine.values():
                 called[tool].update(entry.get("ops", ()))
             if not job.started:
                 kind, message = "not run", "the time was up"
             else:
-                kind, message = sanitizer_verdict(job, any(case.startswith(part) for case in begun), self.rehearsal)
+                kind, message = sanitizer_verdict(job, any(case.startswith(parts) for case in begun), self.rehearsal)
             if kind == "timeout":
                 message += f"; {len(mine)} of its dtypes were done"
             counts[kind] += 1
