@@ -319,7 +319,8 @@ def case_subdivide(c: Case) -> Iterator[Measure]:
     from rendseg.reference.subdivide import upsample
 
     torch = c.torch
-    for channels, factor, aligned in ((19, 2, False), (19, 3, True), (1, 2, False)):
+    variants = ((19, 2, False), (19, 3, True), (1, 2, False))
+    for channels, factor, aligned in ((5, 2, False), (1, 3, True)) if c.small else variants:
         height, width, points = c.cut(17), c.cut(23), c.cut(100, 9)
         logits = c.normal(2, channels, height, width)
         leaf, wide = c.leaf(logits), logits.double().requires_grad_()
@@ -346,7 +347,7 @@ def case_subdivide_labels(c: Case) -> Iterator[Measure]:
     from rendseg.reference.subdivide import upsample
 
     torch = c.torch
-    for channels in (19, 150):
+    for channels in (5,) if c.small else (19, 150):
         logits, points = c.normal(2, channels, c.cut(17), c.cut(23)), c.cut(100, 9)
         held = logits.to(c.device)
         labels, indices, _ = torch.ops.rendseg._subdivide_labels(held, points)
@@ -469,11 +470,11 @@ def case_refine(c: Case) -> Iterator[Measure]:
     torch = c.torch
     # The head runs in TF32 where float32 may, and halves are rounded after every layer.
     loose = {torch.float64: 1e-9, torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 1e-1}[c.dtype]
-    h, w, points = c.cut(16), c.cut(24), c.cut(150, 9)
-    for classes, hidden, layers in ((19, 64, 3), (1, 64, 3), (5, 32, 0)):
-        coarse, features = c.normal(2, classes, h, w), c.normal(2, 64, 2 * h, 2 * w)
+    h, w, points, width = c.cut(16), c.cut(24), c.cut(150, 9), 64
+    for classes, hidden, layers in ((5, 32, 2),) if c.small else ((19, 64, 3), (1, 64, 3), (5, 32, 0)):
+        coarse, features = c.normal(2, classes, h, w), c.normal(2, width, 2 * h, 2 * w)
         torch.manual_seed(3)
-        head = PointHead(64, classes, hidden, layers, init="torch").eval().requires_grad_(False).to(c.dtype)
+        head = PointHead(width, classes, hidden, layers, init="torch").eval().requires_grad_(False).to(c.dtype)
         wide, on_device = copy.deepcopy(head).double(), copy.deepcopy(head).to(c.device)
         held, maps = coarse.to(c.device), features.to(c.device)
         at = every_cell(coarse, 2 * h, 2 * w)
@@ -481,7 +482,8 @@ def case_refine(c: Case) -> Iterator[Measure]:
             reference.point_sample(features.double(), at.double()), reference.point_sample(coarse.double(), at.double())
         ).view(2, classes, 2 * h, 2 * w)
         fine = upsample(coarse.double(), 2, False)
-        for name, called in (("stock head", on_device), ("any head", lambda f, g, h=on_device: h(f, g))):
+        heads = [("stock head", on_device), ("any head", lambda f, g, h=on_device: h(f, g))]
+        for name, called in heads[:1] if c.small else heads:
             what = f"{name}, {classes} classes"
             whole = refine(held, maps, called, steps=1, num_points=4 * h * w)
             largest = max(float(answers.abs().max()), 1.0)
