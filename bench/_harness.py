@@ -2,10 +2,18 @@
 
 Usage in a script::
 
+    def rows(bench):
+        bench.run("Enc", forward, bench)  # forward calls bench.compare("forward", {"eager": f, "rendseg": g}, ...)
+        bench.bar("forward against eager", bench.ratio("forward", "eager", "rendseg"), at_least=3.0)
+
     bench = Bench("encode", __doc__)
-    bench.compare("forward", {"eager": f, "rendseg": g}, baseline="eager", floor=floor)
-    bench.bar("forward against eager", bench.ratio("forward", "eager", "rendseg"), at_least=3.0)
-    raise SystemExit(bench.finish())
+    raise SystemExit(bench.main(rows))
+
+Nothing that was timed is lost. Each row goes to ``<output>/<name>-rows.jsonl`` at once, with ceilings, provenance and
+flags. A candidate that raises is named and the other candidates of its row are timed; a part (``bench.run``) that
+raises is named and the next part runs. The JSON with everything is written after each part and at the end, and the exit
+status is 1 if anything failed. After an error that leaves the GPU unusable for this process, what is left is named as
+not run.
 
 Speeds are ratios of medians within one run: the candidates of a row are run in turn, round after round, so that a slow
 spell of the machine meets all of them alike.
@@ -18,6 +26,11 @@ L2 cache holds; such a candidate finds its inputs in memory, and the figure with
 On a GPU every candidate "rendseg ..." has a twin "triton ...": the same call under ``rendseg.backend("triton")``. Its
 goals are three fifths of the speed of the CUDA C++ kernels, and more than that of eager PyTorch and of torch.compile.
 On a CPU the twin is left out: Triton's interpreter tells nothing about speed.
+
+``--quick`` on a GPU is a choice of workloads at their real sizes (``GPU_QUICK``) with short times for each column, and
+torch.compile for W1 alone. ``--only W1,T2`` chooses workloads; every script takes the names of all of them and runs its
+own. ``--rehearse`` runs the rows of a GPU on a CPU, at tiny sizes, with the emulated CUDA kernels in the place of the
+CPU kernels: it tries the scripts, and its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +38,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -49,9 +65,20 @@ from rendseg.ops._triton import failure as triton_failure  # noqa: E402
 
 Candidate = Callable[[], Any]
 
+# The workloads of each script, in the order in which they run.
+WORKLOADS = {
+    "refine": ("W1", "W2", "W3", "stages"),
+    "points": ("T1", "T2", "T3", "step", "scatter"),
+    "encode": ("Enc", "broadcast"),
+}
+GPU_QUICK = ("W1", "W2", "T2", "T3", "Enc")  # what --quick runs on a GPU
+
 CALLS = 20  # in a sample on a GPU, unless they take longer than SAMPLE_MS
 SAMPLE_MS = 5.0
-GPU_BUDGET_S = 2.0  # for a column of a row
+GPU_BUDGET_S, GPU_QUICK_BUDGET_S = 2.0, 0.4  # for the first column of a row; half of it for each other column
+GPU_WARM_S, GPU_QUICK_WARM_S = 0.5, 0.1  # of warming up before the samples of a column, after the first two calls
+NVIDIA_SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+MEANINGLESS = "REHEARSAL: emulated kernels, tiny sizes; the figures mean nothing"
 OURS, TRITON = "rendseg", "triton"  # how candidates that call our operators begin
 TRITON_SHARE = 0.6  # of the speed of the CUDA C++ kernels
 
@@ -64,6 +91,7 @@ class Timing:
     p10: float
     p90: float
     samples: int
+    first_call_s: float = 0.0  # compilation included
 
 
 class Rotation:
@@ -98,10 +126,42 @@ def backend_of(key: str) -> AbstractContextManager[None]:
     return rendseg.backend("triton") if key.startswith(TRITON) else nullcontext()
 
 
-def _quantiles(samples: list[float]) -> Timing:
+def column_of(key: str) -> str:
+    """The column of a table of speed that a candidate stands in, by its name."""
+    if key.startswith((OURS, TRITON)):
+        return OURS if key.startswith(OURS) else TRITON
+    if "compile" in key:
+        return "torch.compile"
+    return "hand-tuned eager" if "tuned" in key or key.startswith("gemm") else "eager"
+
+
+def workloads_of(name: str, only: str | None, default: Collection[str]) -> list[str]:
+    """The workloads that script ``name`` runs; an unknown name in ``only`` ends the process with one line."""
+    known = {workload.lower(): workload for workloads in WORKLOADS.values() for workload in workloads}
+    own = WORKLOADS.get(name, ())
+    if only is None:
+        return [workload for workload in own if workload in default]
+    asked = [word.strip() for word in only.split(",") if word.strip()]
+    unknown = [word for word in asked if word.lower() not in known]
+    if unknown or not asked:
+        print(
+            f"bench/{name}.py: --only takes {','.join(known.values())} (commas between), got {only!r}", file=sys.stderr
+        )
+        raise SystemExit(2)
+    return [workload for workload in own if workload.lower() in {word.lower() for word in asked}]
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _quantiles(samples: list[float], first_call_s: float) -> Timing:
     ordered = sorted(samples)
     last = len(ordered) - 1
-    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
+    low, high = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+    return Timing(statistics.median(ordered), low, high, len(ordered), first_call_s)
 
 
 class Bench:
@@ -111,41 +171,146 @@ class Bench:
         parser = argparse.ArgumentParser(
             prog=f"bench/{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        parser.add_argument("--quick", action="store_true", help="small cases and few samples: ends within a minute")
+        parser.add_argument("--quick", action="store_true", help="few samples: small cases, on a GPU a choice of them")
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
         parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
         parser.add_argument(
             "--samples", type=int, default=0, help="samples per candidate (0: 20 on the CPU, 50 on a GPU)"
         )
         parser.add_argument("--compile", action="store_true", help="time torch.compile too even with --quick")
+        if name in WORKLOADS:
+            parser.add_argument("--only", help=f"workloads, with commas between: {','.join(WORKLOADS[name])}")
+            parser.add_argument(
+                "--rehearse", action="store_true", help="try the rows of a GPU on this CPU; the figures mean nothing"
+            )
+        parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further part after this time")
         parser.add_argument("--output", type=Path, default=None, help="folder of the JSON and the plot")
         parser.add_argument("--no-plot", action="store_true", help="write no plot")
+        self._begin = time.monotonic()
         self.args = parser.parse_args(argv)
         self.name = name
-        self.device = torch.device(self.args.device)
+        self.rehearsal: bool = getattr(self.args, "rehearse", False)
+        self.device = torch.device("cpu" if self.rehearsal else self.args.device)
         self.quick: bool = self.args.quick
-        self.with_compile: bool = self.args.compile or not self.quick
+        self._cuda = self.device.type == "cuda"
+        every = WORKLOADS.get(name, ())
+        only = getattr(self.args, "only", None)
+        self.workloads = workloads_of(name, only, GPU_QUICK if self.quick and self.for_gpu else every)
+        if every and not self.workloads:
+            print(f"bench/{name}.py: nothing to do, its workloads are {','.join(every)}")
+            raise SystemExit(0)
+        if self._cuda and not torch.cuda.is_available():
+            print(f"bench/{name}.py: torch finds no GPU", file=sys.stderr)
+            raise SystemExit(1)
+        self.with_compile: bool = self.args.compile or not (self.quick or self.rehearsal)
         if self.args.threads:
             torch.set_num_threads(self.args.threads)
-        self.samples = self.args.samples or (50 if self.device.type == "cuda" else 7 if self.quick else 20)
+        few = 10 if self._cuda else 7
+        self.samples = self.args.samples or (few if self.quick else 50 if self._cuda else 20)
+        if self.rehearsal:
+            self.samples = self.args.samples or 1
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.failures: list[str] = []
+        self.lost = ""  # why the GPU cannot be used any more by this process
+        self._complete = False
         self._timings: dict[tuple[str, str], Timing] = {}
-        self._cuda = self.device.type == "cuda"
+        self._emulated = self._take_emulated_kernels() if self.rehearsal else None
         if self._cuda:
             # Not the default stream, which cannot be captured: a backward pass runs on the stream of its forward pass.
             torch.cuda.set_stream(torch.cuda.Stream(self.device))
+        self.provenance = self._provenance()
         print(f"{name}: {self._device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        self.ceilings = self._measure_ceilings()
+        if self.rehearsal:
+            self.note(MEANINGLESS)
+        self.ceilings: dict[str, float] = {}
+        try:
+            self.ceilings = self._measure_ceilings()
+        except Exception as error:
+            self.fail("ceilings", error)
+        self._clear()
         text = ", ".join(f"{key} {value:.4g}" for key, value in self.ceilings.items())
-        print(f"ceilings measured now: {text}")
+        print(f"ceilings measured now: {text}", flush=True)
         self.no_triton = self._no_triton()
         if self.no_triton:
             self.note(f"no column triton: {self.no_triton}")
         elif "cuda" not in rendseg.backends["cpp"].devices:
             self.note(f"rendseg is Triton here, too: {rendseg.backends['cpp'].cause}")
+
+    def _take_emulated_kernels(self) -> Any:
+        try:
+            from tests.emulation import as_backend
+        except Exception as error:
+            print(f"bench/{self.name}.py: no rehearsal without the emulated kernels: {one_line(error)}")
+            raise SystemExit(1) from error
+        return as_backend._EMULATED
+
+    # -- parts and failures ------------------------------------------------------------------------------------------
+
+    @property
+    def for_gpu(self) -> bool:
+        """Whether the rows are those of a GPU."""
+        return self._cuda or self.rehearsal
+
+    def wants(self, workload: str) -> bool:
+        return workload in self.workloads
+
+    def main(self, body: Callable[[Bench], None]) -> int:
+        """``body(bench)``, then the results, whatever ``body`` raises; returns the exit status."""
+
+        def end(number: int, frame: Any) -> None:
+            raise KeyboardInterrupt(f"signal {number}")
+
+        # What a driver sends when the time is up: no row may take that for a failure of its own.
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            body(self)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            self.fail("the run ended early", error)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return self.finish()
+
+    def run(self, title: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(...)``, a part of the run. What it raises is a failure of this part; then ``None`` is returned."""
+        seconds = time.monotonic() - self._begin
+        if self.lost or seconds > self.args.seconds:
+            cause = f"the GPU was lost before: {self.lost}" if self.lost else f"{seconds:.0f} s are gone"
+            self.note(f"{title}: not run, {cause}")
+            if self.lost:
+                self.failures.append(f"{title}: not run, the GPU was lost before")
+            return None
+        try:
+            return function(*args, **kwargs)
+        except (Exception, SystemExit) as error:
+            self.fail(title, error)
+            return None
+        finally:
+            gc.collect()
+            self._clear()
+            self._write()
+
+    def fail(self, title: str, error: BaseException | str) -> None:
+        """Name a failure, with the traceback in the log, and see whether the GPU still answers."""
+        self.failures.append(f"{title}: {error if isinstance(error, str) else one_line(error)}")
+        self.note(f"  FAILED {self.failures[-1]}")
+        if isinstance(error, BaseException):
+            traceback.print_exception(error, limit=-4)
+        if not self.lost:
+            try:
+                self._synchronize()
+            except RuntimeError as sticky:
+                self.lost = one_line(sticky)
+                self.note(f"  the GPU cannot be used any more in this process: {self.lost}")
+
+    def _clear(self) -> None:
+        """Give memory back: that of finished graphs would stay in pools of their own."""
+        if self._cuda and not self.lost:
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                self.note(f"  memory could not be given back: {one_line(error)}")
 
     # -- Triton ------------------------------------------------------------------------------------------------------
 
@@ -160,23 +325,30 @@ class Bench:
             return "TRITON_INTERPRET is set, and interpreted kernels tell nothing about speed"
         return triton_failure()
 
-    def with_triton(self, row: str, candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
-        """The candidates, and after each of ours the same call as ``"triton ..."``; one that raises is left out."""
+    def with_triton(
+        self, row: str, candidates: Mapping[str, Candidate], twins: Collection[str] | None = None
+    ) -> dict[str, Candidate]:
+        """The candidates, and after each of ours (of ``twins`` only, if given) the same call as ``"triton ..."``.
+
+        A twin that raises is left out.
+        """
         both: dict[str, Candidate] = {}
         for key, candidate in candidates.items():
             both[key] = candidate
-            if not key.startswith(OURS) or self.no_triton:
+            if not key.startswith(OURS) or self.no_triton or (twins is not None and key not in twins) or self.lost:
                 continue
             twin = TRITON + key.removeprefix(OURS)
+            begin = time.monotonic()
             try:
                 with backend_of(twin):
                     candidate()
                 self._synchronize()
             except Exception as error:
-                self.failures.append(f"{row}, {twin}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                self.note(f"  FAILED {self.failures[-1]}")
+                self.fail(f"{row}, {twin}", error)
             else:
                 both[twin] = candidate
+            if time.monotonic() - begin > 1:
+                self.note(f"  {row}, {twin}: {time.monotonic() - begin:.1f} s until its kernels were compiled")
         return both
 
     def _triton_bars(self, row: str, timings: Mapping[str, Timing]) -> None:
@@ -199,10 +371,12 @@ class Bench:
 
     def cold(self, function: Callable[..., Any], *tensors: torch.Tensor) -> Candidate:
         """``function(*tensors)`` whose inputs are not in the L2 cache of a GPU; on the CPU just that call."""
-        if not self._cuda:
+        if not self.for_gpu:
             return lambda: function(*tensors)
-        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        copies = sets_to_rotate(sum(t.nbytes for t in tensors), l2_bytes)
+        copies = 2
+        if self._cuda:
+            l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+            copies = sets_to_rotate(sum(t.nbytes for t in tensors), l2_bytes)
         return Rotation(function, [tensors, *(tuple(t.detach().clone() for t in tensors) for _ in range(copies - 1))])
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,48 +385,59 @@ class Bench:
 
         torch.compiler.reset()
         torch._functorch.config.donated_buffer = False
+        if self.rehearsal:  # tracing is tried, and the C++ compiler left out
+            return torch.compile(function, dynamic=False, backend="eager")
         return torch.compile(function, dynamic=False)
 
-    def _warm_up(self, candidate: Candidate) -> float:
-        """Page faults, thread pools, compilation, caches of memory; milliseconds of a call."""
+    def _warm_up(self, candidate: Candidate) -> tuple[float, float]:
+        """Page faults, thread pools, compilation, caches of memory; ms of a call, seconds of the first one."""
+        begin = time.perf_counter()
         candidate()
         self._synchronize()
+        first = time.perf_counter() - begin
+        if self.rehearsal:
+            return first * 1e3, first
         begin = time.perf_counter()
         candidate()
         self._synchronize()
         elapsed = time.perf_counter() - begin
-        for _ in range((25 if self._cuda else 2) if elapsed < 0.2 else 0):
-            candidate()
-        self._synchronize()
-        if not self._cuda or elapsed > 0.2:
-            return elapsed * 1e3
+        if not self._cuda:
+            for _ in range(2 if elapsed < 0.2 else 0):
+                candidate()
+            return elapsed * 1e3, first
+        time_for_it = GPU_QUICK_WARM_S if self.quick else GPU_WARM_S
+        calls = min(25, int(time_for_it / max(elapsed, 1e-6)))
         begin = time.perf_counter()
-        for _ in range(5):
+        for _ in range(calls):
             candidate()
         self._synchronize()
-        return (time.perf_counter() - begin) * 1e3 / 5
+        return (time.perf_counter() - begin) * 1e3 / calls if calls else elapsed * 1e3, first
 
-    def _captured(self, key: str, candidate: Candidate, calls: int) -> Callable[[], Any] | None:
+    def _captured(self, key: str, candidate: Candidate, calls: int, pool: Any) -> Callable[[], Any] | None:
         """Replays ``calls`` calls as a CUDA graph; ``None`` where the candidate cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 for _ in range(calls):
                     candidate()
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self.note(f"  {key}: no CUDA graph ({str(error).splitlines()[0]}); its calls are timed one by one")
+            try:  # a capture that fails may leave the allocator believing that it goes on
+                torch._C._cuda_endAllocateToPool(self.device.index or 0, pool)
+            except (RuntimeError, AttributeError):
+                pass
+            self.note(f"  {key}: no CUDA graph ({one_line(error)}); its calls are timed one by one")
             return None
         return graph.replay
 
-    def _sampler(self, key: str, candidate: Candidate, graphs: bool) -> Callable[[], float]:
-        """A function that takes one sample: milliseconds of a call."""
+    def _sampler(self, key: str, candidate: Candidate, graphs: bool, pool: Any = None) -> tuple[Callable, float]:
+        """A function that takes one sample, milliseconds of a call; and the seconds of the first call."""
         with backend_of(key):
-            call_ms = self._warm_up(candidate)
+            call_ms, first = self._warm_up(candidate)
             if not self._cuda:
-                return lambda: _wall_ms(candidate)
+                return lambda: _wall_ms(candidate), first
             calls = calls_per_sample(call_ms, candidate)
-            replay = self._captured(key, candidate, calls) if graphs else None
+            replay = self._captured(key, candidate, calls, pool) if graphs else None
 
         def run() -> None:
             for _ in range(calls):
@@ -262,35 +447,70 @@ class Bench:
             with backend_of(key):
                 return _event_ms(replay or run) / calls
 
-        return sample
+        return sample, first
 
     def measure(
-        self, candidates: Mapping[str, Candidate], samples: int = 0, budget_s: float = 20.0, graphs: bool = True
+        self,
+        candidates: Mapping[str, Candidate],
+        samples: int = 0,
+        budget_s: float = 20.0,
+        graphs: bool = True,
+        row: str = "",
     ) -> dict[str, Timing]:
         """Interleaved medians of ``candidates``; at least three rounds, then until ``samples`` or ``budget_s``.
 
-        On a GPU: replays of CUDA graphs, or with ``graphs=False`` plain calls.
+        On a GPU: replays of CUDA graphs, or with ``graphs=False`` plain calls. The graphs share one pool of memory,
+        since only one of them runs at a time: the scratch of a W2 in eager PyTorch is several GB. A candidate that
+        raises is a failure of ``row`` and missing in the result.
         """
         samples = samples or self.samples
-        budget_s = min(budget_s, GPU_BUDGET_S) if self._cuda else budget_s
-        samplers = {key: self._sampler(key, candidate, graphs) for key, candidate in candidates.items()}
-        taken: dict[str, list[float]] = {key: [] for key in candidates}
-        for sampler in samplers.values() if self._cuda else ():
-            sampler()  # the first replay of a graph uploads it
+        if self._cuda:
+            budget_s = min(budget_s, GPU_QUICK_BUDGET_S if self.quick else GPU_BUDGET_S)
+            budget_s = budget_s if graphs else budget_s / 2
+        pool = torch.cuda.graph_pool_handle() if self._cuda and graphs else None
+        samplers: dict[str, Callable[[], float]] = {}
+        first: dict[str, float] = {}
+
+        def attempt(key: str, step: Callable[[], Any]) -> Any:
+            try:
+                return step()
+            except Exception as error:
+                self.fail(f"{row}, {key}", error)
+                samplers.pop(key, None)
+                if self.lost:
+                    raise RuntimeError(f"the GPU was lost by {key}: {self.lost}") from None
+                return None
+
+        for key, candidate in candidates.items():
+            made = attempt(key, lambda k=key, c=candidate: self._sampler(k, c, graphs, pool))
+            if made is not None:
+                samplers[key], first[key] = made
+        taken: dict[str, list[float]] = {key: [] for key in samplers}
+        for key, sampler in list(samplers.items()) if self._cuda else ():
+            attempt(key, sampler)  # the first replay of a graph uploads it
         begin = time.perf_counter()
         gc.disable()
         try:
             for done in range(samples):
-                for key, sampler in samplers.items():
-                    taken[key].append(sampler())
+                for key, sampler in list(samplers.items()):
+                    value = attempt(key, sampler)
+                    if value is not None:
+                        taken[key].append(value)
                 if done >= 2 and time.perf_counter() - begin > budget_s:
                     break
         finally:
             gc.enable()
-        return {key: _quantiles(values) for key, values in taken.items()}
+        timings = {key: _quantiles(taken[key], first[key]) for key in samplers}
+        samplers.clear()
+        self._clear()
+        return timings
 
     def launches(self, candidate: Candidate, key: str = "") -> int | None:
         """Kernels, copies and fills that one call puts on a GPU, as the profiler counts them."""
+        if self._emulated is not None:  # those of our own kernels
+            before = self._emulated.launches()
+            candidate()
+            return int(self._emulated.launches() - before)
         if not self._cuda:
             return None
         self._synchronize()
@@ -314,37 +534,47 @@ class Bench:
         memory: bool = False,
         samples: int = 0,
         budget_s: float = 20.0,
+        twins: Collection[str] | None = None,
         **facts: Any,
     ) -> dict[str, Timing]:
         """Time the candidates of one row against ``baseline`` and keep the figures.
 
         ``images`` and ``points`` are items per call, for rates; ``facts`` (shape, dtype, layout, seed) go to the JSON.
+        ``twins``: which of ours get a twin under Triton; all of them when not given.
         """
-        candidates = self.with_triton(row, candidates)
-        timings = self.measure(candidates, samples, budget_s)
-        more = self._gpu_columns(candidates, samples, budget_s) if self._cuda else {}
-        memory = memory or self._cuda
-        peaks = {key: self.peak_extra_bytes(candidate, key) for key, candidate in candidates.items()} if memory else {}
+        candidates = self.with_triton(row, candidates, twins)
+        timings = self.measure(candidates, samples, budget_s, row=row)
+        candidates = {key: candidate for key, candidate in candidates.items() if key in timings}
+        more = self._gpu_columns(row, candidates, samples, budget_s) if self.for_gpu else {}
+        peaks: dict[str, int | None] = {}
+        for key, candidate in candidates.items() if (memory or self._cuda) and not self.lost else ():
+            try:
+                peaks[key] = self.peak_extra_bytes(candidate, key)
+            except Exception as error:
+                self.fail(f"{row}, {key}, memory", error)
         floor_ms = None
-        if floor is not None:
+        if floor is not None and self.ceilings:
             rate = self.ceilings[f"gemm_{precision}_gflops"] * 1e9
             floor_ms = floor.seconds(self.ceilings["copy_gb_s"] * 1e9, rate, serial) * 1e3
         print(f"\n{row}" + (f"   floor {floor_ms:.3g} ms" if floor_ms else ""))
         for key, timing in timings.items():
             self._timings[(row, key)] = timing
-            entry: dict[str, Any] = {"row": row, "candidate": key, **asdict(timing), **facts, **more.get(key, {})}
+            entry: dict[str, Any] = {"row": row, "candidate": key, "column": column_of(key)}
+            entry |= {**asdict(timing), **facts, **more.get(key, {})}
             digits = 4 if self._cuda else 3
             spread = f"[{timing.p10:.{digits}f}, {timing.p90:.{digits}f}]"
             columns = [f"  {key:<22} {timing.median:9.{digits}f} ms  {spread}"]
             if "plain_median" in entry:
-                columns.append(f"plain {entry['plain_median']:.4f} ms, {entry['launches']} launches")
+                columns.append(f"plain {entry['plain_median']:.4f} ms")
+            if entry.get("launches") is not None:
+                columns.append(f"{entry['launches']} launches")
             if "warm_median" in entry:
                 columns.append(f"cold L2 (warm {entry['warm_median']:.4f} ms)")
             if baseline in timings:
                 entry["ratio"] = timings[baseline].median / timing.median
                 columns.append(f"{entry['ratio']:7.2f}x {baseline}")
-            if key.startswith(TRITON) and "cuda" in rendseg.backends["cpp"].devices:
-                entry["percent_of_cuda"] = 100 * timings[OURS + key.removeprefix(TRITON)].median / timing.median
+            if key.startswith(TRITON) and self._twin_of(key) in timings:
+                entry["percent_of_cuda"] = 100 * timings[self._twin_of(key)].median / timing.median
                 columns.append(f"{entry['percent_of_cuda']:.0f} % of CUDA C++")
             if images:
                 entry["images_per_s"] = images / timing.median * 1e3
@@ -359,37 +589,62 @@ class Bench:
             if key in peaks and peaks[key] is not None:
                 entry["peak_extra_bytes"] = peaks[key]
                 columns.append(f"peak extra {peaks[key] / 1e6:.1f} MB")
-            self.rows.append(entry)
+            if self.rehearsal:
+                entry["rehearsal"] = True
+                columns.append("(rehearsal: meaningless)")
+            self._keep(entry)
             print("  ".join(columns), flush=True)
         self._triton_bars(row, timings)
         return timings
 
+    def _twin_of(self, triton: str) -> str | None:
+        """The candidate in CUDA C++ of a candidate in Triton; none where ours is Triton itself."""
+        return OURS + triton.removeprefix(TRITON) if "cuda" in rendseg.backends["cpp"].devices else None
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        """A timed row: into the results, and as a line of its own into the file of rows."""
+        self.rows.append(entry)
+        line = {
+            "benchmark": self.name,
+            **entry,
+            "quick": self.quick,
+            "rehearsal": self.rehearsal,
+            "flags": self._flags(),
+            "ceilings": self.ceilings,
+            "provenance": self.provenance,
+        }
+        try:
+            with open(self.folder() / f"{self.name}-rows.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line)) + "\n")
+        except OSError as error:  # a full disk loses the file, not the run
+            self.note(f"  the row is not in the file of rows: {one_line(error)}")
+
     def _gpu_columns(
-        self, candidates: Mapping[str, Candidate], samples: int, budget_s: float
+        self, row: str, candidates: Mapping[str, Candidate], samples: int, budget_s: float
     ) -> dict[str, dict[str, Any]]:
-        """Beside the device time: plain calls, launches, and for cold inputs the time with warm ones."""
-        plain = self.measure(candidates, samples, budget_s, graphs=False)
+        """Beside the device time: plain calls, launches, and for cold inputs the time with warm ones (not if quick)."""
         rotations = {key: candidate for key, candidate in candidates.items() if isinstance(candidate, Rotation)}
-        warm = self.measure({key: rotation.warm for key, rotation in rotations.items()}, samples, budget_s)
-        columns: dict[str, dict[str, Any]] = {}
-        for key, candidate in candidates.items():
-            columns[key] = {
-                "l2": "cold" if key in rotations else "warm",
-                "plain_median": plain[key].median,
-                "plain_p10": plain[key].p10,
-                "plain_p90": plain[key].p90,
-                "launches": self.launches(candidate, key),
-            }
-            if key in warm:
-                columns[key]["warm_median"] = warm[key].median
+        columns: dict[str, dict[str, Any]] = {key: {"l2": "cold" if key in rotations else "warm"} for key in candidates}
+        try:
+            for key, plain in self.measure(candidates, samples, budget_s, graphs=False, row=f"{row}, plain").items():
+                columns[key] |= {"plain_median": plain.median, "plain_p10": plain.p10, "plain_p90": plain.p90}
+            warm = {} if self.quick and self._cuda else {key: rotation.warm for key, rotation in rotations.items()}
+            for key, timing in self.measure(warm, samples, budget_s, row=f"{row}, warm").items():
+                columns[key]["warm_median"] = timing.median
+            for key, candidate in candidates.items():
+                columns[key]["launches"] = self.launches(candidate, key)
+        except Exception as error:  # the first column is there, and is kept
+            self.fail(f"{row}, further columns", error)
         return columns
 
     def ratio(self, row: str, slow: str, fast: str) -> float:
-        """How many times faster ``fast`` is than ``slow`` in ``row``."""
-        return self._timings[(row, slow)].median / self._timings[(row, fast)].median
+        """How many times faster ``fast`` is than ``slow`` in ``row``; NaN where one of them was not timed."""
+        return self.median(row, slow) / self.median(row, fast)
 
     def median(self, row: str, key: str) -> float:
-        return self._timings[(row, key)].median
+        """Milliseconds; NaN where the candidate was not timed."""
+        timing = self._timings.get((row, key))
+        return timing.median if timing else math.nan
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -402,7 +657,8 @@ class Bench:
             return self._peak_extra_bytes(candidate)
 
     def _peak_extra_bytes(self, candidate: Candidate) -> int | None:
-        gc.collect()
+        if not self.for_gpu:
+            gc.collect()
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -432,29 +688,31 @@ class Bench:
 
     def _measure_ceilings(self) -> dict[str, float]:
         """What this device reaches on plain copies and products of random numbers, in this run."""
-        elements = (1 << 28) if self._cuda else (1 << 24)
+        elements = (1 << 12) if self.rehearsal else (1 << 28) if self._cuda else (1 << 24)
         source = torch.randn(elements, device=self.device)
         target = torch.empty_like(source)
-        size = 8192 if self._cuda else 1024
+        size = 64 if self.rehearsal else 8192 if self._cuda else 1024
         a, b = (torch.randn(size, size, device=self.device) for _ in range(2))
-        half_a, half_b = a.bfloat16(), b.bfloat16()
+        # Some processors multiply bfloat16 a hundred times slower than float32.
+        half_size = 256 if self.quick and not self.for_gpu else size
+        half_a, half_b = (t[:half_size, :half_size].bfloat16() for t in (a, b))
 
         def median(job: Candidate) -> float:
-            return self.measure({"ceiling": job}, samples=5, budget_s=2.0)["ceiling"].median
+            return self.measure({"ceiling": job}, samples=5, budget_s=2.0, row="ceilings")["ceiling"].median
 
         flops = 2 * size**3
         ceilings = {"copy_gb_s": 2 * 4 * elements / median(lambda: target.copy_(source)) / 1e6}
-        if self._cuda:
+        if self.for_gpu:
             with _tf32(False):
                 ceilings["gemm_fp32_gflops"] = flops / median(lambda: a @ b) / 1e6
             with _tf32(True):
                 ceilings["gemm_tf32_gflops"] = flops / median(lambda: a @ b) / 1e6
         else:
             ceilings["gemm_fp32_gflops"] = flops / median(lambda: a @ b) / 1e6
-        ceilings["gemm_bf16_gflops"] = flops / median(lambda: half_a @ half_b) / 1e6
-        if self._cuda:
+        ceilings["gemm_bf16_gflops"] = 2 * half_size**3 / median(lambda: half_a @ half_b) / 1e6
+        if self.for_gpu:
             # Half of the L2 cache, read again and again; and kernels with nothing to do, one after the other.
-            half = torch.cuda.get_device_properties(self.device).L2_cache_size // 2
+            half = torch.cuda.get_device_properties(self.device).L2_cache_size // 2 if self._cuda else 1 << 13
             part, one = source[: half // 4], torch.zeros(1, device=self.device)
             ceilings["l2_read_gb_s"] = part.nbytes / median(lambda: part.sum()) / 1e6
             ceilings["launch_us"] = median(lambda: one.add_(1)) * 1e3
@@ -467,38 +725,65 @@ class Bench:
         print(text, flush=True)
 
     def bar(self, label: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> bool:
-        """State a figure beside its goal; the process never fails for it (speed is measured, not asserted)."""
+        """State a figure beside its goal; the process never fails for it (speed is measured, not asserted).
+
+        NaN is a figure that was not measured; it reaches no goal.
+        """
         held = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
         goal = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
-        self.bars.append({"label": label, "value": value, "goal": goal, "reached": held})
-        return held
+        self.bars.append({"label": label, "value": value, "goal": goal, "reached": held and not math.isnan(value)})
+        return bool(self.bars[-1]["reached"])
 
-    def finish(self) -> int:
-        """Print the goals, write JSON (and a plot) atomically, return the exit status: 1 when a candidate failed."""
-        if self.bars:
-            print("\ngoals")
-            for entry in self.bars:
-                state = "reached" if entry["reached"] else "SHORT"
-                print(f"  {entry['label']:<58} {entry['value']:8.2f}  (goal {entry['goal']})  {state}")
-        folder = self.args.output or REPOSITORY / "bench" / "results"
+    def folder(self) -> Path:
+        """Where the results go; those of a rehearsal never among the others."""
+        folder = self.args.output or REPOSITORY / ("build/rehearsal" if self.rehearsal else "bench/results")
         folder.mkdir(parents=True, exist_ok=True)
-        device = "gpu" if self._cuda else "cpu"
-        stem = folder / f"{self.name}-{device}{'-quick' if self.quick else ''}"
+        return folder
+
+    def stem(self) -> Path:
+        device = "rehearsal" if self.rehearsal else "gpu" if self._cuda else "cpu"
+        return self.folder() / f"{self.name}-{device}{'-quick' if self.quick else ''}"
+
+    def _write(self) -> None:
+        """Everything so far, as one JSON file that is always whole."""
         payload = {
             "benchmark": self.name,
-            "provenance": self._provenance(),
+            "rehearsal": self.rehearsal,
+            "complete": self._complete,
+            "workloads": self.workloads,
+            "seconds": time.monotonic() - self._begin,
+            "provenance": self.provenance | self._flags(),
             "ceilings": self.ceilings,
             "rows": self.rows,
             "goals": self.bars,
             "failures": self.failures,
             "notes": self.notes,
         }
-        temporary = stem.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(payload, indent=1) + "\n")
-        os.replace(temporary, stem.with_suffix(".json"))
-        print(f"\nwrote {_shown(stem.with_suffix('.json'))}")
-        if not self.args.no_plot:
-            self._plot(stem.with_suffix(".png"))
+        path = self.stem().with_suffix(".json")
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(_finite(payload), indent=1) + "\n")
+        os.replace(temporary, path)
+
+    def finish(self) -> int:
+        """Print the goals, write JSON (and a plot) atomically, return the exit status: 1 when a candidate failed."""
+        if self.bars:
+            print("\ngoals")
+            for entry in self.bars:
+                known = not math.isnan(entry["value"])
+                state = "reached" if entry["reached"] else "SHORT" if known else "not measured"
+                figure = f"{entry['value']:8.2f}" if known else " " * 8
+                state = "(rehearsal: meaningless)" if self.rehearsal else state
+                print(f"  {entry['label']:<58} {figure}  (goal {entry['goal']})  {state}")
+        if self._cuda:
+            self.provenance["at the end: " + NVIDIA_SMI] = _nvidia_smi()
+        self._complete = True
+        self._write()
+        print(f"\nwrote {_shown(self.stem().with_suffix('.json'))}")
+        if self.rows and not (self.args.no_plot or self.rehearsal):
+            try:
+                self._plot(self.stem().with_suffix(".png"))
+            except Exception as error:  # the figures are written
+                print(f"no plot: {one_line(error)}")
         for failure in self.failures:
             print(f"FAILED {failure}", file=sys.stderr)
         return 1 if self.failures else 0
@@ -562,14 +847,12 @@ class Bench:
             "commit": _git("rev-parse", "HEAD"),
             "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "rendseg": rendseg.__version__,
-            "backend": rendseg.current_backend(),
             "device": self._device_name(),
             "isa": isa,
             "threads": torch.get_num_threads(),
             "load_average": load,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "command": " ".join([f"bench/{self.name}.py", *sys.argv[1:]]),
         }
         try:
@@ -580,16 +863,22 @@ class Bench:
             facts["triton"] = None
         if self._cuda:
             properties = torch.cuda.get_device_properties(self.device)
-            asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
             facts |= {
                 "cuda": torch.version.cuda,
                 "processors": properties.multi_processor_count,
                 "l2_bytes": properties.L2_cache_size,
-                asked: _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"),
-                "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-                "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+                NVIDIA_SMI: _nvidia_smi(),
             }
         return facts
+
+    def _flags(self) -> dict[str, Any]:
+        """What a script may set after the start, and what the candidates of a row run under."""
+        return {
+            "backend": rendseg.current_backend(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+            "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
 
 
 def _status_bytes(field: str) -> int:
@@ -628,10 +917,23 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _nvidia_smi() -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader")
+
+
+def _finite(value: Any) -> Any:
+    """``None`` for what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _git(*command: str) -> str | None:

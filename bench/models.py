@@ -21,7 +21,12 @@ import torch  # noqa: E402
 from _harness import Bench  # noqa: E402
 
 import rendseg  # noqa: E402
-from rendseg.models import build_model  # noqa: E402
+
+try:
+    from rendseg.models import build_model
+except ModuleNotFoundError as error:  # models need packages that the operators do not
+    print(f"bench/models.py: not run, the package {error.name} is not installed", file=sys.stderr)
+    raise SystemExit(1) from None
 
 CLASSES = 19
 FORMATS = ("pt2", "aoti", "onnx")
@@ -92,44 +97,54 @@ def main() -> int:
     parser.add_argument("--backbone", default="resnet50")
     own, rest = parser.parse_known_args()
     bench = Bench("models", __doc__, rest)
+    return bench.main(lambda bench: rows(bench, own))
+
+
+def timed(
+    bench: Bench, own: argparse.Namespace, name: str, decoder: str, pointrend: bool, size: tuple[int, int]
+) -> list[str]:
+    """One line of the table."""
+    model = build(decoder, own.backbone, pointrend).to(bench.device).eval()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    image = torch.randn(1, 3, *size, device=bench.device)
+
+    def reference() -> Any:
+        with rendseg.backend("reference"):
+            return model.predict(image, output="labels").labels
+
+    def predict() -> Any:
+        return model.predict(image, output="labels").labels
+
+    bench.compare(
+        name,
+        {"reference": reference, "rendseg": predict},
+        baseline="reference",
+        images=1,
+        samples=bench.args.samples or (0 if bench.device.type == "cuda" else 3 if bench.quick else 5),
+        size=list(size),
+        parameters=parameters,
+    )
+    row = [name, f"{parameters:.1f}", f"{bench.median(name, 'rendseg'):.1f}"]
+    row.append(f"{bench.ratio(name, 'reference', 'rendseg'):.2f}x")
+    row.append(train_step(model, bench.device, (128, 256)))
+    row += [exported(model, form, (128, 256)) if own.export else "not tried" for form in FORMATS]
+    bench.note("| " + " | ".join(row) + " |")
+    return row
+
+
+def rows(bench: Bench, own: argparse.Namespace) -> None:
     size = (128, 256) if bench.quick else (512, 1024)
-    table = []
+    table: list[list[str]] = []
     for decoder in DECODERS:
         for pointrend in (False, True):
             name = f"{decoder}{' + PointRend' if pointrend else ''}, {own.backbone}"
-            if own.only not in name:
-                continue
-            model = build(decoder, own.backbone, pointrend).to(bench.device).eval()
-            parameters = sum(p.numel() for p in model.parameters()) / 1e6
-            image = torch.randn(1, 3, *size, device=bench.device)
-
-            def reference(model: Any = model, image: torch.Tensor = image) -> Any:
-                with rendseg.backend("reference"):
-                    return model.predict(image, output="labels").labels
-
-            def predict(model: Any = model, image: torch.Tensor = image) -> Any:
-                return model.predict(image, output="labels").labels
-
-            bench.compare(
-                name,
-                {"reference": reference, "rendseg": predict},
-                baseline="reference",
-                images=1,
-                samples=bench.args.samples or (0 if bench.device.type == "cuda" else 3 if bench.quick else 5),
-                size=list(size),
-                parameters=parameters,
-            )
-            row = [name, f"{parameters:.1f}", f"{bench.median(name, 'rendseg'):.1f}"]
-            row.append(f"{bench.ratio(name, 'reference', 'rendseg'):.2f}x")
-            row.append(train_step(model, bench.device, (128, 256)))
-            row += [exported(model, form, (128, 256)) if own.export else "not tried" for form in FORMATS]
-            table.append(row)
-            bench.note("| " + " | ".join(row) + " |")
+            if own.only in name:
+                row = bench.run(name, timed, bench, own, name, decoder, pointrend, size)
+                table += [row] if row else []
     titles = ["model", "parameters (M)", f"ms per {size[0]}x{size[1]} image", "against reference", "trains", *FORMATS]
     print("\n| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
     for row in table:
         print("| " + " | ".join(row) + " |")
-    return bench.finish()
 
 
 if __name__ == "__main__":

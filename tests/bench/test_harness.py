@@ -64,7 +64,7 @@ class StandIn:
     """Of ``torch.cuda``: counts what is captured and replayed; each event is a millisecond after the one before."""
 
     def __init__(self) -> None:
-        self.captures, self.replays, self.events = 0, 0, 0
+        self.captures, self.replays, self.events, self.pools = 0, 0, 0, 0
         self.capturing = False
         stand_in = self
 
@@ -89,7 +89,7 @@ class StandIn:
         self.CUDAGraph, self.Event = CUDAGraph, Event
 
     @contextmanager
-    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
         self.captures += 1
         self.capturing = True
         try:
@@ -102,6 +102,13 @@ class StandIn:
 
     def synchronize(self) -> None:
         pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        self.pools += 1
+        return (0, self.pools)
 
     def reset_peak_memory_stats(self) -> None:
         pass
@@ -124,6 +131,7 @@ def test_the_columns_of_a_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.
     cuda = StandIn()
     monkeypatch.setattr(harness.torch, "cuda", cuda)
     monkeypatch.setattr(bench, "_cuda", True)
+    monkeypatch.setattr(bench, "quick", False)
     monkeypatch.setattr(bench, "launches", lambda candidate, key: 2)
 
     def stubborn() -> None:
@@ -138,14 +146,15 @@ def test_the_columns_of_a_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.
     )
     rows = {row["candidate"]: row for row in bench.rows}
     assert cuda.captures == 4, "three candidates, and the warm form of the cold one"
-    assert cuda.replays > 0 and "stubborn: no CUDA graph" in bench.notes[1] and len(bench.notes) == 2
+    assert cuda.replays > 0 and "stubborn: no CUDA graph" in bench.notes[1] and len(bench.notes) == 2, bench.notes
     for row in rows.values():
         assert 0 < row["median"] <= 1 and row["plain_median"] > 0
         assert row["launches"] == 2 and row["peak_extra_bytes"] == 250
     assert rows["rendseg"]["l2"] == "cold" and rows["rendseg"]["warm_median"] > 0
     assert rows["eager"]["l2"] == "warm" and "warm_median" not in rows["eager"]
+    assert cuda.pools == 2, "the graphs of a column share their memory"
     assert bench.finish() == 0
-    assert (tmp_path / "trial-gpu-quick.json").is_file()
+    assert (tmp_path / "trial-gpu.json").is_file()
 
 
 # --- the column triton ------------------------------------------------------------------------------------------------
@@ -192,12 +201,12 @@ def on_gpu(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
         monkeypatch.setattr(bench, "_cuda", True)
         monkeypatch.setattr(bench, "launches", lambda candidate, key: None)
 
-        def sampler(key: str, candidate: Any, graphs: bool) -> Any:
+        def sampler(key: str, candidate: Any, graphs: bool, pool: Any) -> Any:
             def sample() -> float:
                 with harness.backend_of(key):
                     return float(candidate())
 
-            return sample
+            return sample, 0.0
 
         monkeypatch.setattr(bench, "_sampler", sampler)
         bench.no_triton = bench._no_triton()
@@ -294,3 +303,104 @@ def test_compiled_again_for_other_shapes(harness: Any, tmp_path: Path, monkeypat
         for _ in range(2):
             (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
         torch.testing.assert_close(grad, 2 * (2 * x).cos())
+
+
+# --- what fails, and what is kept -------------------------------------------------------------------------------------
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "trial-rows.jsonl").read_text().splitlines()]
+
+
+def test_a_failure_costs_its_candidate_or_its_part_alone(harness: Any, tmp_path: Path) -> None:
+    bench = quick(harness, tmp_path)
+    seen: list[int] = []
+
+    def fails() -> None:
+        raise RuntimeError("no kernel image\nmore")
+
+    def first(bench: Any) -> None:
+        bench.compare("exp", {"eager": lambda: 1, "broken": fails, "rendseg": lambda: 2})
+        seen.append(len(lines_of(tmp_path)))  # on disk before the next row
+        raise SystemExit("the values are wrong")
+
+    def body(bench: Any) -> None:
+        bench.run("first", first, bench)
+        seen.append(len(json.loads((tmp_path / "trial-cpu-quick.json").read_text())["rows"]))
+        bench.run("second", bench.compare, "log", {"eager": lambda: 1})
+        bench.bar("broken against eager", bench.ratio("exp", "eager", "broken"), at_least=1.0)
+        raise ValueError("after the rows")
+
+    assert bench.main(body) == 1
+    assert seen == [2, 2]
+    written = json.loads((tmp_path / "trial-cpu-quick.json").read_text())
+    assert written["complete"] and [(row["row"], row["candidate"]) for row in written["rows"]] == [
+        ("exp", "eager"), ("exp", "rendseg"), ("log", "eager")
+    ]  # fmt: skip
+    assert written["failures"] == [
+        "exp, broken: RuntimeError: no kernel image",
+        "first: SystemExit: the values are wrong",
+        "the run ended early: ValueError: after the rows",
+    ]
+    assert written["goals"] == [{"label": "broken against eager", "value": None, "goal": ">= 1", "reached": False}], (
+        "a figure that was not measured reaches no goal, and JSON has no NaN"
+    )
+    lines = lines_of(tmp_path)
+    assert [line["row"] for line in lines] == ["exp", "exp", "log"] and lines[1]["column"] == "rendseg"
+    for line in lines:
+        assert line["ceilings"] and line["provenance"]["torch"] and "matmul_allow_tf32" in line["flags"]
+        assert line["rehearsal"] is False and line["median"] >= 0
+
+
+def test_a_lost_gpu_ends_the_measuring_and_is_named(
+    harness: Any, on_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = on_gpu(Backends(triton=()))
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fails() -> float:
+        monkeypatch.setattr(harness.torch.cuda, "synchronize", lost)
+        return lost()  # type: ignore[return-value]
+
+    def body(bench: Any) -> None:
+        bench.run("kept", bench.compare, "kept", {"eager": lambda: 1.0})
+        bench.run("exp", bench.compare, "exp", {"rendseg": fails, "eager": lambda: 1.0})
+        bench.run("log", bench.compare, "log", {"eager": lambda: 1.0})
+
+    assert bench.main(body) == 1
+    written = json.loads((tmp_path / "trial-gpu-quick.json").read_text())
+    assert [row["row"] for row in written["rows"]] == ["kept"]
+    assert written["failures"][0].startswith("exp, rendseg: RuntimeError: CUDA error: an illegal")
+    assert written["failures"][-1] == "log: not run, the GPU was lost before"
+
+
+def test_no_part_is_begun_after_the_time(harness: Any, tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--quick", "--output", str(tmp_path), "--no-plot", "--seconds", "0"]
+    bench = harness.Bench("trial", "A trial.", arguments)
+    assert bench.main(lambda bench: bench.run("late", pytest.fail, "begun")) == 0
+    assert any(note.startswith("late: not run") for note in bench.notes)
+
+
+def test_workloads_by_name(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    every = harness.WORKLOADS["refine"]
+    assert harness.workloads_of("refine", None, every) == list(every)
+    assert harness.workloads_of("refine", None, harness.GPU_QUICK) == ["W1", "W2"]
+    assert harness.workloads_of("refine", "w2, T1,W1", every) == ["W1", "W2"]
+    assert harness.workloads_of("encode", "W1", every) == []
+    for unknown in ("W1,W9", "", ","):
+        with pytest.raises(SystemExit) as ended:
+            harness.workloads_of("refine", unknown, every)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and "W1,W2,W3,stages,T1,T2,T3,step,scatter,Enc,broadcast" in said[0]
+
+
+def test_columns(harness: Any) -> None:
+    keys = ("eager", "eager nhwc", "hand-tuned", "eager tuned", "gemm", "gemm, torch.compile", "compiled",
+            "rendseg, channels_last", "triton nhwc", "broadcast")  # fmt: skip
+    assert [harness.column_of(key) for key in keys] == [
+        "eager", "eager", "hand-tuned eager", "hand-tuned eager", "hand-tuned eager", "torch.compile", "torch.compile",
+        "rendseg", "triton", "eager"
+    ]  # fmt: skip
