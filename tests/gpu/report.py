@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MAX_LINES, MAX_CHARS, WIDTH = 100, 10_800, 190
-MAX_FAILURES, MAX_NOTES, MAX_ROWS = 42, 12, 28
+MAX_FAILURES, MAX_NOTES, MAX_ROWS = 42, 12, 40
 COLUMNS = ("rendseg", "triton", "eager", "hand-tuned", "compile")
 
 
@@ -143,7 +143,7 @@ def summary(report: Mapping[str, Any]) -> str:
     ]
     if report.get("rehearsal"):
         head.append("REHEARSAL: emulated kernels on a CPU at small sizes; the times and speeds below mean nothing.")
-    for shown, kept in ((MAX_FAILURES, MAX_ROWS), (30, 24), (20, 20), (12, 12), (5, 5)):
+    for shown, kept in ((MAX_FAILURES, MAX_ROWS), (MAX_FAILURES, 28), (30, 24), (20, 20), (12, 12), (5, 5)):
         speed = speed_lines(report.get("rows", ()), kept)
         if speed and ceilings(report["rows"]):
             speed.insert(0, ceilings(report["rows"]))
