@@ -174,6 +174,42 @@ def test_a_short_rehearsal_with_planted_faults(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) <= 8
 
 
+def test_a_driver_that_is_stopped_reports_what_it_has(tmp_path: Path) -> None:
+    """As by the time limit of a rented machine: the case that hangs is named, those before it are kept."""
+    out = tmp_path / "out"
+    env = without(tmp_path / "path") | {"RENDSEG_CHECK_PLANT": "triton:point_labels uint8 contiguous@hang"}
+    arguments = [
+        "--rehearse",
+        "--stages",
+        "triton",
+        "bench",
+        "--ops",
+        "scatter_points",
+        "point_labels",
+        "--out",
+        str(out),
+    ]
+    # Triton's interpreter needs no build.
+    process = subprocess.Popen(
+        [sys.executable, str(GPU / "check.py"), *arguments], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 200
+        lines = out / "gpu-check-cases.jsonl"
+        while not any(entry.get("case", "").startswith("point_labels") for entry in check.read_lines(lines)):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.2)
+        process.terminate()
+        text, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    result = json.loads((out / "gpu-check.json").read_text())
+    assert outcomes(result, "triton")["point_labels uint8 contiguous"] == "died"
+    assert stage(result, "bench")["reason"] == "stopped by SIGTERM" and "stopped by SIGTERM" in text
+    assert set(outcomes(result, "triton").values()) <= {"ok", "died", "not run"}
+
+
 @pytest.mark.parametrize("how", ["in the group", "in a session of its own"])
 def test_a_process_is_killed_whole(how: str, tmp_path: Path) -> None:
     note = tmp_path / "pid"

@@ -167,7 +167,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", nargs="*", default=[], help="files or tests of the stage tests; default: tests/gpu")
     parser.add_argument("--parts", nargs="*", default=list(sanitize_parts.PARTS), help="of the stage sanitize")
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes of the stage tests; default: the cores but four"
+        "--workers",
+        type=int,
+        default=0,
+        help="processes of the stage tests; default: as many as the cores allow, 12 at most",
     )
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in LIMITS]
@@ -206,6 +209,7 @@ class Check:
         self.dirty = bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))
         self.device = "cpu" if self.rehearsal else "cuda"
         self.gathered = 0.0
+        self.stopped = ""
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +230,10 @@ class Check:
     def python(self, *arguments: str) -> list[str]:
         return [sys.executable, *arguments]
 
+    def side_by_side(self, most: int) -> int:
+        """Processes at a time; two cores are left free where there are many."""
+        return max(1, min(most, self.cores - 2 if self.cores > 4 else self.cores))
+
     def threads(self, at_once: int) -> dict[str, str]:
         """The processor cores, shared out."""
         return {"OMP_NUM_THREADS": str(max(1, self.cores // max(at_once, 1)))}
@@ -236,7 +244,12 @@ class Check:
             self.gather()
 
     def run(self, jobs: Iterable[Job], at_once: int, limit: float, ended: Callable[[Job], Iterable[Job]]) -> list[Job]:
-        return run(jobs, at_once, min(time.monotonic() + limit, self.end), ended, self.tick)
+        waiting = list(jobs)
+        try:
+            return run(waiting, at_once, min(time.monotonic() + limit, self.end), ended, self.tick)
+        except Stopped as error:  # what the stage has found so far is put together, and nothing begins any more
+            self.stopped, self.end = str(error), time.monotonic()
+            return []
 
     # -- what is here --------------------------------------------------------------------------------------------------
 
@@ -264,6 +277,8 @@ class Check:
 
     def obstacle(self, stage: str) -> str:
         """Why a stage cannot run; empty where it can."""
+        if self.stopped:
+            return self.stopped
         left = self.end - time.monotonic()
         least = LEAST.get(stage, 10.0)
         if left < least:
@@ -323,7 +338,7 @@ class Check:
     def smoke(self, stage: dict[str, Any], limit: float) -> None:
         backend = "emulated" if self.rehearsal else "cpp"
         jobs = [(op, ()) for op in self.args.ops or smoke.OPS]
-        self.operators(stage, limit, backend, jobs, max(1, min(12, self.cores - 2)), {})
+        self.operators(stage, limit, backend, jobs, self.side_by_side(12), {})
 
     def triton(self, stage: dict[str, Any], limit: float) -> None:
         # Compilation takes a core each: a process for each operator and dtype, those of the large kernels first.
@@ -341,7 +356,7 @@ class Check:
                 (op, tuple(d for o, (d,) in jobs if o == op and d in two)) for op in dict.fromkeys(o for o, _ in jobs)
             ]
         env = {"TRITON_INTERPRET": "1"} if self.rehearsal else {}
-        self.operators(stage, limit, "triton", jobs, max(1, self.cores - 2), env)
+        self.operators(stage, limit, "triton", jobs, self.side_by_side(64), env)
 
     def operators(
         self,
@@ -410,8 +425,9 @@ class Check:
                 if case in finished:
                     entry = finished[case]
                     ran.update(entry.get("ops", ()))
-                elif case in died:
-                    entry = {"outcome": "died", "message": died[case]}
+                elif case in begun:
+                    message = died.get(case, "still running when the time was up")
+                    entry = {"outcome": "died", "message": message}
                 else:
                     entry = {"outcome": "not run"}
                 entry = {"case": case} | {k: v for k, v in entry.items() if k not in ("event", "stage", "pid", "ops")}
@@ -447,7 +463,7 @@ class Check:
         if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("xdist") is None:
             stage.update(outcome="not run", reason="pytest or pytest-xdist is not installed")
             return
-        workers = self.args.workers or max(1, min(12, self.cores - 4))
+        workers = self.args.workers or self.side_by_side(12)
         chosen = [str(Path("tests/gpu") / name) for name in self.args.tests] or ["tests/gpu"]
         job = self.job(
             "tests",
@@ -522,7 +538,7 @@ class Check:
                     )
                 )
         every = list(jobs)
-        self.run(jobs, min(len(jobs), max(1, self.cores - 2)), limit, lambda job: ())
+        self.run(jobs, self.side_by_side(len(jobs)), limit, lambda job: ())
         counts = {"ok": 0, "failed": 0, "timeout": 0, "not run": 0}
         refused: list[str] = []
         called: dict[str, set[str]] = {tool: set() for tool in SANITIZERS}
@@ -711,6 +727,8 @@ class Check:
             entry["failures"].append({"case": name, "outcome": "the driver failed", "message": smoke.first_line(error)})
         finally:
             entry["seconds"] = round(time.monotonic() - begin, 1)
+            if self.stopped:
+                entry["failures"].append({"case": name, "outcome": self.stopped})
             if not entry["outcome"]:
                 entry["outcome"] = "failed" if entry["failures"] else "ok"
         counts = ", ".join(f"{number} {what}" for what, number in entry["counts"].items() if number)
@@ -815,6 +833,8 @@ def read_log(path: Path, limit: int) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     def stop(number: int, frame: Any) -> None:
+        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)  # the summary is to come out
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     args = parse(argv)

@@ -55,7 +55,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        return (self.ended or time.monotonic()) - self.started
+        return (self.ended or time.monotonic()) - self.started if self.started else 0.0
 
     def done(self) -> bool:
         """Whether it has ended, by itself or because its time was up."""
@@ -93,7 +93,7 @@ class Job:
         if self.error:
             return self.error
         if self.timed_out:
-            return f"killed after {self.limit:.0f} s"
+            return f"killed after {self.seconds:.0f} s"
         return how_it_ended(self.returncode)
 
     def tail(self, lines: int = 1) -> str:
@@ -184,6 +184,7 @@ def run(
                 last = now
                 tick()
     finally:
-        for job in running:
+        for job in running:  # none, unless something was raised
             job.kill()
+            job.timed_out, job.ended = True, time.monotonic()
     return list(waiting)
