@@ -65,27 +65,17 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 	$(abspath $(VENV))/bin/clang-format -i $(CPP_FILES)
 
-# Everything that only a GPU can show: build, tests of the CUDA and of the Triton kernels, sanitizers, benchmarks (their JSON
-# and plots go to OUT, by default bench/results/). Fails where there is no GPU.
-SANITIZER := $(shell command -v compute-sanitizer || ls $${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer 2>/dev/null)
-# Without torch's cache of memory each tensor has bounds of its own. initcheck must see every write, so it checks all kernels.
-SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --report-api-errors no
+# What only a GPU can show, in stages that do not stop each other; docs/gpu.md tells how to read the summary at the end.
+# STAGES="smoke tests" takes some of build smoke bench-quick tests triton sanitize bench, BUDGET=480 is the time in seconds
+# for the whole, OUT the folder of the results; REHEARSE=1 tries it on a machine without a GPU.
 # .venv where there is one, else the Python on PATH: a machine with a GPU may have its packages and no network.
 GPU_PY ?= $(if $(wildcard $(PY)),$(PY),python3)
+gpu-check: export STAGES := $(STAGES)
+gpu-check: export BUDGET := $(BUDGET)
+gpu-check: export OUT := $(OUT)
+gpu-check: export REHEARSE := $(REHEARSE)
 gpu-check:
-	RENDSEG_CUDA=1 RENDSEG_REQUIRE_EXTENSION=1 $(GPU_PY) setup.py build_ext --inplace
-	@$(GPU_PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: the CUDA extension is built, but \
-	torch finds NO GPU on this machine: nothing was run, nothing was checked.")'
-	$(GPU_PY) csrc/check_resources.py --table
-	env -u TRITON_INTERPRET $(GPU_PY) -m pytest tests/ -m "gpu or triton" $(PYTEST_ARGS)
-	@if test -n "$(SANITIZER)"; then set -ex; \
-	  $(SANITIZE) --tool memcheck --kernel-name kns=rendseg $(GPU_PY) tests/gpu/sanitize.py; \
-	  $(SANITIZE) --tool racecheck --kernel-name kns=rendseg $(GPU_PY) tests/gpu/sanitize.py; \
-	  $(SANITIZE) --tool initcheck $(GPU_PY) tests/gpu/sanitize.py; \
-	else echo "gpu-check: compute-sanitizer is NOT here (PATH, CUDA_HOME/bin): memory errors and races were not looked for"; fi
-	@status=0; for file in bench/[a-z]*.py; do echo "== $$file"; \
-	  env -u TRITON_INTERPRET $(GPU_PY) $$file --device cuda --output "$${OUT:-bench/results}" $(BENCH_ARGS) || status=1; \
-	done; exit $$status
+	@$(GPU_PY) tests/gpu/check.py
 
 clean:
 	rm -rf build dist cmake-build rendseg/*.so rendseg/_build_facts.py *.egg-info $(VENV)/.built

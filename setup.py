@@ -17,6 +17,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import logging
+import multiprocessing.connection
 import os
 import platform
 import pprint
@@ -28,6 +29,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import setuptools
 from setuptools import Extension, find_packages, setup
@@ -343,8 +345,38 @@ class BuildExt(base_build_ext()):  # type: ignore[misc]
         PLAN.failed(str(PLAN.facts["REASON"]), "read the compiler's message above; RENDSEG_CUDA=0 leaves CUDA out")
 
     def build_extension(self, ext: Extension) -> None:
+        if not getattr(self, "use_ninja", True):
+            self._compile_side_by_side()
         super().build_extension(ext)
         PLAN.facts.update(EXTENSION=True, REASON="")
+
+    def _compile_side_by_side(self) -> None:
+        """Without ninja torch compiles one file after the other, which takes many minutes; here as many as MAX_JOBS.
+
+        Each file in a process of its own: torch changes the state of the compiler object for every file.
+        """
+        single, context = self.compiler.compile, multiprocessing.get_context("fork")
+
+        def compile_all(sources: list[str], output_dir: str | None = None, **options: Any) -> list[str]:
+            waiting, failed = list(sources), list[str]()
+            running: dict[Any, tuple[Any, str]] = {}
+            while waiting or running:
+                while waiting and not failed and len(running) < int(os.environ["MAX_JOBS"]):
+                    arguments = ([waiting[0]], output_dir)
+                    process = context.Process(target=single, args=arguments, kwargs=options)
+                    process.start()
+                    running[process.sentinel] = (process, waiting.pop(0))
+                if not running:
+                    break
+                for sentinel in multiprocessing.connection.wait(list(running)):
+                    process, source = running.pop(sentinel)
+                    process.join()
+                    failed += [source] if process.exitcode else []
+            if failed:
+                raise RuntimeError(f"compiling {', '.join(failed)} failed")
+            return list(self.compiler.object_filenames(sources, strip_dir=False, output_dir=output_dir))
+
+        self.compiler.compile = compile_all
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in lists what an sdist holds, the same on every machine

@@ -1,19 +1,24 @@
 """Every operator once, forward and backward, on small inputs: what ``make gpu-check`` runs under compute-sanitizer.
 
 Inputs are made on the CPU, so that few kernels but ours run. Says which operators ran, and fails if one that has a CUDA
-kernel did not. ``--device cpu`` tries the script itself.
+kernel did not. ``--part`` takes some of them only, for a process of their own. ``--device cpu`` tries the script, with
+``--emulated`` on the emulated CUDA kernels in the place of the CPU's.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
+import smoke  # noqa: E402
 import torch  # noqa: E402
+from sanitize_parts import DTYPES, PARTS  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -123,29 +128,59 @@ def refinement(make: Inputs) -> None:
             )
 
 
+RUN = {"selection": selection, "points": points, "encoding": encoding, "refinement": refinement}
+assert tuple(RUN) == PARTS
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
-    if device == "cuda" and not torch.cuda.is_available():
+    parser.add_argument("--part", choices=PARTS, action="append", help="again for several; default: every one")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="again for several; default: every one")
+    parser.add_argument("--emulated", action="store_true")
+    parser.add_argument("--stage", default="sanitize", help="what the lines of the results say")
+    parser.add_argument("--results", type=Path, help="append lines of JSON to this file; default: print them")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("sanitize: torch finds no GPU")
         return 1
-    with Recorder() as recorder:
-        for dtype, layout in (
-            (torch.float32, torch.contiguous_format),
-            (torch.bfloat16, torch.channels_last),
-            (torch.float16, torch.contiguous_format),
-        ):
-            make = Inputs(device, dtype, layout)
-            for part in (selection, points, encoding, refinement):
-                part(make)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    missed = set(_backends.compiled_ops(device)) - recorder.names
-    print(f"sanitize: ran {', '.join(sorted(recorder.names))}")
+    if args.emulated:
+        smoke.own_tests()
+        from tests.emulation import as_backend  # noqa: F401
+    if args.device == "cuda":  # a tool that refuses this device does so here
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+    results = smoke.Results(args.results, stage=args.stage)
+    called: set[str] = set()
+    failed = False
+    for dtype in args.dtype or DTYPES:
+        layout = torch.channels_last if dtype == "bfloat16" else torch.contiguous_format
+        for part in args.part or PARTS:
+            case = f"{part} {dtype}"
+            results.write(case=case, event="begin")
+            begin = time.perf_counter()
+            try:
+                smoke.planted(smoke.plant(args.stage, case))
+                with Recorder() as recorder:
+                    RUN[part](Inputs(args.device, getattr(torch, dtype), layout))
+                    if args.device == "cuda":
+                        torch.cuda.synchronize()
+            except Exception as error:
+                traceback.print_exc()
+                results.write(case=case, event="end", outcome="error", message=smoke.first_line(error))
+                failed = True
+                if smoke.context_lost():
+                    print("sanitize: FAILED, the CUDA context is lost", flush=True)
+                    return smoke.EXIT_STICKY
+                continue
+            seconds = round(time.perf_counter() - begin, 3)
+            called |= recorder.names
+            results.write(case=case, event="end", outcome="ok", ops=sorted(recorder.names), seconds=seconds)
+    print(f"sanitize: ran {', '.join(sorted(called))}")
+    missed = set(_backends.compiled_ops(args.device)) - called if not (args.part or args.dtype) else set()
     if missed:
         print(f"sanitize: FAILED, kernels that nothing above runs: {', '.join(sorted(missed))}")
-    return 1 if missed else 0
+    return 1 if missed or failed else 0
 
 
 if __name__ == "__main__":
