@@ -30,7 +30,7 @@ template <typename T>
 struct LabelArgs : UpsampleArgs<T> {
   void* labels;  // [N,H,W] uint8, or int16 when wide_labels
   bool wide_labels;
-  bool fills_keys;  // the selection reads the keys of all outputs, not only of gaps without a bound beyond the limit
+  bool fills_keys;  // the selection reads all keys, not only those that the bounds say are given
   int64_t k;
   Vec<T, 2>* largest;  // [N,h,w] the two largest logits of each source cell
   uint16_t* owner;     // [N,h,w] channel of the largest, or kNobody
