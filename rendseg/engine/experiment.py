@@ -28,6 +28,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rendseg.data import DataError
+from rendseg.engine.assemble import build_data, load_trained
 from rendseg.engine.checkpoint import LAST, CheckpointError, write_atomically, write_json, write_text
 from rendseg.engine.config import (
     Config,
@@ -40,7 +41,6 @@ from rendseg.engine.config import (
     override_mapping,
     read_mapping,
 )
-from rendseg.engine.evaluate import build_data, load_trained
 
 # Column title, and where metrics.json has it.
 METRICS = (

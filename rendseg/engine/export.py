@@ -559,7 +559,7 @@ def export_checkpoint(
     ``options`` are those of :class:`ExportOptions`. Raises ``ExportError``, ``CheckpointError``, ``ConfigError``.
     """
     from rendseg.data import parse_options
-    from rendseg.engine.evaluate import load_trained
+    from rendseg.engine.assemble import load_trained
 
     if format not in FORMATS:
         raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

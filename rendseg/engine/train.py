@@ -6,7 +6,7 @@ A run lives in ``<output.dir>/<name>``: ``config.yaml`` (resolved), ``last.pt``,
 Resuming continues exactly: the same weights, bit for bit on the CPU with the same number of threads, as a run that was
 never interrupted. What makes it so: optimizer state and all random-number states are saved; the learning rate is a
 function of the iteration; the order of the data is a function of (seed, position) and augmentation of (seed, epoch,
-image), see ``loader.py``; the points that PointRend trains on are a function of (seed, position) too; and evaluation
+image), see ``order.py``; the points that PointRend trains on are a function of (seed, position) too; and evaluation
 leaves the random-number states as they were.
 
 W processes (``torchrun`` or ``accelerate launch``, on one machine or several) of ``batch_size`` B make the steps of one
@@ -20,33 +20,42 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rendseg._version import __version__
 from rendseg.engine import checkpoint as checkpoints
+from rendseg.engine.assemble import build_data, build_network
 from rendseg.engine.checkpoint import BEST, LAST, CheckpointError
 from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig, build_config, differences
-from rendseg.engine.evaluate import build_data, build_network, evaluate, format_table, move, summary
+from rendseg.engine.evaluate import evaluate, format_table, summary
 from rendseg.engine.loader import training_batches
+from rendseg.engine.order import image_keys
 from rendseg.engine.predict import make_pictures, save_pictures
+from rendseg.engine.runtime import (
+    StopSignals,
+    agree,
+    earliest,
+    gather,
+    make_accelerator,
+    mean_over_processes,
+    move,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    unchanged_rng,
+)
 from rendseg.engine.sharding import (
     broadcast_buffers,
     full_optimizer_state,
@@ -128,116 +137,6 @@ def build_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.O
     if options.name == "adamw":
         return torch.optim.AdamW(parts, lr=options.lr, betas=options.betas, eps=options.eps)
     return torch.optim.SGD(parts, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
-
-
-# --------------------------------------------------------------------------------------------- random numbers
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global generator of this process, as plain values and tensors."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    return {
-        "python": [version, torch.tensor(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what ``rng_state`` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and Torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Keys ``[count]`` int64 of the images from stream position ``first`` on, for the points drawn on them."""
-    start = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 2
-    return torch.arange(start + first, start + first + count, device=device)
-
-
-@contextmanager
-def unchanged_rng() -> Iterator[None]:
-    """Whatever happens inside leaves the generators as they were."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-# ------------------------------------------------------------------------------------------- devices, signals
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Devices, processes and precision. ``ConfigError`` if the precision cannot be had on the device."""
-    # accelerate keeps one state per process; a second run in it may differ
-    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
-    GradientState._reset_state()
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    if on_cpu and config.train.precision == "fp16":
-        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        gradient_accumulation_steps=config.train.gradient_accumulation,
-    )
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"accelerate is configured for {kind.value}, which rendseg does not use; launch with a configuration of "
-            "plain data parallelism (accelerate launch --multi_gpu) and set train.fsdp.enabled=true to shard"
-        )
-    return accelerator
-
-
-class StopSignals:
-    """While active, SIGINT and SIGTERM set ``received`` instead of ending the process; a second SIGINT ends it."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread: signals are someone else's business
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def _earliest(accelerator: Accelerator, bad_iteration: int, stop: int) -> tuple[int, int]:
-    """Let all processes agree: the earliest iteration with a bad loss (or -1), and a signal any of them received."""
-    if accelerator.num_processes == 1:
-        return bad_iteration, stop
-    never = 2**62
-    values = torch.tensor([never if bad_iteration < 0 else bad_iteration, -stop], device=accelerator.device)
-    dist.all_reduce(values, dist.ReduceOp.MIN)
-    bad, minus_stop = values.tolist()
-    return (-1 if bad == never else bad), -minus_stop
 
 
 # ------------------------------------------------------------------------------------------------- state of a run
@@ -391,8 +290,8 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         }
 
     def save(is_best: bool = False) -> None:
-        rng = gather_object([rng_state()])
-        window = _mean_over_processes(accelerator, sums, 1) if sums else {}
+        rng = gather([rng_state()])
+        window = mean_over_processes(accelerator, sums, 1) if sums else {}
         progress.window = window
         if own_statistics:
             broadcast_buffers(network)
@@ -529,13 +428,13 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
             evaluate_now = bool(options.eval_every) and done % options.eval_every == 0 and not last
 
             if done % check_every == 0 or log or save_now or evaluate_now:
-                first_bad, stop = _earliest(accelerator, int(bad_iteration), signals.received)
+                first_bad, stop = earliest(accelerator, int(bad_iteration), signals.received)
                 if first_bad >= 0:
                     raise TrainingError(_explain_bad_loss(first_bad, run_dir, terms))
                 limit = options.time_limit_minutes
-                out_of_time = _agree(accelerator, limit is not None and progress.seconds > 60 * limit)
+                out_of_time = agree(accelerator, limit is not None and progress.seconds > 60 * limit)
             if log:
-                row = _mean_over_processes(accelerator, sums, progress.window_size)
+                row = mean_over_processes(accelerator, sums, progress.window_size)
                 now = time.perf_counter()
                 speed = (done - row_iteration) * step_images / (now - row_started)
                 row_started, row_iteration = now, done
@@ -551,7 +450,7 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
             if evaluate_now:
                 started, seconds_before, row_started = time.perf_counter(), progress.seconds, time.perf_counter()
                 row_iteration = done
-                stop = stop or _earliest(accelerator, -1, signals.received)[1]
+                stop = stop or earliest(accelerator, -1, signals.received)[1]
             if (save_now or stop or out_of_time) and not saved:
                 save()
             if hook is not None:
@@ -587,7 +486,7 @@ def _check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, An
     if accelerator.num_processes == 1:
         return
     mine = -1 if found is None else found[1]["training"]["progress"]["iteration"]
-    seen = gather_object([mine])
+    seen = gather([mine])
     if len(set(seen)) > 1:
         other = next(i for i, iteration in enumerate(seen) if iteration != seen[0])
         texts = ["no checkpoint" if seen[i] < 0 else f"a checkpoint of iteration {seen[i]}" for i in (0, other)]
@@ -595,21 +494,6 @@ def _check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, An
             f"process 0 finds {texts[0]} in {run_dir}, process {other} {texts[1]}; output.dir must lie on a file "
             "system that all machines share"
         )
-
-
-def _agree(accelerator: Accelerator, flag: bool) -> bool:
-    """True everywhere if true in any process."""
-    if accelerator.num_processes == 1:
-        return flag
-    value = torch.tensor(int(flag), device=accelerator.device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
-
-
-def _mean_over_processes(accelerator: Accelerator, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    values = torch.stack([value.double() for value in sums.values()]) / count
-    values = accelerator.reduce(values, "mean")
-    return dict(zip(sums, values.tolist(), strict=True))
 
 
 def _explain_bad_loss(iteration: int, run_dir: Path, terms: Mapping[str, Tensor]) -> str:

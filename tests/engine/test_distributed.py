@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from rendseg.engine import train as module
+from rendseg.engine import runtime as module
+from rendseg.engine.assemble import load_trained
 from rendseg.engine.checkpoint import load_checkpoint
 from rendseg.engine.config import ConfigError, build_config
-from rendseg.engine.evaluate import load_trained
 from rendseg.engine.train import train
 from rendseg.models import decoder_names
 from rendseg.models.losses import loss_term
