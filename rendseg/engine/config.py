@@ -69,7 +69,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over iterations; the formula is ``rendseg.engine.train.learning_rate``."""
+    """Learning rate over iterations; the formula is ``rendseg.engine.optimize.learning_rate``."""
 
     name: Literal["poly", "step", "cosine", "constant"] = Field(
         default="poly",
