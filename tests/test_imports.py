@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "rendseg"
 
 # Circles that are still there; a circle that has been opened must leave the list.
-KNOWN = {frozenset({"rendseg.models.options", "rendseg.models.registry"})}
+KNOWN: set[frozenset[str]] = set()
 
 
 def modules_of(package: Path) -> dict[str, Path]:

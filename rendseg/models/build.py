@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .backbones import create_backbone
-from .options import ModelOptions, parse_options
+from .parse import ModelOptions, parse_options
 from .pointrend import PointRend
 from .registry import build_decoder
 from .segmenter import Segmenter
@@ -14,8 +14,8 @@ from .unified import UPP, UnifiedPointRend, UnifiedSegmenter
 
 
 def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> Segmenter:
-    """The model that the ``model`` section of a configuration describes; see ``rendseg.models.options`` for keys and
-    defaults.
+    """The model that the ``model`` section of a configuration describes; see ``rendseg.models.options`` and the
+    decoders for keys and defaults.
 
     Errors: ``ValueError`` for unknown keys (naming the nearest), values and combinations; ``TypeError`` for values of
     the wrong type; those of :func:`create_backbone`.

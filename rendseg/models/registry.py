@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import importlib
+import pkgutil
+import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .options import DecoderOptions
+from .typed import nearest
 
 if TYPE_CHECKING:
     from .backbones import Backbone
@@ -49,15 +53,23 @@ def with_preset(options: DecoderOptions, preset: Mapping[str, Any]) -> dict[str,
     return {key: value if getattr(options, key) is None else getattr(options, key) for key, value in preset.items()}
 
 
+@cache
+def _discover() -> None:
+    """Import every module of this package, which registers its decoders: a new one needs no entry in a list."""
+    for module in pkgutil.iter_modules(sys.modules[__package__].__path__, f"{__package__}."):
+        importlib.import_module(module.name)
+
+
 def decoder_names() -> list[str]:
+    _discover()
     return sorted(_DECODERS)
 
 
 def _entry(name: str) -> tuple[type[DecoderOptions], Builder]:
+    _discover()
     if name not in _DECODERS:
-        close = difflib.get_close_matches(str(name), _DECODERS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"model.decoder.name must be one of {', '.join(decoder_names())}, got {name!r}{hint}")
+        names = decoder_names()
+        raise ValueError(f"model.decoder.name must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
     return _DECODERS[name]
 
 
