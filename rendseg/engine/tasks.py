@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rendseg.engine.config import Config, ConfigError
 from rendseg.engine.loader import Sample
+from rendseg.models.registry import decoder_names, decoder_options_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,19 +30,17 @@ def with_tasks(config: Config, dataset: Any) -> Config:
     if classes is None:
         return config
     decoder = dict(config.model["decoder"])
-    if decoder["name"] != "upp":
-        if len(classes) > 1:
-            raise ConfigError(
-                f"the data has the tasks {', '.join(classes)}, the decoder {decoder['name']!r} only object: set "
-                "model.decoder.name=upp, or data.tasks=[object]"
-            )
-    else:
-        found: dict[str, Any] = {f"{task}_classes": len(names) for task, names in classes.items() if task != "object"}
-        found["object_parts"] = [list(group) for group in dataset.object_parts]
-        for key, value in found.items():
-            if decoder.get(key) not in (None, value):
-                raise ConfigError(f"model.decoder.{key} differs from what the data has ({value}): remove the key")
-            decoder[key] = value
+    found = decoder_options_class(decoder["name"]).of_tasks(classes, dataset.object_parts)
+    if found is None and len(classes) > 1:
+        able = [name for name in decoder_names() if decoder_options_class(name).of_tasks({}, ()) is not None]
+        raise ConfigError(
+            f"the data has the tasks {', '.join(classes)}, the decoder {decoder['name']!r} only object: set "
+            f"model.decoder.name={' or '.join(able)}, or data.tasks=[object]"
+        )
+    for key, value in (found or {}).items():
+        if decoder.get(key) not in (None, value):
+            raise ConfigError(f"model.decoder.{key} differs from what the data has ({value}): remove the key")
+        decoder[key] = value
     loss = {**config.model["loss"], "ignore_index": dataset.ignore_index}
     return config.model_copy(update={"model": {**config.model, "decoder": decoder, "loss": loss}})
 

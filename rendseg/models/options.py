@@ -6,7 +6,7 @@ Those of a decoder stand beside it; ``parse.py`` puts them together.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +46,14 @@ class DecoderOptions:
     """What every decoder's options have: the name under which it was registered."""
 
     name: str = "semantic_fpn"
+
+    @classmethod
+    def of_tasks(
+        cls, classes: Mapping[str, Sequence[str]], object_parts: Sequence[Sequence[int]]
+    ) -> dict[str, Any] | None:
+        """The keys that a data set of several tasks fills in, from the names of its classes by task and the parts of
+        its objects; ``None``: the decoder knows the task ``object`` alone."""
+        return None
 
 
 @dataclass(frozen=True)
