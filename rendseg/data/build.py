@@ -6,12 +6,12 @@ An unknown key is an error that names the nearest known one, and every error is 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from .._nearest import did_you_mean
 from .base import ImageFiles, SegmentationDataset, Split
 from .options import ColorJitterOptions, DataError, DatasetOptions, PhotometricOptions
 from .registry import dataset_entry, dataset_names
@@ -20,16 +20,15 @@ from .registry import dataset_entry, dataset_names
 _INNER = {"color_jitter": ColorJitterOptions, "photometric_distortion": PhotometricOptions}
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+def _hint(word: object, known: list[str]) -> str:
+    return did_you_mean(word, known) or f"; known: {', '.join(known)}"
 
 
 def _check_keys(cls: type, given: Mapping[str, Any], section: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in given:
         if key not in known:
-            raise DataError(f"unknown key {section}.{key}{_nearest(str(key), known)}")
+            raise DataError(f"unknown key {section}.{key}{_hint(key, known)}")
 
 
 def parse_options(options: Mapping[str, Any]) -> DatasetOptions:
@@ -45,7 +44,7 @@ def parse_options(options: Mapping[str, Any]) -> DatasetOptions:
     name = options.get("name", "shapes")
     entry = dataset_entry(name)
     if entry is None:
-        raise DataError(f"data.name {name!r} is no data set{_nearest(str(name), dataset_names())}")
+        raise DataError(f"data.name {name!r} is no data set{_hint(name, dataset_names())}")
     cls, _ = entry
     _check_keys(cls, options, "data")
     for key, inner in _INNER.items():

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .typed import nearest, parse
+from .._nearest import did_you_mean
+from .typed import parse
 
 PointRule = int | str
 POINT_RULES = ("area/256", "width/16", "(width/16)^2")
@@ -261,7 +262,7 @@ def preset_switches(name: Any, where: str) -> PointRendOptions:
     """Every switch of the preset ``name``; ``ValueError`` says where another name stands."""
     if name not in PRESETS:
         names = ", ".join(PRESETS)
-        raise ValueError(f"{where} must be one of {names}, got {name!r}{nearest(str(name), PRESETS)}")
+        raise ValueError(f"{where} must be one of {names}, got {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]
 
 

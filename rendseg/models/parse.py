@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._nearest import did_you_mean
 from .options import (
     LOSS_TERMS,
     PRESET_PARTS,
@@ -25,7 +26,7 @@ from .options import (
 )
 from .registry import decoder_options_class
 from .resnet_stride4 import STRIDE4
-from .typed import mapping, nearest, parse
+from .typed import mapping, parse
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _with_terms(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = term.get("name", "cross_entropy")
         if name not in LOSS_TERMS:
             known = ", ".join(LOSS_TERMS)
-            raise ValueError(f"{at}.name must be one of {known}, got {name!r}{nearest(str(name), LOSS_TERMS)}")
+            raise ValueError(f"{at}.name must be one of {known}, got {name!r}{did_you_mean(name, LOSS_TERMS)}")
         terms.append(parse(LOSS_TERMS[name], term, at))
     return {**plain, "terms": tuple(terms)}
 

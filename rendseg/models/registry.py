@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from .._nearest import did_you_mean
 from .options import DecoderOptions
-from .typed import nearest
 
 if TYPE_CHECKING:
     from .backbones import Backbone
@@ -84,7 +84,8 @@ def _entry(name: str) -> _Entry:
     _discover()
     if name not in _DECODERS:
         names = decoder_names()
-        raise ValueError(f"model.decoder.name must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+        hint = did_you_mean(name, names)
+        raise ValueError(f"model.decoder.name must be one of {', '.join(names)}, got {name!r}{hint}")
     return _DECODERS[name]
 
 

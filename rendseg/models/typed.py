@@ -5,11 +5,12 @@ an unknown key is an error that names the nearest one. ``dataclasses.asdict`` gi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
+
+from .._nearest import did_you_mean
 
 T = TypeVar("T")
 
@@ -22,11 +23,6 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def parse(kind: type[T], values: Mapping[str, Any], where: str, start: T | None = None) -> T:
     """``kind`` (or the instance ``start``) with ``values`` set, each checked against the type of its field."""
     hints = typing.get_type_hints(kind)
@@ -34,7 +30,7 @@ def parse(kind: type[T], values: Mapping[str, Any], where: str, start: T | None 
     parsed = {}
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"unknown key {where}.{key}{nearest(str(key), known)} (known keys: {', '.join(known)})")
+            raise ValueError(f"unknown key {where}.{key}{did_you_mean(key, known)} (known keys: {', '.join(known)})")
         parsed[key] = _convert(value, hints[key], f"{where}.{key}")
     return dataclasses.replace(start, **parsed) if start is not None else kind(**parsed)  # type: ignore[type-var]
 
@@ -59,7 +55,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if accepted:
         return result
     literal = any(typing.get_origin(h) is Literal for h in (hint, *typing.get_args(hint)))
-    near = nearest(value, _choices(hint)) if literal and isinstance(value, str) else ""
+    near = did_you_mean(value, _choices(hint)) if literal and isinstance(value, str) else ""
     error = ValueError if literal and isinstance(value, str) else TypeError
     raise error(f"{where} must be {_describe(hint)}, got {value!r}{near}")
 

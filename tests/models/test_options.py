@@ -230,6 +230,15 @@ def test_bad_configuration(config, error, match):
         parse_options(config)
 
 
+def test_the_nearest_word():
+    from rendseg._nearest import did_you_mean, nearest
+
+    assert nearest("chanels", ["norm", "channels"]) == "channels" and nearest("PADDLE", ["paddleseg"]) == "paddleseg"
+    assert nearest("ignorelabel", ["Ignore_Label", "label"]) == "Ignore_Label"
+    assert nearest("xyz", ["norm", "channels"]) is None and nearest(7, ["norm"]) is None and nearest("norm", []) is None
+    assert did_you_mean("chanels", ["channels"]) == "; did you mean 'channels'?" and did_you_mean("x", ["norm"]) == ""
+
+
 def test_a_decoder_is_found_without_an_entry_in_a_list(tmp_path, monkeypatch):
     import rendseg.models
     from rendseg.models import registry
