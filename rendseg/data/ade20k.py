@@ -6,11 +6,27 @@ ROOT is that folder or the one that holds it. Value 0 of a label map (other obje
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
-from .options import Ade20kOptions, DataError, names_of
+from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .registry import register_dataset
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class Ade20kOptions(DatasetOptions):
+    """ADE20K, scene parsing of 150 classes; see :mod:`rendseg.data.ade20k`."""
+
+    name: Literal["ade20k"] = "ade20k"
+    root: str | None = None  # ADEChallengeData2016 or the folder that holds it; null: $RENDSEG_DATA/ade20k
+    train: SplitNames = "training"  # folder within images/ and annotations/, or several
+    val: SplitNames = "validation"
+    cache: bool = False  # decode every image once and keep it in memory
+
 
 # name:rrggbb by value in the file, 1 to 150. The colours are those of the benchmark's tool kit; two classes share one.
 _TABLE = """
@@ -41,6 +57,7 @@ CLASSES = [entry.split(":")[0].strip() for entry in _TABLE.split(",")]
 _COLORS = [entry.split(":")[1].strip() for entry in _TABLE.split(",")]
 
 
+@register_dataset(Ade20kOptions)
 class Ade20k(ImageFiles):
     """150 classes; see the module."""
 

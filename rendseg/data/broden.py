@@ -26,13 +26,14 @@ by ``;``) of Broden+'s ``object_part_hierarchy.csv`` are understood too.
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
@@ -40,7 +41,29 @@ from .augment import seeded, to_sample
 from .base import SegmentationDataset, Split, check_pair
 from .folder import distinct_colors
 from .images import IGNORE, _open, read_image
-from .options import BrodenOptions, DataError
+from .options import CONFIG, DataError, DatasetOptions
+from .registry import register_dataset
+
+Task = Literal["object", "part", "material", "texture", "scene"]
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class BrodenOptions(DatasetOptions):
+    """Images with labels of several tasks; see :mod:`rendseg.data.broden`."""
+
+    name: Literal["broden"] = "broden"
+    root: str
+    index: str = "index.csv"  # table of images and labels within root
+    images: str = "images"  # folder within root from which the table's paths start; "": root itself
+    train: str = "train"  # value of the column "split" of each split
+    val: str = "val"
+    tasks: list[Task] | None = None  # null: every task with a list of names (object.csv, part.csv, ...) in root
+    # The tasks whose labels a training batch holds; batches of a source are as frequent as its images.
+    sources: list[list[Task]] = dataclasses.field(
+        default_factory=lambda: [["object", "part", "scene"], ["material"], ["texture"]]  # type: ignore[list-item]
+    )
+    cache: bool = False  # decode every image once and keep it in memory
+
 
 TASKS = ("object", "part", "material", "texture", "scene")
 NONE = 65535  # unlabelled, in the label maps that are read
@@ -48,7 +71,7 @@ NONE = 65535  # unlabelled, in the label maps that are read
 Labels = dict[str, Any]  # task -> uint16 [H, W], of scene a number; NONE where there is no label
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ClassList:
     """Names of a task's classes, and the class of every number in a label map."""
 
@@ -167,7 +190,7 @@ def _enlarge(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return label[rows[:, None], columns[None, :]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Record:
     line: str
     image: Path
@@ -176,6 +199,7 @@ class _Record:
     cells: dict[str, str]  # task -> non-empty cell
 
 
+@register_dataset(BrodenOptions)
 class Broden(SegmentationDataset):
     """See the module. ``label`` of a sample is the object map; ``labels`` holds the tasks: int64 maps ``[H, W]`` and,
     of ``scene``, a scalar, with ``ignore_index`` where there is no label.

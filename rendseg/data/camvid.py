@@ -6,11 +6,27 @@ classes, 11 is void and becomes 255. A split may be made of several folders: ``t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
-from .options import CamVidOptions, DataError, names_of
+from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .registry import register_dataset
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class CamVidOptions(DatasetOptions):
+    """CamVid in the SegNet layout; see :mod:`rendseg.data.camvid`."""
+
+    name: Literal["camvid"] = "camvid"
+    root: str | None = None  # null: $RENDSEG_DATA/camvid, else ../shared/data/camvid beside the checkout
+    train: SplitNames = "train"  # folder of the images of each split, or several; NAMEannot holds the labels
+    val: SplitNames = "val"
+    cache: bool = False  # decode every image once and keep it in memory (train: 250 MB)
+
 
 CLASSES = {
     "sky": (128, 128, 128),
@@ -27,6 +43,7 @@ CLASSES = {
 }
 
 
+@register_dataset(CamVidOptions)
 class CamVid(ImageFiles):
     """11 classes; see the module."""
 

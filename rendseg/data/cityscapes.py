@@ -11,12 +11,29 @@ The published labels of ``test`` are blank: all ids are ignored ones.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
-from .options import CityscapesOptions, DataError, names_of
+from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .registry import register_dataset
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class CityscapesOptions(DatasetOptions):
+    """Cityscapes as it is distributed; see :mod:`rendseg.data.cityscapes`."""
+
+    name: Literal["cityscapes"] = "cityscapes"
+    root: str | None = None  # holds leftImg8bit and gtFine; null: $RENDSEG_DATA/cityscapes
+    train: SplitNames = "train"  # train, val, test or train_extra, or several: [train, val]
+    val: SplitNames = "val"
+    labels: Literal["auto", "labelIds", "labelTrainIds"] = "auto"  # auto: *_labelTrainIds.png where present
+    annotations: Literal["gtFine", "gtCoarse"] = "gtFine"  # of train; train_extra has gtCoarse alone, val keeps gtFine
+    cache: bool = False  # decode every image once and keep it in memory (train: 25 GB)
+
 
 CLASSES = {
     "road": (128, 64, 128),
@@ -44,6 +61,7 @@ EVALUATED_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 3
 ENDING = "_leftImg8bit"
 
 
+@register_dataset(CityscapesOptions)
 class Cityscapes(ImageFiles):
     """19 classes; see the module."""
 

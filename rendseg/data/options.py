@@ -1,18 +1,14 @@
-"""Options of the configuration section ``data:``: every key, its default and its meaning.
+"""Options of the configuration section ``data:`` that all data sets have, each with its default and its meaning.
 
-``name`` chooses the data set; the other keys are those of its class below. An unknown key is an error that names the
-nearest known one, and every error is one :class:`DataError` line.
+``name`` chooses the data set; its own keys stand beside it, in a class derived from :class:`DatasetOptions`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 
@@ -20,12 +16,12 @@ class DataError(ValueError):
     """A data set, an image, a label map or an option that cannot be used. One line: what, where and the remedy."""
 
 
-_CONFIG = ConfigDict(extra="forbid", validate_default=True)
-_Probability = Annotated[float, Field(ge=0, le=1)]
-_Side = Annotated[int, Field(ge=1)]
-_Jitter = Annotated[float, Field(ge=0)]
-_Positive = Annotated[float, Field(gt=0)]
-_NonNegative = Annotated[float, Field(ge=0)]
+CONFIG = ConfigDict(extra="forbid", validate_default=True)
+Probability = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1)]
+Jitter = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 def _check_names(value: Any) -> Any:
@@ -47,26 +43,26 @@ def names_of(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class ColorJitterOptions:
     """Ranges of ``torchvision.transforms.v2.ColorJitter``; 0 leaves the property alone."""
 
-    brightness: _Jitter = 0.25
-    contrast: _Jitter = 0.25
-    saturation: _Jitter = 0.25
+    brightness: Jitter = 0.25
+    contrast: Jitter = 0.25
+    saturation: Jitter = 0.25
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # dear on a CPU: the image goes to HSV and back
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class PhotometricOptions:
     """The distortion of SSD (Liu et al. 2016, section 2.2) with the values of mmsegmentation and detectron2: each of
     the four steps is taken with `probability`, contrast before saturation and hue or after them."""
 
     brightness_delta: Annotated[float, Field(ge=0, le=255)] = 32.0  # added to all values 0..255, at most so much
-    contrast_range: tuple[_NonNegative, _NonNegative] = (0.5, 1.5)  # factor of all values
-    saturation_range: tuple[_NonNegative, _NonNegative] = (0.5, 1.5)  # factor of the S of HSV
+    contrast_range: tuple[NonNegative, NonNegative] = (0.5, 1.5)  # factor of all values
+    saturation_range: tuple[NonNegative, NonNegative] = (0.5, 1.5)  # factor of the S of HSV
     hue_delta: Annotated[float, Field(ge=0, le=90)] = 18.0  # turn of the H of HSV; 180 is the full circle, as in OpenCV
-    probability: _Probability = 0.5  # of each step
+    probability: Probability = 0.5  # of each step
 
     @model_validator(mode="after")
     def _ordered(self) -> PhotometricOptions:
@@ -77,7 +73,7 @@ class PhotometricOptions:
         return self
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class AugmentOptions:
     """Keys common to all data sets. The split ``val`` heeds only those from ``mean`` on.
 
@@ -90,23 +86,23 @@ class AugmentOptions:
       ``scale_range`` is.
     """
 
-    crop_size: tuple[_Side, _Side] | None = None  # [height, width]; null: the size of each image
-    scale_range: tuple[_Positive, _Positive] = (0.5, 2.0)  # the factor is drawn uniformly from it
-    scale_step: _Positive | None = None  # null: any factor; else smallest, smallest + step, ... up to the largest
-    base_size: tuple[_Side, _Side] | None = None  # [height, width], or turned, as the image is; null: each image's own
-    short_edge: list[_Side] | None = None  # choices of the shorter side; null: no such rule
+    crop_size: tuple[Side, Side] | None = None  # [height, width]; null: the size of each image
+    scale_range: tuple[Positive, Positive] = (0.5, 2.0)  # the factor is drawn uniformly from it
+    scale_step: Positive | None = None  # null: any factor; else smallest, smallest + step, ... up to the largest
+    base_size: tuple[Side, Side] | None = None  # [height, width], or turned, as the image is; null: each image's own
+    short_edge: list[Side] | None = None  # choices of the shorter side; null: no such rule
     short_edge_sampling: Literal["choice", "range"] = "choice"  # range: any integer from the first to the second
-    max_size: _Side | None = None  # with short_edge: the longer side is at most so long; null: no limit
+    max_size: Side | None = None  # with short_edge: the longer side is at most so long; null: no limit
     category_max_fraction: Annotated[float, Field(gt=0, le=1)] = 0.75  # of the crop; 1 switches the limit off
-    flip: _Probability = 0.5  # left-right
-    vertical_flip: _Probability = 0.0
+    flip: Probability = 0.5  # left-right
+    vertical_flip: Probability = 0.0
     color_jitter: ColorJitterOptions | None = field(default_factory=ColorJitterOptions)  # null: none
     photometric_distortion: PhotometricOptions | None = None  # {}: SSD's, instead of color_jitter
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels in [0, 1]; the customary ImageNet values
-    std: tuple[_Positive, _Positive, _Positive] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     pixel_max: Literal[1, 255] = 1  # 255: mean and std are given for 0..255; they are divided by it at once
     channel_order: Literal["rgb", "bgr"] = "rgb"  # of the network's input, and so of mean and std; bgr: Caffe's weights
-    val_size: tuple[_Side, _Side] | None = None  # [height, width] of val images and labels; null: as in the files
+    val_size: tuple[Side, Side] | None = None  # [height, width] of val images and labels; null: as in the files
     val_keep_ratio: bool = True  # false: val images are stretched to val_size; true: fitted into it
 
     @model_validator(mode="after")
@@ -141,161 +137,8 @@ class AugmentOptions:
         return self
 
 
-@dataclass(config=_CONFIG, kw_only=True)
-class ShapesOptions(AugmentOptions):
-    """Synthetic scenes; see :mod:`rendseg.data.shapes`. No scaling and jitter by default, as every scene differs."""
+@dataclass(config=CONFIG, kw_only=True)
+class DatasetOptions(AugmentOptions):
+    """Base of the options of a data set; ``name`` is the one under which it is registered."""
 
-    name: Literal["shapes"] = "shapes"
-    size: tuple[_Side, _Side] = (128, 128)  # [height, width]
-    num_images: Annotated[int, Field(ge=1)] = 4096
-    num_val_images: Annotated[int, Field(ge=1)] = 128
-    seed: Annotated[int, Field(ge=0)] = 0  # of the scenes
-    scale_range: tuple[_Positive, _Positive] = (1.0, 1.0)
-    color_jitter: ColorJitterOptions | None = None
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class CamVidOptions(AugmentOptions):
-    """CamVid in the SegNet layout; see :mod:`rendseg.data.camvid`."""
-
-    name: Literal["camvid"] = "camvid"
-    root: str | None = None  # null: $RENDSEG_DATA/camvid, else ../shared/data/camvid beside the checkout
-    train: SplitNames = "train"  # folder of the images of each split, or several; NAMEannot holds the labels
-    val: SplitNames = "val"
-    cache: bool = False  # decode every image once and keep it in memory (train: 250 MB)
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class CityscapesOptions(AugmentOptions):
-    """Cityscapes as it is distributed; see :mod:`rendseg.data.cityscapes`."""
-
-    name: Literal["cityscapes"] = "cityscapes"
-    root: str | None = None  # holds leftImg8bit and gtFine; null: $RENDSEG_DATA/cityscapes
-    train: SplitNames = "train"  # train, val, test or train_extra, or several: [train, val]
-    val: SplitNames = "val"
-    labels: Literal["auto", "labelIds", "labelTrainIds"] = "auto"  # auto: *_labelTrainIds.png where present
-    annotations: Literal["gtFine", "gtCoarse"] = "gtFine"  # of train; train_extra has gtCoarse alone, val keeps gtFine
-    cache: bool = False  # decode every image once and keep it in memory (train: 25 GB)
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class Ade20kOptions(AugmentOptions):
-    """ADE20K, scene parsing of 150 classes; see :mod:`rendseg.data.ade20k`."""
-
-    name: Literal["ade20k"] = "ade20k"
-    root: str | None = None  # ADEChallengeData2016 or the folder that holds it; null: $RENDSEG_DATA/ade20k
-    train: SplitNames = "training"  # folder within images/ and annotations/, or several
-    val: SplitNames = "validation"
-    cache: bool = False  # decode every image once and keep it in memory
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class VocOptions(AugmentOptions):
-    """Pascal VOC 2012, with the labels of SBD on request; see :mod:`rendseg.data.voc`."""
-
-    name: Literal["voc"] = "voc"
-    root: str | None = None  # VOC2012, VOCdevkit or the folder that holds it; null: $RENDSEG_DATA/voc
-    sbd: str | None = None  # benchmark_RELEASE of SBD; null: SegmentationClassAug, else benchmark_RELEASE beside VOC
-    train: SplitNames = "train"  # a list in ImageSets/Segmentation, or several; trainaug and aug take in SBD's labels
-    val: SplitNames = "val"
-    cache: bool = False  # decode every image once and keep it in memory (trainaug: 8 GB)
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class FolderOptions(AugmentOptions):
-    """Any folder of images and label maps; see :mod:`rendseg.data.folder`."""
-
-    name: Literal["folder"] = "folder"
-    root: str
-    images: str = "images"  # folder names within root
-    labels: str = "labels"
-    image_suffix: str = ""  # what image names end in before the extension, e.g. "_leftImg8bit"
-    label_suffix: str = ".png"  # what replaces it in the label's name, e.g. "_gtFine_labelIds.png"
-    split: Literal["folders", "lists", "fraction"] = "folders"
-    train: SplitNames = "train"  # sub-folder of images/ and labels/, or list file (with or without ".txt"), or several
-    val: SplitNames = "val"
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # for split: fraction
-    seed: Annotated[int, Field(ge=0)] = 0  # of that division
-    classes: int | list[str] | None = None  # number or names; null: as many as class_map or color_map has
-    class_map: dict[int, int] | None = None  # value in the file -> class (or 255: ignored); null: as it is
-    color_map: dict[str, int] | None = None  # "#rrggbb" -> class (or 255), for labels drawn in colours
-    ignore_label: int | list[int] | None = 255  # values in the file that are ignored; a key of class_map wins
-    palette: list[tuple[int, int, int]] | None = None  # colours of the pictures, one per class
-    cache: bool = False  # decode every image once and keep it in memory
-
-
-Task = Literal["object", "part", "material", "texture", "scene"]
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class BrodenOptions(AugmentOptions):
-    """Images with labels of several tasks; see :mod:`rendseg.data.broden`."""
-
-    name: Literal["broden"] = "broden"
-    root: str
-    index: str = "index.csv"  # table of images and labels within root
-    images: str = "images"  # folder within root from which the table's paths start; "": root itself
-    train: str = "train"  # value of the column "split" of each split
-    val: str = "val"
-    tasks: list[Task] | None = None  # null: every task with a list of names (object.csv, part.csv, ...) in root
-    # The tasks whose labels a training batch holds; batches of a source are as frequent as its images.
-    sources: list[list[Task]] = field(
-        default_factory=lambda: [["object", "part", "scene"], ["material"], ["texture"]]  # type: ignore[list-item]
-    )
-    cache: bool = False  # decode every image once and keep it in memory
-
-
-DatasetOptions = (
-    ShapesOptions | CamVidOptions | CityscapesOptions | Ade20kOptions | VocOptions | FolderOptions | BrodenOptions
-)
-_OPTIONS: dict[str, Any] = {
-    "shapes": ShapesOptions,
-    "camvid": CamVidOptions,
-    "cityscapes": CityscapesOptions,
-    "ade20k": Ade20kOptions,
-    "voc": VocOptions,
-    "folder": FolderOptions,
-    "broden": BrodenOptions,
-}
-# Sections within a section.
-_INNER = {"color_jitter": ColorJitterOptions, "photometric_distortion": PhotometricOptions}
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _check_keys(cls: type, given: Mapping[str, Any], section: str) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            raise DataError(f"unknown key {section}.{key}{_nearest(str(key), known)}")
-
-
-def parse_options(options: Mapping[str, Any]) -> DatasetOptions:
-    """The typed options of a ``data:`` section.
-
-    Raises:
-        DataError: unknown data set, unknown key (names the nearest) or unusable value (names key, wish and value).
-    """
-    if dataclasses.is_dataclass(options):
-        options = dataclasses.asdict(options)  # type: ignore[arg-type]
-    if not isinstance(options, Mapping):
-        raise DataError(f"data must be a mapping with a key 'name', got {options!r}")
-    name = options.get("name", "shapes")
-    if name not in _OPTIONS:
-        raise DataError(f"data.name {name!r} is no data set{_nearest(str(name), list(_OPTIONS))}")
-    cls = _OPTIONS[name]
-    _check_keys(cls, options, "data")
-    for key, inner in _INNER.items():
-        if isinstance(options.get(key), Mapping):
-            _check_keys(inner, options[key], f"data.{key}")
-    try:
-        return TypeAdapter(cls).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["data", *(str(part) for part in first["loc"])])
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        raise DataError(f"{where}: {message}{got}") from None
+    name: str = ""

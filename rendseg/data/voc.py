@@ -16,13 +16,29 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from .base import ImageFiles, Split
 from .folder import distinct_colors
 from .images import LabelReader, dataset_root, read_list
-from .options import DataError, VocOptions, names_of
+from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .registry import register_dataset
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class VocOptions(DatasetOptions):
+    """Pascal VOC 2012, with the labels of SBD on request; see :mod:`rendseg.data.voc`."""
+
+    name: Literal["voc"] = "voc"
+    root: str | None = None  # VOC2012, VOCdevkit or the folder that holds it; null: $RENDSEG_DATA/voc
+    sbd: str | None = None  # benchmark_RELEASE of SBD; null: SegmentationClassAug, else benchmark_RELEASE beside VOC
+    train: SplitNames = "train"  # a list in ImageSets/Segmentation, or several; trainaug and aug take in SBD's labels
+    val: SplitNames = "val"
+    cache: bool = False  # decode every image once and keep it in memory (trainaug: 8 GB)
+
 
 CLASSES = (
     "background",
@@ -51,6 +67,7 @@ CLASSES = (
 AUGMENTED = {"trainaug": ("trainaug", "train_aug"), "train_aug": ("trainaug", "train_aug"), "aug": ("aug",)}
 
 
+@register_dataset(VocOptions)
 class Voc(ImageFiles):
     """21 classes; see the module."""
 

@@ -8,7 +8,6 @@ YAML), expands ``${NAME}`` and ``${NAME:-default}`` from the environment in ever
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rendseg._nearest import nearest
 from rendseg.engine.eval_presets import PRESETS, check_preset
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -69,7 +69,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over iterations; the formula is ``rendseg.engine.train.learning_rate``."""
+    """Learning rate over iterations; the formula is ``rendseg.engine.optimize.learning_rate``."""
 
     name: Literal["poly", "step", "cosine", "constant"] = Field(
         default="poly",
@@ -521,7 +521,7 @@ def _within(key: str, override: str) -> bool:
 
 
 def _nearest(location: list[str], root: type[BaseModel]) -> str:
-    """``"; did you mean ...?"`` from the keys of the same section, else from all keys of the configuration."""
+    """``"; the nearest is ..."`` from the keys of the same section, else from all keys of the configuration."""
     section: Any = root
     for part in location[:-1]:
         if part in section.model_fields:
@@ -530,13 +530,12 @@ def _nearest(location: list[str], root: type[BaseModel]) -> str:
     same = [key for key in everywhere if key.split(".")[-1] == location[-1]]
     if same:
         return f"; there is {same[0]!r}"
-    near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
-    if near:
-        return f"; the nearest is {'.'.join([*location[:-1], near[0]])!r}"
+    near = nearest(location[-1], section.model_fields)
+    if near is not None:
+        return f"; the nearest is {'.'.join([*location[:-1], near])!r}"
     tails = {key.split(".")[-1]: key for key in everywhere}
-    near = difflib.get_close_matches(location[-1], tails, n=1, cutoff=0.6)
-    nearest = f"; the nearest is {tails[near[0]]!r}" if near else ""
-    return nearest or f"; known here: {', '.join(section.model_fields)}"
+    near = nearest(location[-1], tails, 0.6)  # of another section: less likely, and so more alike
+    return f"; known here: {', '.join(section.model_fields)}" if near is None else f"; the nearest is {tails[near]!r}"
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

@@ -58,9 +58,10 @@ PyTorch-Encoding
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from rendseg._nearest import nearest
 
 PRESETS: dict[str, dict[str, Any]] = {
     "rendseg": {
@@ -123,8 +124,8 @@ def check_preset(name: Any) -> str:
     """``name`` if it is a preset; ``ValueError`` names the nearest one."""
     if isinstance(name, str) and name in PRESETS:
         return name
-    near = difflib.get_close_matches(str(name).lower(), PRESETS, n=1, cutoff=0.3)
-    hint = f"; the nearest is {near[0]!r}" if near else ""
+    near = nearest(name, PRESETS)
+    hint = "" if near is None else f"; the nearest is {near!r}"
     raise ValueError(f"must be one of {', '.join(PRESETS)}{hint}")
 
 

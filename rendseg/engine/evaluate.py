@@ -1,5 +1,4 @@
-"""Evaluation of the coarse prediction (bilinearly upsampled) and the refined one side by side, and what it shares with
-training and prediction: building the data and the network, and bringing images to the device.
+"""Evaluation of the coarse prediction (bilinearly upsampled) and the refined one side by side.
 
 How images are predicted (windows, scales, flips) is in ``inference.py``, what is counted in ``metrics.py``, and the
 conventions of other frameworks in ``eval_presets.py``.
@@ -23,65 +22,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from rendseg._version import __version__
-from rendseg.data import DataError, build_dataset
-from rendseg.engine.checkpoint import CheckpointError, load_checkpoint, load_weights, write_atomically, write_json
-from rendseg.engine.config import Config, ConfigError, EvalConfig, build_config
-from rendseg.engine.eval_presets import without_conventions
+from rendseg.data import DataError
+from rendseg.engine.assemble import build_data, load_trained
+from rendseg.engine.checkpoint import CheckpointError, write_atomically, write_json
+from rendseg.engine.config import ConfigError, EvalConfig
 from rendseg.engine.inference import KINDS, black, predict_labels
 from rendseg.engine.loader import Sample, evaluation_samples
 from rendseg.engine.metrics import SegmentationMetrics, mean_iou
+from rendseg.engine.predict import predict_image, save_png
+from rendseg.engine.runtime import clock, gather, make_accelerator, move
 from rendseg.engine.tasks import task_lines, task_metrics
+from rendseg.engine.visualize import Comparison, comparison_grid, confusion_picture, to_uint8
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 WARM_UP = 3  # batches whose time is not counted, where there are more
-
-
-def build_data(config: Config, split: str) -> Any:
-    """The data set of a split; ``DataError`` names what is wrong with it."""
-    return build_dataset(config.data, split, augment_seed=config.seed)  # type: ignore[arg-type]
-
-
-def build_network(config: Config, num_classes: int, initialise: bool = True) -> nn.Module:
-    """The model of a configuration; ``initialise=False`` does without the backbone's pretrained weights."""
-    from rendseg.models import build_model
-
-    options = dict(config.model)
-    if not initialise:
-        options["backbone"] = {**options["backbone"], "pretrained": False, "checkpoint": None}
-    try:
-        return build_model(options, num_classes)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise ConfigError(f"the model cannot be built: {error}") from error
-
-
-def load_trained(
-    path: str | Path, overrides: Sequence[str] = ()
-) -> tuple[Config, Mapping[str, Any], nn.Module, dict[str, Any]]:
-    """Configuration, classes, network with the trained weights, and raw contents of a checkpoint."""
-    contents = load_checkpoint(path)
-    settings = contents["config"]
-    if any(override.partition("=")[0].strip() == "eval.preset" for override in overrides):
-        settings = without_conventions(settings)
-    config = build_config(settings, overrides, source=f"the configuration in {path}")
-    classes = contents["classes"]
-    network = build_network(config, len(classes["names"]), initialise=False)
-    load_weights(network, contents["model"], path)
-    return config, classes, network.eval(), contents
-
-
-def move(batch: tuple[Tensor, Any], device: torch.device) -> tuple[Tensor, Any]:
-    """Images and labels (or a dictionary of them) on the device; the copy overlaps with computation where memory is
-    pinned."""
-    images, labels = batch
-    if isinstance(labels, Mapping):
-        moved: Any = {task: label.to(device, non_blocking=True) for task, label in labels.items()}
-    else:
-        moved = labels.to(device, non_blocking=True)
-    return images.to(device, non_blocking=True), moved
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
@@ -145,10 +104,10 @@ def evaluate(
         images, labels = move(
             (torch.stack([s["image"] for s in batch]), torch.stack([s["label"] for s in batch])), accelerator.device
         )
-        begun = _clock(accelerator.device)
+        begun = clock(accelerator.device)
         with accelerator.autocast():
             predictions = predict_labels(network, images, labels.shape[-2:], options, padding)
-        times.append((_clock(accelerator.device) - begun) / len(batch))
+        times.append((clock(accelerator.device) - begun) / len(batch))
         if tasks is not None:
             with accelerator.autocast():
                 tasks.update(network, images, batch)
@@ -161,7 +120,7 @@ def evaluate(
         if progress is not None:
             progress(len(batch))
     result: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - started, 3)}
-    times = _from_all(times[min(WARM_UP, len(times) - 1) :] if times else [])
+    times = gather(times[min(WARM_UP, len(times) - 1) :] if times else [])
     result["ms_per_image"] = round(1000 * statistics.median(times), 3)
     for kind in KINDS:
         result[kind] = _plain(metrics[kind].reduce(accelerator).compute(), dataset.class_names)
@@ -169,22 +128,8 @@ def evaluate(
         result["tasks"] = tasks.reduce(accelerator).compute()
     if details is not None:
         details.confusion = {kind: metrics[kind].confusion.cpu().numpy() for kind in KINDS}
-        details.images = sorted(_from_all(rows), key=lambda row: row["index"])
+        details.images = sorted(gather(rows), key=lambda row: row["index"])
     return result
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def _from_all(values: list[Any]) -> list[Any]:
-    """The lists of all processes, one after the other."""
-    from accelerate.utils import gather_object
-
-    return gather_object(values)
 
 
 def _count(metrics: Mapping[str, SegmentationMetrics], label: Tensor, *predictions: Tensor) -> dict[str, Any]:
@@ -277,10 +222,6 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Pa
     the coarse prediction (``confusion.npy``, ``confusion_coarse.npy``: int64 [C, C], row: label, column: prediction;
     ``.csv`` with class names; ``confusion.png``), and ``worst.png``, the ``eval.pictures`` images of lowest mIoU.
     """
-    from tqdm import tqdm
-
-    from rendseg.engine.train import make_accelerator
-
     config, classes, network, contents = load_trained(path, overrides)
     accelerator = make_accelerator(config)
     dataset = build_data(config, "val")
@@ -336,9 +277,6 @@ def _device_name(device: torch.device) -> str:
 
 def _write_details(out: Path, details: Details, names: Sequence[str]) -> None:
     """The confusion matrices as arrays, tables and a picture, and the table of images."""
-    from rendseg.engine.predict import save_png
-    from rendseg.engine.visualize import confusion_picture
-
     for kind, stem in (("refined", "confusion"), ("coarse", "confusion_coarse")):
         matrix = details.confusion[kind]
         _write(out / f"{stem}.npy", partial(_save_array, matrix=matrix))
@@ -385,9 +323,6 @@ def _write_worst(
     accelerator: Accelerator,
 ) -> None:
     """``worst.png``: image, coarse and refined prediction, what is wrong, and label, one row per image."""
-    from rendseg.engine.predict import predict_image, save_png
-    from rendseg.engine.visualize import Comparison, comparison_grid, to_uint8
-
     if not rows:
         return
     shown = []

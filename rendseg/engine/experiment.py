@@ -28,6 +28,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rendseg.data import DataError
+from rendseg.engine.assemble import build_data, load_trained
 from rendseg.engine.checkpoint import LAST, CheckpointError, write_atomically, write_json, write_text
 from rendseg.engine.config import (
     Config,
@@ -40,7 +41,7 @@ from rendseg.engine.config import (
     override_mapping,
     read_mapping,
 )
-from rendseg.engine.evaluate import build_data, load_trained
+from rendseg.engine.resume import training_differences
 
 # Column title, and where metrics.json has it.
 METRICS = (
@@ -122,8 +123,6 @@ def load_experiment(
 
 def finished(config: Config) -> dict[str, Any] | None:
     """``metrics.json`` of a run that was trained to its end as ``config`` says, else ``None``."""
-    from rendseg.engine.train import training_differences
-
     try:
         metrics = json.loads((config.run_dir / "metrics.json").read_text(encoding="utf-8"))
         kept = yaml.safe_load((config.run_dir / "config.yaml").read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@
 ``pt2``      a graph of ``torch.export``, run by Python with torch and ``import rendseg.ops``
 ``aoti``     that graph compiled by AOTInductor for this machine's processor, run by Python or by C++ (see
              ``examples/cpp/segment.cpp``), for which CMake builds ``librendseg_ops``
-``onnx``     standard ONNX operators only (``rendseg/engine/onnx_ops.py``), run by onnxruntime and others
+``onnx``     standard ONNX operators only (``rendseg/onnx/ops.py``), run by onnxruntime and others
 ============ ==================================================================================================
 
 ``pt2`` and ``aoti`` call the operators of rendseg. Every artefact has one input, ``images``: float32 ``[N, 3, H, W]``,
@@ -35,12 +35,13 @@ from torch import Tensor, nn
 
 from rendseg import __version__, backend
 from rendseg.engine.checkpoint import _sync_folder
+from rendseg.onnx import files as onnx_files
+from rendseg.onnx.ops import StandardOps
 
 FORMATS = ("pt2", "aoti", "onnx")
 OUTPUTS = ("labels", "logits")
 SUFFIXES = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 OPSETS = (18, 23)
-_PACKAGES = {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"}
 _EXTRA = "metadata.json"
 _CHECKED = (1, 3)  # batches that are compared where the batch is free; the example has 2
 _TOLERANCE = 0.01  # of the pixels; what near-ties of an untrained network do not reach
@@ -172,7 +173,7 @@ def metadata(
 def needs(format: str, device: str = "cpu") -> None:
     """Raise ``ExportError`` unless this machine has what an export to ``format`` on ``device`` takes."""
     if format == "onnx":
-        missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+        missing = onnx_files.missing_packages()
         if missing:
             raise ExportError(
                 f"format onnx needs {', '.join(missing)}, not installed here: pip install 'rendseg[export]'"
@@ -316,8 +317,6 @@ def _write_aoti(model: Exportable, path: Path, options: ExportOptions, about: Ma
 
 
 def _write_onnx(model: Exportable, path: Path, options: ExportOptions, about: Mapping[str, str]) -> None:
-    from rendseg.engine.onnx_ops import StandardOps
-
     network: Any = model.network
     layout, network.channels_last = network.channels_last, False  # a layout is nothing that ONNX knows
     try:
@@ -326,41 +325,12 @@ def _write_onnx(model: Exportable, path: Path, options: ExportOptions, about: Ma
     finally:
         network.channels_last = layout
     try:
-        made = torch.onnx.export(
-            program,
-            (),
-            input_names=["images"],
-            output_names=[options.output],
-            opset_version=options.opset,
-            external_data=False,
-            verbose=False,
-        )
+        made = onnx_files.translate(program, options.output, options.opset)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - the exporter raises many kinds
         raise ExportError(f"torch.onnx cannot translate this network: {_first_line(error)}") from error
-    assert made is not None
-    made.model.metadata_props.clear()
-    made.model.metadata_props.update(about)
-    made.model.producer_name, made.model.producer_version = "rendseg", __version__
-    _name_dimensions(made.model, options)
-    made.save(path, external_data=False)
-
-
-def _name_dimensions(model: Any, options: ExportOptions) -> None:
-    """``batch``, ``height`` and ``width`` for the symbols that torch.export invented, in the input and the output."""
-    from onnx_ir import Shape
-
-    (images,), (answer,) = model.graph.inputs, model.graph.outputs
-    names = ["batch", "height", "width", None] if options.preprocessing else ["batch", None, "height", "width"]
-    known = {}
-    for value, wanted in ((images, names), (answer, None)):
-        dimensions = []
-        for i, dimension in enumerate(value.shape):
-            if wanted is not None and wanted[i] is not None and not isinstance(dimension, int):
-                known[str(dimension)] = wanted[i]
-            dimensions.append(dimension if isinstance(dimension, int) else known.get(str(dimension), dimension))
-        value.shape = Shape(dimensions)
+    onnx_files.save(made, path, about, channels=3 if options.preprocessing else 1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -510,17 +480,8 @@ def _load_aoti(path: Path, device: torch.device) -> Artefact:
 def _load_onnx(path: Path, device: torch.device) -> Artefact:
     if importlib.util.find_spec("onnxruntime") is None:
         raise ExportError(f"{path} needs onnxruntime, not installed here: pip install 'rendseg[export]'")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        (answer,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
-        return torch.from_numpy(answer)
-
-    return Artefact(run, session.get_modelmeta().custom_metadata_map, path)
+    run, about = onnx_files.open_file(path)
+    return Artefact(run, about, path)
 
 
 # ---- command
@@ -559,7 +520,7 @@ def export_checkpoint(
     ``options`` are those of :class:`ExportOptions`. Raises ``ExportError``, ``CheckpointError``, ``ConfigError``.
     """
     from rendseg.data import parse_options
-    from rendseg.engine.evaluate import load_trained
+    from rendseg.engine.assemble import load_trained
 
     if format not in FORMATS:
         raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

@@ -1,9 +1,6 @@
-"""Batches in an order that is a function of (seed, position), so that a run can be continued at any position.
+"""Batches of images and labels in the order of ``order.py``, so that a run can be continued at any position.
 
-The training data is one endless stream: epoch after epoch, each in its own permutation, which depends on the seed and
-the epoch alone. Position p of the stream is image ``permutation(p // size)[p % size]`` of epoch ``p // size``; its
-augmentation depends on (seed, epoch, image). Batches may span two epochs, so no image is ever left out. Nothing
-depends on the number of workers, and with W processes of batch B one step takes positions [s W B, (s + 1) W B).
+The augmentation of an image depends on (seed, epoch, image), and nothing on the number of workers.
 """
 
 from __future__ import annotations
@@ -12,48 +9,15 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from rendseg.data import DataError
+from rendseg.engine.order import BatchPositions, sample_order
 
 Sample = dict[str, Any]
 Labels = Tensor | dict[str, Tensor]  # of one task, or by task
-
-
-class SampleOrder:
-    """``order[position] -> (epoch, index)`` of an endless stream over ``size`` images."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        if size < 1:
-            raise DataError("the training split holds no images")
-        self.size, self.seed = size, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.size)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.size)
-        return epoch, int(self._permutation[offset])
-
-
-class BatchPositions(Sampler[list[tuple[int, int]]]):
-    """The batches of one process from ``start`` on, each a list of ``(epoch, index)``."""
-
-    def __init__(self, order: Any, start: int, batches: int, batch_size: int, rank: int, world: int) -> None:
-        self.order, self.start, self.batches = order, start, batches
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.batches):
-            first = self.start + (step * self.world + self.rank) * self.batch_size
-            yield [self.order[position] for position in range(first, first + self.batch_size)]
 
 
 class _Problem:
@@ -114,8 +78,6 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Labels]]:
     """``batches`` pairs of images [B, 3, H, W] and labels [B, H, W] (or a dictionary of them, by task) from stream
     position ``start`` on."""
-    from rendseg.engine.tasks import sample_order
-
     order = sample_order(dataset, seed, batch_size * world)
     positions = BatchPositions(order, start, batches, batch_size, rank, world)
     for batch in _loader(_Samples(dataset), workers, batch_sampler=positions, collate_fn=_stack):

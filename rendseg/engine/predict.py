@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from rendseg.data import DataError, parse_options
 from rendseg.data.augment import to_sample
 from rendseg.data.images import find_images, read_image
+from rendseg.engine.assemble import load_trained
 from rendseg.engine.checkpoint import CheckpointError, write_atomically
 from rendseg.engine.config import EvalConfig
-from rendseg.engine.evaluate import load_trained
 from rendseg.engine.inference import black, is_plain, predict_labels
+from rendseg.engine.runtime import make_accelerator
 from rendseg.engine.visualize import boundary_zoom, overlay, side_by_side, to_uint8
 
 if TYPE_CHECKING:
@@ -115,8 +116,6 @@ def predict_files(
     Windows, scales and flip are those of the section ``eval``; with several views no points are shown. A file that
     cannot be read is reported and the others are still done. Returns how many were done, how many failed.
     """
-    from rendseg.engine.train import make_accelerator
-
     config, classes, network, _ = load_trained(checkpoint, overrides)
     accelerator = make_accelerator(config)
     network.to(accelerator.device)

@@ -1,4 +1,6 @@
-"""Fully sharded data parallelism (FSDP2, ``torch.distributed.fsdp.fully_shard``) by configuration.
+"""The network in training: alone, copied to all processes (DDP), or sharded over them.
+
+Fully sharded data parallelism (FSDP2, ``torch.distributed.fsdp.fully_shard``) is chosen by configuration.
 
 Parameters, gradients and optimizer state are split over the processes; checkpoints are not: what is saved is gathered
 first, so that a file says nothing of how it was trained, and any number of processes, sharded or not, continues it.
@@ -8,7 +10,9 @@ would leave some waiting, and ``refine`` reads the weights of a point head witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +22,78 @@ from torch import Tensor, nn
 from rendseg.engine.config import ConfigError, FSDPConfig
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass
+class ParallelNetwork:
+    """One network as training needs it."""
+
+    model: nn.Module
+    """What is called in training: the network, or DDP around it."""
+    network: nn.Module
+    """What holds the weights."""
+    whole: nn.Module
+    """What is evaluated: the network, or, where it is sharded, an ordinary copy."""
+    sharded: bool
+    own_statistics: bool
+    """Whether processes have different batch statistics; those of the first process count."""
+
+    @classmethod
+    def prepare(
+        cls,
+        network: nn.Module,
+        optimize: Callable[[nn.Module], torch.optim.Optimizer],
+        options: FSDPConfig,
+        accelerator: Accelerator,
+    ) -> tuple[ParallelNetwork, torch.optim.Optimizer]:
+        """``network`` on the device and over all processes, and the optimizer that ``optimize`` makes of it."""
+        world, device = accelerator.num_processes, accelerator.device
+        if world > 1 and device.type == "cuda":  # PyTorch has no synchronised batch norm on the CPU
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        sharded = options.enabled and world > 1
+        if sharded:
+            whole = copy.deepcopy(network)
+            model = network = shard(network, options, device)
+            optimizer = accelerator.prepare(optimize(network))
+        else:
+            model, optimizer = accelerator.prepare(network, optimize(network))
+            whole = network = accelerator.unwrap_model(model)
+        return cls(model, network, whole, sharded, world > 1 and has_own_statistics(network)), optimizer
+
+    @property
+    def draws(self) -> bool:
+        """Whether the network draws points in training, for which it takes keys."""
+        return getattr(self.network, "draws", False)
+
+    def before_forward(self, last: bool) -> None:
+        """What DDP does of its own accord; ``last``: the backward pass is followed by an optimizer step."""
+        if self.sharded:
+            if self.own_statistics:
+                broadcast_buffers(self.network)
+            reduce_gradients(self.network, last)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The ordinary ``state_dict``; every process must ask."""
+        if self.own_statistics:
+            broadcast_buffers(self.network)
+        return full_state(self.network) if self.sharded else self.network.state_dict()
+
+    def trained(self, device: torch.device) -> nn.Module:
+        """The network to evaluate, the same in every process; every process must ask."""
+        weights = self.weights()
+        if self.sharded:
+            self.whole.load_state_dict(weights)
+        return self.whole.to(device)
+
+    def train_again(self) -> None:
+        """After an evaluation: back to training mode, and no copy on the device."""
+        self.network.train()
+        if self.sharded:
+            self.whole.cpu()
 
 
 def shard(network: nn.Module, options: FSDPConfig, device: torch.device) -> nn.Module:

@@ -1,5 +1,5 @@
-"""What a data set of several tasks (``broden``) adds to the engine: the order of its batches, the classes that its
-model needs, and the metrics of the tasks besides ``object``.
+"""What a data set of several tasks (``broden``) adds to the engine: the classes that its model needs, and the metrics
+of the tasks besides ``object``. The order of its batches is in ``order.py``.
 """
 
 from __future__ import annotations
@@ -7,70 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rendseg.engine.config import Config, ConfigError
-from rendseg.engine.loader import Sample, SampleOrder
+from rendseg.engine.loader import Sample
+from rendseg.models.registry import decoder_names, decoder_options_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-# ------------------------------------------------------------------------------------------------- order of batches
-
-
-class SourceOrder:
-    """``order[position] -> (epoch, index)`` of an endless stream whose every ``batch`` positions are of one source.
-
-    ``sizes`` count the images of the sources, which follow each other in the data set. The source of step t is drawn in
-    proportion to them, as a function of (seed, t); within a source, images come epoch after epoch as in
-    :class:`SampleOrder`. With W processes of B images ``batch`` is W B: all processes of a step have the same source.
-    """
-
-    _block = 4096  # steps drawn together
-
-    def __init__(self, sizes: Sequence[int], seed: int, batch: int) -> None:
-        self.batch, self.seed = batch, seed
-        self._first = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-        self._orders = [SampleOrder(size, seed) if size else None for size in sizes]
-        self._shares = np.asarray(sizes, np.float64) / sum(sizes)
-        self._before = [np.zeros(len(sizes), np.int64)]  # steps of every source before each block
-        self._drawn = (-1, np.empty(0, np.int64), np.empty(0, np.int64))  # block, source and rank of its steps
-
-    def _draw(self, block: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.PCG64([self.seed, 1, block]))
-        return generator.choice(len(self._shares), self._block, p=self._shares)
-
-    def source(self, step: int) -> tuple[int, int]:
-        """The source of a step, and how many steps before it had the same."""
-        block, offset = divmod(step, self._block)
-        if block != self._drawn[0]:
-            while len(self._before) <= block:
-                counts = np.bincount(self._draw(len(self._before) - 1), minlength=len(self._shares))
-                self._before.append(self._before[-1] + counts)
-            sources = self._draw(block)
-            ranks = np.empty_like(sources)
-            for source, before in enumerate(self._before[block]):
-                mine = sources == source
-                ranks[mine] = before + np.arange(mine.sum())
-            self._drawn = (block, sources, ranks)
-        return int(self._drawn[1][offset]), int(self._drawn[2][offset])
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        step, offset = divmod(position, self.batch)
-        source, rank = self.source(step)
-        order = self._orders[source]
-        assert order is not None  # a source without images is never drawn
-        epoch, index = order[rank * self.batch + offset]
-        return epoch, self._first[source] + index
-
-
-def sample_order(dataset: Any, seed: int, batch: int) -> SampleOrder | SourceOrder:
-    """The order of the training stream; ``batch`` images of all processes make one step."""
-    sizes = getattr(dataset, "source_sizes", None)
-    return SourceOrder(sizes, seed, batch) if sizes else SampleOrder(len(dataset), seed)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -85,19 +30,17 @@ def with_tasks(config: Config, dataset: Any) -> Config:
     if classes is None:
         return config
     decoder = dict(config.model["decoder"])
-    if decoder["name"] != "upp":
-        if len(classes) > 1:
-            raise ConfigError(
-                f"the data has the tasks {', '.join(classes)}, the decoder {decoder['name']!r} only object: set "
-                "model.decoder.name=upp, or data.tasks=[object]"
-            )
-    else:
-        found: dict[str, Any] = {f"{task}_classes": len(names) for task, names in classes.items() if task != "object"}
-        found["object_parts"] = [list(group) for group in dataset.object_parts]
-        for key, value in found.items():
-            if decoder.get(key) not in (None, value):
-                raise ConfigError(f"model.decoder.{key} differs from what the data has ({value}): remove the key")
-            decoder[key] = value
+    found = decoder_options_class(decoder["name"]).of_tasks(classes, dataset.object_parts)
+    if found is None and len(classes) > 1:
+        able = [name for name in decoder_names() if decoder_options_class(name).of_tasks({}, ()) is not None]
+        raise ConfigError(
+            f"the data has the tasks {', '.join(classes)}, the decoder {decoder['name']!r} only object: set "
+            f"model.decoder.name={' or '.join(able)}, or data.tasks=[object]"
+        )
+    for key, value in (found or {}).items():
+        if decoder.get(key) not in (None, value):
+            raise ConfigError(f"model.decoder.{key} differs from what the data has ({value}): remove the key")
+        decoder[key] = value
     loss = {**config.model["loss"], "ignore_index": dataset.ignore_index}
     return config.model_copy(update={"model": {**config.model, "decoder": decoder, "loss": loss}})
 

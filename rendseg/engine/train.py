@@ -6,7 +6,7 @@ A run lives in ``<output.dir>/<name>``: ``config.yaml`` (resolved), ``last.pt``,
 Resuming continues exactly: the same weights, bit for bit on the CPU with the same number of threads, as a run that was
 never interrupted. What makes it so: optimizer state and all random-number states are saved; the learning rate is a
 function of the iteration; the order of the data is a function of (seed, position) and augmentation of (seed, epoch,
-image), see ``loader.py``; the points that PointRend trains on are a function of (seed, position) too; and evaluation
+image), see ``order.py``; the points that PointRend trains on are a function of (seed, position) too; and evaluation
 leaves the random-number states as they were.
 
 W processes (``torchrun`` or ``accelerate launch``, on one machine or several) of ``batch_size`` B make the steps of one
@@ -18,53 +18,45 @@ all processes.
 
 from __future__ import annotations
 
-import copy
-import math
-import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from rendseg._version import __version__
 from rendseg.engine import checkpoint as checkpoints
-from rendseg.engine.checkpoint import BEST, LAST, CheckpointError
-from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig, build_config, differences
-from rendseg.engine.evaluate import build_data, build_network, evaluate, format_table, move, summary
+from rendseg.engine.assemble import build_data, build_network
+from rendseg.engine.checkpoint import BEST, LAST
+from rendseg.engine.config import Config, ConfigError
+from rendseg.engine.evaluate import evaluate, format_table, summary
 from rendseg.engine.loader import training_batches
+from rendseg.engine.optimize import build_optimizer, learning_rate
+from rendseg.engine.order import image_keys
 from rendseg.engine.predict import make_pictures, save_pictures
-from rendseg.engine.sharding import (
-    broadcast_buffers,
-    full_optimizer_state,
-    full_state,
-    has_own_statistics,
-    reduce_gradients,
-    shard,
-    shard_optimizer_state,
+from rendseg.engine.resume import Progress, check_shared, find_resume, restore
+from rendseg.engine.runtime import (
+    StopSignals,
+    agree,
+    earliest,
+    gather,
+    make_accelerator,
+    mean_over_processes,
+    move,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    unchanged_rng,
 )
+from rendseg.engine.sharding import ParallelNetwork, full_optimizer_state
 from rendseg.engine.tasks import with_tasks
-
-# Keys that may differ between a run and its continuation because they do not change what is learned.
-HARMLESS_KEYS = ("resume", "output", "device", "eval", "data.root", "model.backbone.checkpoint") + tuple(
-    f"train.{key}"
-    for key in (
-        "num_workers log_every eval_every checkpoint_every keep_checkpoints time_limit_minutes tensorboard fsdp".split()
-    )
-)
 
 
 class TrainingError(Exception):
@@ -79,221 +71,6 @@ class Interrupted(Exception):
         self.signal = signal_number
 
 
-# ------------------------------------------------------------------------------------------- schedule, optimizer
-
-
-def learning_rate(iteration: int, iterations: int, lr: float, schedule: ScheduleConfig) -> float:
-    """The learning rate of optimizer step ``iteration`` (from 0) of ``iterations``.
-
-    poly: ``min_lr + (lr - min_lr) (1 - t/T)^power``; cosine: ``min_lr + (lr - min_lr) (1 + cos(pi t/T)) / 2``; step:
-    ``lr gamma^n`` after n milestones. During the first w warm-up iterations this is multiplied by ``f + (1 - f) t/w``
-    with the warm-up factor f.
-    """
-    value, done = lr, iteration / iterations
-    if schedule.name == "poly":
-        value = schedule.min_lr + (lr - schedule.min_lr) * (1 - done) ** schedule.power
-    elif schedule.name == "cosine":
-        value = schedule.min_lr + (lr - schedule.min_lr) * (1 + math.cos(math.pi * done)) / 2
-    elif schedule.name == "step":
-        value = lr * schedule.gamma ** sum(iteration >= milestone for milestone in schedule.milestones)
-    if iteration < schedule.warmup_iterations:
-        value *= schedule.warmup_factor + (1 - schedule.warmup_factor) * iteration / schedule.warmup_iterations
-    return value
-
-
-def build_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over up to four groups: backbone and head (its ``lr_factor``), each with and without weight
-    decay."""
-    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    exempt = set()
-    for module in model.modules():
-        listed = set(getattr(module, "no_weight_decay", set)())  # of timm's networks
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "bias" or isinstance(module, norms):
-                exempt.add(parameter)
-        exempt |= {parameter for name, parameter in module.named_parameters() if name in listed}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            head = "backbone" not in name.split(".")
-            groups.setdefault((head, options.no_decay_on_norm and parameter in exempt), []).append(parameter)
-    parts = [
-        {
-            "params": parameters,
-            "lr_factor": options.head_lr_factor if head else 1.0,
-            "weight_decay": 0.0 if free else options.weight_decay,
-        }
-        for (head, free), parameters in groups.items()
-    ]
-    if options.name == "adamw":
-        return torch.optim.AdamW(parts, lr=options.lr, betas=options.betas, eps=options.eps)
-    return torch.optim.SGD(parts, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov)
-
-
-# --------------------------------------------------------------------------------------------- random numbers
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global generator of this process, as plain values and tensors."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    return {
-        "python": [version, torch.tensor(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what ``rng_state`` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and Torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Keys ``[count]`` int64 of the images from stream position ``first`` on, for the points drawn on them."""
-    start = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 2
-    return torch.arange(start + first, start + first + count, device=device)
-
-
-@contextmanager
-def unchanged_rng() -> Iterator[None]:
-    """Whatever happens inside leaves the generators as they were."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-# ------------------------------------------------------------------------------------------- devices, signals
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Devices, processes and precision. ``ConfigError`` if the precision cannot be had on the device."""
-    # accelerate keeps one state per process; a second run in it may differ
-    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
-    GradientState._reset_state()
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    if on_cpu and config.train.precision == "fp16":
-        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        gradient_accumulation_steps=config.train.gradient_accumulation,
-    )
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"accelerate is configured for {kind.value}, which rendseg does not use; launch with a configuration of "
-            "plain data parallelism (accelerate launch --multi_gpu) and set train.fsdp.enabled=true to shard"
-        )
-    return accelerator
-
-
-class StopSignals:
-    """While active, SIGINT and SIGTERM set ``received`` instead of ending the process; a second SIGINT ends it."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread: signals are someone else's business
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def _earliest(accelerator: Accelerator, bad_iteration: int, stop: int) -> tuple[int, int]:
-    """Let all processes agree: the earliest iteration with a bad loss (or -1), and a signal any of them received."""
-    if accelerator.num_processes == 1:
-        return bad_iteration, stop
-    never = 2**62
-    values = torch.tensor([never if bad_iteration < 0 else bad_iteration, -stop], device=accelerator.device)
-    dist.all_reduce(values, dist.ReduceOp.MIN)
-    bad, minus_stop = values.tolist()
-    return (-1 if bad == never else bad), -minus_stop
-
-
-# ------------------------------------------------------------------------------------------------- state of a run
-
-
-@dataclass
-class Progress:
-    """What a run has done; all of it goes into every checkpoint."""
-
-    iteration: int = 0  # optimizer steps done
-    samples: int = 0  # position in the stream of training images, all processes together
-    seconds: float = 0.0  # time spent in the training loop, all resumptions together
-    best: float = -1.0  # best value of eval.best so far
-    history: list[dict[str, Any]] = field(default_factory=list)  # one row per log_every iterations
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    window: dict[str, float] = field(default_factory=dict)  # sums of the loss terms since the last row
-    window_size: int = 0
-
-
-def training_differences(kept: Mapping[str, Any], config: Config, source: str) -> list[tuple[str, Any, Any]]:
-    """``(dotted key, value kept, value now)`` where the configuration ``kept`` in ``source`` would train differently;
-    keys newer than it have their defaults. ``ConfigError`` if it cannot be read."""
-    complete = build_config(kept, source=source).to_dict()
-    return [
-        found
-        for found in differences(complete, config.to_dict())
-        if not any(found[0] == key or found[0].startswith(key + ".") for key in HARMLESS_KEYS)
-    ]
-
-
-def _checked_resume(config: Config, path: Path, contents: Mapping[str, Any]) -> None:
-    """Refuse to continue a run silently with a configuration that would have trained differently."""
-    changed = training_differences(contents["config"], config, f"the configuration in {path}")
-    if changed:
-        key, old, new = changed[0]
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise ConfigError(
-            f"{path} was trained with another configuration ({key}: {old} there, {new} now{more}); "
-            f"use another name=..., resume=never to begin anew, or resume={path} to continue with the new settings"
-        )
-
-
-def _find_resume(config: Config) -> tuple[Path, dict[str, Any]] | None:
-    if config.resume == "never":
-        return None
-    if config.resume != "auto":
-        return Path(config.resume), checkpoints.load_checkpoint(config.resume)
-    found = checkpoints.newest_usable(config.run_dir)
-    if found is not None:
-        _checked_resume(config, *found)
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-
 def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Train as ``config`` says and return the content of ``metrics.json``.
 
@@ -301,117 +78,263 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
     Raises ``ConfigError``, ``DataError``, ``CheckpointError`` for what the user gave, ``TrainingError`` if the loss is
     no longer finite, ``Interrupted`` after SIGINT or SIGTERM, when everything has been saved.
     """
-    options = config.train
-    accelerator = make_accelerator(config)
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    main = accelerator.is_main_process
-    say: Callable[[str], object] = print if main else (lambda text: None)  # accelerator.print: one voice per machine
-    run_dir = config.run_dir
+    run = Run.prepare(config)
+    with run.signals, run.bar:
+        while not run.ended:
+            run.step()
+            due = run.due()
+            if due.check:
+                run.check()
+            if due.log:
+                run.log()
+            saved = due.evaluate and not run.stop and run.validate()
+            if due.evaluate:
+                run.clock.restart(run.progress)  # evaluation is no training time
+                run.stop = run.stop or earliest(run.accelerator, -1, run.signals.received)[1]
+            if (due.save or run.stop or run.out_of_time) and not saved:
+                run.save()
+            if hook is not None:
+                hook(run.progress.iteration)
+        if not run.stop and not run.evaluated and not run.validate():
+            run.stop = run.signals.received
+    return run.finish()
 
-    # Data and model. The seed comes first, so that the initial weights are a function of it.
-    training_data = build_data(config, "train")
-    validation_data = build_data(config, "val")
-    config = with_tasks(config, training_data)
-    found = _find_resume(config)
-    _check_shared(accelerator, run_dir, found)
-    seed_everything(config.seed)
-    network = build_network(config, training_data.num_classes)
-    if world > 1 and device.type == "cuda":  # PyTorch has no synchronised batch norm on the CPU
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if found is not None:
-        checkpoints.load_weights(network, found[1]["model"], found[0])
-    sharded = options.fsdp.enabled and world > 1
-    if options.fsdp.enabled and not sharded:
-        say("train.fsdp: one process has nothing to shard over; start several with torchrun")
-    whole = network  # what is evaluated
-    if sharded:
-        whole = copy.deepcopy(network)
-        model = network = shard(network, options.fsdp, device)
-        optimizer = accelerator.prepare(build_optimizer(network, options.optimizer))
-    else:
-        model, optimizer = accelerator.prepare(network, build_optimizer(network, options.optimizer))
-        whole = network = accelerator.unwrap_model(model)
-    own_statistics = world > 1 and has_own_statistics(network)
-    draws = getattr(network, "draws", False)
-    seed_everything(config.seed + 1 + rank)  # dropout differs between processes
 
-    # Resume.
-    progress = Progress()
-    saved_rng = None
-    if found is not None:
-        state = found[1]["training"]
-        kept = build_config(found[1]["config"], source=f"the configuration in {found[0]}").train.optimizer.name
-        if kept != options.optimizer.name:
-            raise CheckpointError(
-                f"{found[0]} has the optimizer state of {kept}, which train.optimizer.name={options.optimizer.name} "
-                "cannot continue; begin anew with resume=never and model.backbone.checkpoint"
-            )
-        try:
-            whole_state = state["optimizer"]
-            optimizer.load_state_dict(shard_optimizer_state(optimizer, whole_state) if sharded else whole_state)
-        except (ValueError, KeyError, IndexError) as error:
-            raise CheckpointError(f"{found[0]} has the optimizer state of another model: {error}") from error
-        progress = Progress(**state["progress"])
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == world:
-            saved_rng = state["rng"][rank]
-        say(f"continuing {found[0]} at iteration {progress.iteration} of {options.iterations}")
-    if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if config.resume == "never":
-            for old in (run_dir / LAST, run_dir / BEST, *checkpoints.numbered_checkpoints(run_dir)):
-                old.unlink(missing_ok=True)
-        checkpoints.write_atomically(run_dir / "config.yaml", lambda f: _write(f, config.to_yaml()))
-    writer = _tensorboard(config, progress.iteration) if main and options.tensorboard else None
-    environment = {
-        "rendseg": __version__,
-        "torch": torch.__version__,
-        "device": str(device),
-        "processes": world,
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "training_images": len(training_data),
-        "validation_images": len(validation_data),
-    }
+@dataclass
+class Run:
+    """A run on its way. :meth:`prepare` makes it, :func:`train` drives it; every process has one."""
 
-    def metrics() -> dict[str, Any]:
-        final: dict[str, Any] = {"iteration": progress.iteration, "seconds": progress.seconds}
-        if progress.history:
-            final["loss"] = progress.history[-1]["loss"]
-        if progress.evaluations and progress.evaluations[-1]["iteration"] == progress.iteration:
-            final.update({k: v for k, v in progress.evaluations[-1].items() if k not in ("iteration", "seconds")})
-        return {
-            "name": config.name,
-            "finished": progress.iteration >= options.iterations,
-            "final": final,
-            "environment": environment,
-            "evaluations": progress.evaluations,
-            "history": progress.history,
-        }
+    config: Config
+    accelerator: Accelerator
+    training_data: Any
+    validation_data: Any
+    network: ParallelNetwork
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    batches: Iterator[tuple[Tensor, Any]]
+    writer: Any
+    """Of TensorBoard, in the first process; None without."""
+    bar: Any
+    sums: dict[str, Tensor]
+    """Of the loss and its terms since the last row."""
+    clock: _Clock
+    bad_loss: _BadLoss
+    signals: StopSignals = field(default_factory=StopSignals)
+    lr: float = 0.0
+    stop: int = 0
+    """The signal that ends the run, as all processes know it; 0: none."""
+    out_of_time: bool = False
 
-    def save(is_best: bool = False) -> None:
-        rng = gather_object([rng_state()])
-        window = _mean_over_processes(accelerator, sums, 1) if sums else {}
-        progress.window = window
-        if own_statistics:
-            broadcast_buffers(network)
-        weights = full_state(network) if sharded else network.state_dict()
-        optimizer_state = full_optimizer_state(optimizer.state_dict()) if sharded else optimizer.state_dict()
-        if not main:
+    @classmethod
+    def prepare(cls, config: Config) -> Run:
+        """Data, network and optimizer as ``config`` says, and the state of the checkpoint that it continues."""
+        options = config.train
+        accelerator = make_accelerator(config)
+        device, main = accelerator.device, accelerator.is_main_process
+        training_data, validation_data = build_data(config, "train"), build_data(config, "val")
+        config = with_tasks(config, training_data)
+        found = find_resume(config)
+        check_shared(accelerator, config.run_dir, found)
+        seed_everything(config.seed)  # before the network: its initial weights are a function of the seed
+        network = build_network(config, training_data.num_classes)
+        if found is not None:
+            checkpoints.load_weights(network, found[1]["model"], found[0])
+        parallel, optimizer = ParallelNetwork.prepare(
+            network, lambda module: build_optimizer(module, options.optimizer), options.fsdp, accelerator
+        )
+        progress, saved_rng = Progress(), None
+        if found is not None:
+            progress, saved_rng = restore(found, config, optimizer, accelerator, parallel.sharded)
+        if main:
+            if options.fsdp.enabled and not parallel.sharded:
+                print("train.fsdp: one process has nothing to shard over; start several with torchrun")
+            if found is not None:
+                print(f"continuing {found[0]} at iteration {progress.iteration} of {options.iterations}")
+            _make_folder(config)
+        writer = _tensorboard(config, progress.iteration) if main and options.tensorboard else None
+        batches = training_batches(
+            training_data,
+            config.seed,
+            progress.samples,
+            (options.iterations - progress.iteration) * options.gradient_accumulation,
+            options.batch_size,
+            options.num_workers,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        if saved_rng is not None:
+            set_rng_state(saved_rng)
+        parallel.model.train()
+        return cls(
+            config,
+            accelerator,
+            training_data,
+            validation_data,
+            parallel,
+            optimizer,
+            progress,
+            batches,
+            writer,
+            _progress_bar(config, progress.iteration, main),
+            {k: torch.tensor(v, device=device, dtype=torch.float64) for k, v in progress.window.items()},
+            _Clock(progress),
+            _BadLoss(device),
+        )
+
+    # ---- one iteration
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further step is to be made."""
+        return self.progress.iteration >= self.config.train.iterations or bool(self.stop) or self.out_of_time
+
+    @property
+    def step_images(self) -> int:
+        """Images of one optimizer step, all processes together."""
+        options = self.config.train
+        return options.batch_size * options.gradient_accumulation * self.accelerator.num_processes
+
+    def step(self) -> None:
+        """One optimizer step on the next images."""
+        options, progress = self.config.train, self.progress
+        self.lr = learning_rate(progress.iteration, options.iterations, options.optimizer.lr, options.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group["lr_factor"]
+        for part in range(options.gradient_accumulation):
+            images, labels = move(next(self.batches), self.accelerator.device)
+            self.network.before_forward(last=part + 1 == options.gradient_accumulation)
+            loss, terms = self._descend(images, labels, *self._keys(part))
+            self.bad_loss.watch(progress.iteration, loss, terms)
+            for name, term in {"loss": loss, **terms}.items():
+                share = term.double() / options.gradient_accumulation
+                self.sums[name] = self.sums[name] + share if name in self.sums else share
+        progress.iteration += 1
+        progress.samples += self.step_images
+        progress.window_size += 1
+        progress.seconds = self.clock.seconds()
+        self.bar.update()
+
+    def _keys(self, part: int) -> tuple[Tensor, ...]:
+        """Keys of the images of one forward pass, where the network draws points on them."""
+        if not self.network.draws:
+            return ()
+        accelerator, size = self.accelerator, self.config.train.batch_size
+        first = self.progress.samples + (part * accelerator.num_processes + accelerator.process_index) * size
+        return (image_keys(self.config.seed, first, size, accelerator.device),)
+
+    def _descend(self, images: Tensor, labels: Any, *keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward pass, and after the last one of an iteration the step; the loss and its terms."""
+        accelerator, model, limit = self.accelerator, self.network.model, self.config.train.clip_grad_norm
+        with accelerator.accumulate(model):
+            with accelerator.autocast():  # DDP's own, but FSDP has none
+                terms = model(images, labels, *keys)
+            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            accelerator.backward(loss)
+            if limit is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), limit)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), {name: term.detach() for name, term in terms.items()}
+
+    def due(self) -> _Due:
+        """What is to be done after this iteration."""
+        options, done = self.config.train, self.progress.iteration
+        last = done == options.iterations
+        log = done % options.log_every == 0 or last
+        save = done % options.checkpoint_every == 0 or last
+        evaluate_now = bool(options.eval_every) and done % options.eval_every == 0 and not last
+        every = 1 if self.accelerator.device.type == "cpu" else options.log_every  # reading a loss makes a GPU wait
+        return _Due(done % every == 0 or log or save or evaluate_now, log, save, evaluate_now)
+
+    def check(self) -> None:
+        """``TrainingError`` if a loss was not finite; asks all processes for signals and the time limit."""
+        first_bad, self.stop = earliest(self.accelerator, self.bad_loss.at(), self.signals.received)
+        if first_bad >= 0:
+            raise TrainingError(self._explain(first_bad))
+        limit = self.config.train.time_limit_minutes
+        self.out_of_time = agree(self.accelerator, limit is not None and self.progress.seconds > 60 * limit)
+
+    def _explain(self, iteration: int) -> str:
+        """Why training ends at ``iteration``, with the terms of the first process whose loss was not finite there."""
+        found = gather([(self.bad_loss.at(), self.bad_loss.terms())])
+        terms = next(terms for at, terms in found if at == iteration)
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        last = self.config.run_dir / LAST
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been saved yet"
+        return (
+            f"the loss is not finite at iteration {iteration + 1} ({parts}); {kept}. "
+            "A lower train.optimizer.lr, a longer train.schedule.warmup_iterations, train.clip_grad_norm or "
+            "train.precision=fp32 may help"
+        )
+
+    # ---- what is kept and shown
+
+    def log(self) -> None:
+        """A row of the mean losses since the last one, to the history, the bar and TensorBoard."""
+        progress = self.progress
+        row: dict[str, Any] = mean_over_processes(self.accelerator, self.sums, progress.window_size)
+        speed = self.clock.images_per_second(progress.iteration, self.step_images)
+        row = {"iteration": progress.iteration, "lr": self.lr, **row, "images_per_second": round(speed, 3)}
+        progress.history.append(row)
+        self.sums, progress.window_size = {}, 0
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{self.lr:.2e}")
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "iteration":
+                    self.writer.add_scalar(f"train/{name}", value, progress.iteration)
+
+    def validate(self) -> bool:
+        """Evaluate, record and save; False if a signal ended it early."""
+        accelerator, progress, data = self.accelerator, self.progress, self.validation_data
+        with unchanged_rng():
+            stopped = (lambda: bool(self.signals.received)) if accelerator.num_processes == 1 else None
+            network = self.network.trained(accelerator.device)
+            result = evaluate(network, data, self.config.eval, accelerator, stopped)
+            if result is not None and self.writer is not None:
+                _write_evaluation(self.writer, result, progress.iteration)
+                for _, picture in make_pictures(network, data, 1, accelerator):
+                    self.writer.add_image("val/prediction", np.asarray(picture), progress.iteration, dataformats="HWC")
+            self.network.train_again()
+        if result is None:
+            return False
+        progress.evaluations.append({"iteration": progress.iteration, **result})
+        value = result["refined"][self.config.eval.best]
+        is_best = value is not None and value > progress.best
+        progress.best = value if is_best else progress.best
+        self.save(is_best)
+        if accelerator.is_main_process:
+            self.bar.write(f"iteration {progress.iteration}: {summary(result)}")
+        return True
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the network has been evaluated as it is now."""
+        evaluations = self.progress.evaluations
+        return bool(evaluations) and evaluations[-1]["iteration"] == self.progress.iteration
+
+    def save(self, is_best: bool = False) -> None:
+        """Write the checkpoint and ``metrics.json``; all processes must, since what they hold is gathered."""
+        accelerator, progress, options = self.accelerator, self.progress, self.config.train
+        rng = gather([rng_state()])
+        progress.window = mean_over_processes(accelerator, self.sums, 1) if self.sums else {}
+        weights = self.network.weights()
+        state = self.optimizer.state_dict()
+        state = full_optimizer_state(state) if self.network.sharded else state
+        if not accelerator.is_main_process:
             return
+        data, run_dir = self.training_data, self.config.run_dir
         contents = {
             "rendseg": __version__,
-            "config": config.to_dict(),
+            "config": self.config.to_dict(),
             "classes": {
-                "names": list(training_data.class_names),
-                "palette": [[int(v) for v in color] for color in training_data.palette],
-                "ignore_index": int(training_data.ignore_index),
+                "names": list(data.class_names),
+                "palette": [[int(v) for v in color] for color in data.palette],
+                "ignore_index": int(data.ignore_index),
             },
             "model": weights,
             "training": {
                 "progress": dict(vars(progress)),
-                "optimizer": optimizer_state,
+                "optimizer": state,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "rng": rng,
             },
@@ -420,206 +343,138 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
         checkpoints.save_checkpoint(run_dir / LAST, contents, tuple(aliases))
         for old in checkpoints.numbered_checkpoints(run_dir)[options.keep_checkpoints :]:
             old.unlink(missing_ok=True)
-        checkpoints.write_json(run_dir / "metrics.json", metrics())
+        checkpoints.write_json(run_dir / "metrics.json", self.metrics())
 
-    def trained() -> nn.Module:
-        """The network to evaluate, the same in every process; all must ask."""
-        if own_statistics:
-            broadcast_buffers(network)
-        if sharded:
-            whole.load_state_dict(full_state(network))
-        return whole.to(device)
+    def metrics(self) -> dict[str, Any]:
+        """The content of ``metrics.json``."""
+        progress, network = self.progress, self.network.network
+        final: dict[str, Any] = {"iteration": progress.iteration, "seconds": progress.seconds}
+        if progress.history:
+            final["loss"] = progress.history[-1]["loss"]
+        if self.evaluated:
+            final.update({k: v for k, v in progress.evaluations[-1].items() if k not in ("iteration", "seconds")})
+        return {
+            "name": self.config.name,
+            "finished": progress.iteration >= self.config.train.iterations,
+            "final": final,
+            "environment": {
+                "rendseg": __version__,
+                "torch": torch.__version__,
+                "device": str(self.accelerator.device),
+                "processes": self.accelerator.num_processes,
+                "threads": torch.get_num_threads(),
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "training_images": len(self.training_data),
+                "validation_images": len(self.validation_data),
+            },
+            "evaluations": progress.evaluations,
+            "history": progress.history,
+        }
 
-    def validate() -> bool:
-        """Evaluate and record; False if a signal ended it early."""
-        with unchanged_rng():
-            stopped = (lambda: bool(signals.received)) if world == 1 else None
-            evaluated = trained()
-            result = evaluate(evaluated, validation_data, config.eval, accelerator, stopped)
-            if result is None:
-                network.train()
-                return False
-            if main and writer is not None:
-                _write_evaluation(writer, result, progress.iteration)
-                for _, picture in make_pictures(evaluated, validation_data, 1, accelerator):
-                    writer.add_image("val/prediction", np.asarray(picture), progress.iteration, dataformats="HWC")
-            network.train()
-            if sharded:
-                whole.cpu()
-        progress.evaluations.append({"iteration": progress.iteration, **result})
-        value = result["refined"][config.eval.best]
-        is_best = value is not None and value > progress.best
-        progress.best = value if is_best else progress.best
-        save(is_best)
-        if main:
-            bar.write(f"iteration {progress.iteration}: {summary(result)}")
-        return True
+    def finish(self) -> dict[str, Any]:
+        """Write the pictures and return the content of ``metrics.json``; ``Interrupted`` if a signal ended the run."""
+        config, iteration = self.config, self.progress.iteration
+        if self.stop:
+            raise Interrupted(
+                f"stopped by {signal.Signals(self.stop).name} at iteration {iteration}; saved {config.run_dir / LAST}; "
+                "the same command continues",
+                self.stop,
+            )
+        network = self.network.trained(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            if self.out_of_time:
+                print(f"stopped at iteration {iteration}: train.time_limit_minutes is used up")
+            print(format_table(self.progress.evaluations[-1]))
+            pictures = config.run_dir / "pictures"
+            with unchanged_rng():
+                save_pictures(network, self.validation_data, config.eval.pictures, pictures, self.accelerator)
+            checkpoints.write_json(config.run_dir / "metrics.json", self.metrics())
+            if self.writer is not None:
+                self.writer.close()
+            print(f"written to {config.run_dir}")
+        self.accelerator.wait_for_everyone()
+        return self.metrics()
 
-    # The loop.
-    step_images = options.batch_size * options.gradient_accumulation * world
-    batches = training_batches(
-        training_data,
-        config.seed,
-        progress.samples,
-        (options.iterations - progress.iteration) * options.gradient_accumulation,
-        options.batch_size,
-        options.num_workers,
-        rank,
-        world,
-    )
-    if saved_rng is not None:
-        set_rng_state(saved_rng)
-    check_every = 1 if device.type == "cpu" else options.log_every  # reading a loss makes a GPU wait
-    bad_iteration = torch.full((), -1, device=device, dtype=torch.int64)
-    sums: dict[str, Tensor] = {
-        k: torch.tensor(v, device=device, dtype=torch.float64) for k, v in progress.window.items()
-    }
-    started, seconds_before = time.perf_counter(), progress.seconds
-    row_started, row_iteration = started, progress.iteration
-    stop = 0
-    out_of_time = False
-    model.train()
-    bar = tqdm(
-        total=options.iterations,
-        initial=progress.iteration,
+
+# --------------------------------------------------------------------------------------------------- parts of a run
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What is to be done after an iteration."""
+
+    check: bool
+    log: bool
+    save: bool
+    evaluate: bool
+
+
+class _Clock:
+    """The seconds of a run, all resumptions together, and its speed since the last row."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.restart(progress)
+
+    def restart(self, progress: Progress) -> None:
+        """Go on from ``progress``: what has passed since its last iteration does not count."""
+        self._started = self._row_started = time.perf_counter()
+        self._before, self._row_iteration = progress.seconds, progress.iteration
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def images_per_second(self, iteration: int, step_images: int) -> float:
+        """Since the last call."""
+        now = time.perf_counter()
+        speed = (iteration - self._row_iteration) * step_images / (now - self._row_started)
+        self._row_started, self._row_iteration = now, iteration
+        return speed
+
+
+class _BadLoss:
+    """The first loss of this process that is not finite: its iteration and its terms. They stay on the device until
+    they are asked for, since reading a loss makes a GPU wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._iteration = torch.full((), -1, device=device, dtype=torch.int64)
+        self._names: list[str] = []
+        self._values = torch.zeros((), device=device)
+
+    def watch(self, iteration: int, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Note ``terms`` if ``loss`` is the first one that is not finite."""
+        first = (self._iteration < 0) & ~loss.isfinite()
+        self._names = list(terms)
+        self._values = torch.where(first, torch.stack([term.float() for term in terms.values()]), self._values)
+        self._iteration = torch.where(first, iteration, self._iteration)
+
+    def at(self) -> int:
+        """The iteration; -1: none."""
+        return int(self._iteration)
+
+    def terms(self) -> dict[str, float]:
+        """The terms of that loss; of no meaning before there is one."""
+        return dict(zip(self._names, self._values.expand(len(self._names)).tolist(), strict=True))
+
+
+def _make_folder(config: Config) -> None:
+    """The folder of the run with its configuration; ``resume: never`` removes the checkpoints in it."""
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.resume == "never":
+        for old in (run_dir / LAST, run_dir / BEST, *checkpoints.numbered_checkpoints(run_dir)):
+            old.unlink(missing_ok=True)
+    checkpoints.write_text(run_dir / "config.yaml", config.to_yaml())
+
+
+def _progress_bar(config: Config, iteration: int, shown: bool) -> Any:
+    return tqdm(
+        total=config.train.iterations,
+        initial=iteration,
         desc=config.name,
         unit="it",
-        disable=not main,
+        disable=not shown,
         dynamic_ncols=True,
         **({} if sys.stderr.isatty() else {"mininterval": 10.0, "ncols": 100}),
-    )
-    with StopSignals() as signals, bar:
-        while progress.iteration < options.iterations and not stop and not out_of_time:
-            lr = learning_rate(progress.iteration, options.iterations, options.optimizer.lr, options.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_factor"]
-            for part in range(options.gradient_accumulation):
-                images, labels = move(next(batches), device)
-                keys: tuple[Tensor, ...] = ()
-                if draws:
-                    first = progress.samples + (part * world + rank) * options.batch_size
-                    keys = (image_keys(config.seed, first, options.batch_size, device),)
-                if sharded:
-                    if own_statistics:
-                        broadcast_buffers(network)
-                    reduce_gradients(network, part + 1 == options.gradient_accumulation)
-                with accelerator.accumulate(model):
-                    with accelerator.autocast():  # DDP's own, but FSDP has none
-                        terms = model(images, labels, *keys)
-                    loss = torch.stack([term.float() for term in terms.values()]).sum()
-                    accelerator.backward(loss)
-                    if options.clip_grad_norm is not None and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                loss = loss.detach()
-                bad_iteration = torch.where((bad_iteration < 0) & ~loss.isfinite(), progress.iteration, bad_iteration)
-                for name, term in {"loss": loss, **terms}.items():
-                    share = term.detach().double() / options.gradient_accumulation
-                    sums[name] = sums[name] + share if name in sums else share
-            progress.iteration += 1
-            progress.samples += step_images
-            progress.window_size += 1
-            progress.seconds = seconds_before + time.perf_counter() - started
-            bar.update()
-            done = progress.iteration
-            last = done == options.iterations
-            log = done % options.log_every == 0 or last
-            save_now = done % options.checkpoint_every == 0 or last
-            evaluate_now = bool(options.eval_every) and done % options.eval_every == 0 and not last
-
-            if done % check_every == 0 or log or save_now or evaluate_now:
-                first_bad, stop = _earliest(accelerator, int(bad_iteration), signals.received)
-                if first_bad >= 0:
-                    raise TrainingError(_explain_bad_loss(first_bad, run_dir, terms))
-                limit = options.time_limit_minutes
-                out_of_time = _agree(accelerator, limit is not None and progress.seconds > 60 * limit)
-            if log:
-                row = _mean_over_processes(accelerator, sums, progress.window_size)
-                now = time.perf_counter()
-                speed = (done - row_iteration) * step_images / (now - row_started)
-                row_started, row_iteration = now, done
-                row = {"iteration": done, "lr": lr, **row, "images_per_second": round(speed, 3)}
-                progress.history.append(row)
-                sums, progress.window_size = {}, 0
-                bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.2e}")
-                if writer is not None:
-                    for name, value in row.items():
-                        if name != "iteration":
-                            writer.add_scalar(f"train/{name}", value, done)
-            saved = evaluate_now and not stop and validate()
-            if evaluate_now:
-                started, seconds_before, row_started = time.perf_counter(), progress.seconds, time.perf_counter()
-                row_iteration = done
-                stop = stop or _earliest(accelerator, -1, signals.received)[1]
-            if (save_now or stop or out_of_time) and not saved:
-                save()
-            if hook is not None:
-                hook(done)
-
-        # The end: evaluate, unless asked to stop at once.
-        evaluated = progress.evaluations and progress.evaluations[-1]["iteration"] == progress.iteration
-        if not stop and not evaluated and not validate():
-            stop = signals.received
-    finished = network if stop else trained()
-    if stop:
-        raise Interrupted(
-            f"stopped by {signal.Signals(stop).name} at iteration {progress.iteration}; saved {run_dir / LAST}; "
-            "the same command continues",
-            stop,
-        )
-    if main:
-        if out_of_time:
-            say(f"stopped at iteration {progress.iteration}: train.time_limit_minutes is used up")
-        say(format_table(progress.evaluations[-1]))
-        with unchanged_rng():
-            save_pictures(finished, validation_data, config.eval.pictures, run_dir / "pictures", accelerator)
-        checkpoints.write_json(run_dir / "metrics.json", metrics())
-        if writer is not None:
-            writer.close()
-        say(f"written to {run_dir}")
-    accelerator.wait_for_everyone()
-    return metrics()
-
-
-def _check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, Any] | None) -> None:
-    """Every process must continue the same checkpoint, which takes a folder that all machines see."""
-    if accelerator.num_processes == 1:
-        return
-    mine = -1 if found is None else found[1]["training"]["progress"]["iteration"]
-    seen = gather_object([mine])
-    if len(set(seen)) > 1:
-        other = next(i for i, iteration in enumerate(seen) if iteration != seen[0])
-        texts = ["no checkpoint" if seen[i] < 0 else f"a checkpoint of iteration {seen[i]}" for i in (0, other)]
-        raise ConfigError(
-            f"process 0 finds {texts[0]} in {run_dir}, process {other} {texts[1]}; output.dir must lie on a file "
-            "system that all machines share"
-        )
-
-
-def _agree(accelerator: Accelerator, flag: bool) -> bool:
-    """True everywhere if true in any process."""
-    if accelerator.num_processes == 1:
-        return flag
-    value = torch.tensor(int(flag), device=accelerator.device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
-
-
-def _mean_over_processes(accelerator: Accelerator, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    values = torch.stack([value.double() for value in sums.values()]) / count
-    values = accelerator.reduce(values, "mean")
-    return dict(zip(sums, values.tolist(), strict=True))
-
-
-def _explain_bad_loss(iteration: int, run_dir: Path, terms: Mapping[str, Tensor]) -> str:
-    parts = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
-    last = run_dir / LAST
-    kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been saved yet"
-    return (
-        f"the loss is not finite at iteration {iteration + 1} ({parts}); {kept}. "
-        "A lower train.optimizer.lr, a longer train.schedule.warmup_iterations, train.clip_grad_norm or "
-        "train.precision=fp32 may help"
     )
 
 
@@ -636,7 +491,3 @@ def _write_evaluation(writer: Any, result: Mapping[str, Any], iteration: int) ->
         for name in ("miou", "pixel_accuracy", "boundary_iou"):
             if result[which][name] is not None:
                 writer.add_scalar(f"val/{name}/{which}", result[which][name], iteration)
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())

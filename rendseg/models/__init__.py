@@ -13,17 +13,15 @@ from .options import (
     BackboneOptions,
     DecoderOptions,
     LossOptions,
-    ModelOptions,
     PointRendOptions,
-    SemanticFPNOptions,
-    parse_options,
     pointrend_options,
 )
+from .parse import ModelOptions, parse_options
 from .pointrend import PointRend
 from .registry import build_decoder, decoder_names, register_decoder
 from .se_loss import presence_targets, se_loss
 from .segmenter import SegmentationOutput, Segmenter
-from .semantic_fpn import SemanticFPN
+from .semantic_fpn import SemanticFPN, SemanticFPNOptions
 from .unified import UPP, UnifiedPointRend, UnifiedSegmenter, UPPOptions
 from .upernet import UPERNET_PRESETS, UPerNet, UPerNetOptions
 

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from .backbones import create_backbone
-from .options import ModelOptions, parse_options
+from .parse import ModelOptions, parse_options
 from .pointrend import PointRend
-from .registry import build_decoder
+from .registry import build_decoder, model_classes
 from .segmenter import Segmenter
-from .unified import UPP, UnifiedPointRend, UnifiedSegmenter
 
 
 def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> Segmenter:
-    """The model that the ``model`` section of a configuration describes; see ``rendseg.models.options`` for keys and
-    defaults.
+    """The model that the ``model`` section of a configuration describes; see ``rendseg.models.options`` and the
+    decoders for keys and defaults.
 
     Errors: ``ValueError`` for unknown keys (naming the nearest), values and combinations; ``TypeError`` for values of
     the wrong type; those of :func:`create_backbone`.
@@ -23,7 +22,7 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
     options = parse_options(config)
     backbone = create_backbone(options.backbone)
     decoder = build_decoder(options.decoder, backbone, num_classes)
-    unified = isinstance(decoder, UPP)
+    kind = {"segmenter": Segmenter, "pointrend": PointRend, **model_classes(options.decoder.name)}[options.name]
     common: dict[str, Any] = {
         "loss": options.loss,
         "auxiliary": options.auxiliary,
@@ -31,7 +30,7 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
     }
     if options.name == "segmenter":
         switches = options.pointrend
-        return (UnifiedSegmenter if unified else Segmenter)(
+        return kind(
             backbone,
             decoder,
             align_corners=switches.upsample_align_corners,
@@ -39,4 +38,4 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
             coarse_loss_at=switches.coarse_loss_at,
             **common,
         )
-    return (UnifiedPointRend if unified else PointRend)(backbone, decoder, options=options.pointrend, **common)
+    return kind(backbone, decoder, options=options.pointrend, **common)

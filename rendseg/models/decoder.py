@@ -1,8 +1,10 @@
-"""What a decoder is: coarse logits and named feature maps. N images, C classes, h w size of the coarse map."""
+"""What a decoder is: coarse logits and named feature maps. N images, C classes, H W their size (padded), h w that of
+the coarse map."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +17,17 @@ class DecoderOutput(NamedTuple):
     coarse: Tensor
     features: dict[str, Tensor]
     extra: dict[str, Tensor]
+
+
+class Targets(NamedTuple):
+    """What a training step is measured against."""
+
+    labels: Tensor
+    """``[N, H, W]`` int64."""
+    keys: Tensor | None = None
+    """``[N]`` int64: the points drawn on an image are a function of its key; ``None``: of the default generator."""
+    tasks: Mapping[str, Tensor] = MappingProxyType({})
+    """Labels of tasks besides ``object``: ``[N, H, W]``, of ``scene`` ``[N]``."""
 
 
 class Decoder(nn.Module):

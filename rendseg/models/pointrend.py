@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn.point_head import PointHead
 from .backbones import Backbone
-from .decoder import Decoder
+from .decoder import Decoder, DecoderOutput, Targets
 from .losses import segmentation_loss
 from .options import (
     AuxiliaryOptions,
@@ -100,20 +100,19 @@ class PointRend(Segmenter):
             )
         self.head = head
 
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        labels = self._check_labels(images, labels)
-        images, labels = self._pad(images, labels)
-        output, maps = self._features(images)
-        coarse = self._coarse(output, images)
-        losses = self._losses(coarse, output, maps, labels)
+    def _losses(
+        self, coarse: Tensor, output: DecoderOutput, maps: Mapping[str, Tensor], targets: Targets
+    ) -> dict[str, Tensor]:
+        losses = super()._losses(coarse, output, maps, targets)
+        labels, keys, _ = targets
         options = self.options
-        count = num_points(options.train_points, images.shape[2], images.shape[3])
+        count = num_points(options.train_points, labels.shape[1], labels.shape[2])
         draws = None
-        if self._keys is not None:
-            if self._keys.shape != images.shape[:1]:
-                raise ValueError(f"keys must have shape [B] = {[len(images)]}, got {list(self._keys.shape)}")
+        if keys is not None:
+            if keys.shape != labels.shape[:1]:
+                raise ValueError(f"keys must have shape [B] = {[len(labels)]}, got {list(keys.shape)}")
             uniform = count - int(options.importance_ratio * count)
-            draws = draws_of_keys(self._keys, int(options.oversample_ratio * count) + uniform)
+            draws = draws_of_keys(keys, int(options.oversample_ratio * count) + uniform)
         coords = ops.sample_uncertain_points(
             coarse.detach(),
             count,
@@ -142,10 +141,16 @@ class PointRend(Segmenter):
             ops.point_sample(coarse, coords, **sampling),  # type: ignore[arg-type]
         )
 
-    def _predict(self, images: Tensor, output: str, return_points: bool) -> SegmentationOutput:
-        height, width = images.shape[-2:]
-        images, _ = self._pad(images)
-        decoded, maps = self._features(images)
+    def _segment(
+        self,
+        images: Tensor,
+        decoded: DecoderOutput,
+        maps: Mapping[str, Tensor],
+        size: tuple[int, int],
+        output: str,
+        return_points: bool,
+    ) -> SegmentationOutput:
+        height, width = size
         coarse = self._coarse(decoded, images)
         fine = [maps[name] for name in self.point_features]
         count = num_points(self.options.inference_points, images.shape[2], images.shape[3])

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import importlib
+import pkgutil
+import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from .._nearest import did_you_mean
 from .options import DecoderOptions
 
 if TYPE_CHECKING:
     from .backbones import Backbone
     from .decoder import Decoder
+    from .segmenter import Segmenter
 
     Builder = Callable[[Any, Backbone, int], Decoder]
     B = TypeVar("B", bound=Builder)
 
-_DECODERS: dict[str, tuple[type[DecoderOptions], Builder]] = {}
+_DECODERS: dict[str, _Entry] = {}
 
 
-def register_decoder(name: str, options: type[DecoderOptions]) -> Callable[[B], B]:
+class _Entry(NamedTuple):
+    options: type[DecoderOptions]
+    builder: Builder
+    models: dict[str, type[Segmenter]]
+
+
+def register_decoder(
+    name: str,
+    options: type[DecoderOptions],
+    *,
+    segmenter: type[Segmenter] | None = None,
+    pointrend: type[Segmenter] | None = None,
+) -> Callable[[B], B]:
     """Register ``builder(options, backbone, num_classes) -> Decoder`` under ``name``; a decorator.
 
     ``options`` is a frozen dataclass derived from ``DecoderOptions``: its fields are the keys that ``model.decoder``
     accepts. Fields called ``norm``, ``neck_norm``, ``top_down`` or ``level_order`` that are ``None`` are filled in from
-    the PointRend preset.
+    the PointRend preset. ``segmenter`` and ``pointrend`` are what wraps the decoder in place of ``Segmenter`` and
+    ``PointRend``, with the same arguments.
     """
     if not issubclass(options, DecoderOptions):
         raise TypeError(f"options must derive from DecoderOptions, got {options.__name__}")
@@ -32,7 +50,8 @@ def register_decoder(name: str, options: type[DecoderOptions]) -> Callable[[B], 
         raise ValueError(f"a decoder called {name!r} is registered already")
 
     def add(builder: B) -> B:
-        _DECODERS[name] = (options, builder)
+        models = {"segmenter": segmenter, "pointrend": pointrend}
+        _DECODERS[name] = _Entry(options, builder, {key: kind for key, kind in models.items() if kind is not None})
         return builder
 
     return add
@@ -49,25 +68,39 @@ def with_preset(options: DecoderOptions, preset: Mapping[str, Any]) -> dict[str,
     return {key: value if getattr(options, key) is None else getattr(options, key) for key, value in preset.items()}
 
 
+@cache
+def _discover() -> None:
+    """Import every module of this package, which registers its decoders: a new one needs no entry in a list."""
+    for module in pkgutil.iter_modules(sys.modules[__package__].__path__, f"{__package__}."):
+        importlib.import_module(module.name)
+
+
 def decoder_names() -> list[str]:
+    _discover()
     return sorted(_DECODERS)
 
 
-def _entry(name: str) -> tuple[type[DecoderOptions], Builder]:
+def _entry(name: str) -> _Entry:
+    _discover()
     if name not in _DECODERS:
-        close = difflib.get_close_matches(str(name), _DECODERS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"model.decoder.name must be one of {', '.join(decoder_names())}, got {name!r}{hint}")
+        names = decoder_names()
+        hint = did_you_mean(name, names)
+        raise ValueError(f"model.decoder.name must be one of {', '.join(names)}, got {name!r}{hint}")
     return _DECODERS[name]
 
 
 def decoder_options_class(name: str) -> type[DecoderOptions]:
-    return _entry(name)[0]
+    return _entry(name).options
+
+
+def model_classes(name: str) -> dict[str, type[Segmenter]]:
+    """By ``model.name``: what wraps this decoder where it is not the usual class."""
+    return _entry(name).models
 
 
 def build_decoder(options: DecoderOptions, backbone: Backbone, num_classes: int) -> Decoder:
     """The decoder registered under ``options.name``."""
-    kind, builder = _entry(options.name)
+    kind, builder, _ = _entry(options.name)
     if not isinstance(options, kind):
         raise TypeError(f"decoder {options.name!r} takes {kind.__name__}, got {type(options).__name__}")
     return builder(options, backbone, num_classes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .auxiliary import AuxiliaryHeads, labels_at_cells
 from .backbones import Backbone
-from .decoder import Decoder, DecoderOutput
+from .decoder import Decoder, DecoderOutput, Targets
 from .losses import weighted_terms
 from .options import AuxiliaryOptions, LossOptions
 
@@ -56,7 +56,6 @@ class Segmenter(nn.Module):
     """Whether the model refines points: whether ``refined`` is more than the upsampled ``coarse``."""
     draws = False
     """Whether training draws points, for which ``forward`` takes ``keys``."""
-    _keys: Tensor | None = None
 
     def __init__(
         self,
@@ -108,11 +107,7 @@ class Segmenter(nn.Module):
         self, images: Tensor, labels: Tensor | None = None, keys: Tensor | None = None
     ) -> dict[str, Tensor] | SegmentationOutput:
         if labels is not None:
-            self._keys = keys
-            try:
-                return self.losses(images, labels)
-            finally:
-                self._keys = None
+            return self.losses(images, labels, keys)
         if self.training:
             raise ValueError("labels are needed in training mode; call eval() to predict")
         return self._predict(images, "logits", False)
@@ -124,18 +119,17 @@ class Segmenter(nn.Module):
         ``output="labels"`` gives the label map and never allocates full-size logits where the steps reach stride 1; it
         equals the argmax of ``output="logits"``. Errors: ``RuntimeError`` in training mode.
         """
-        if self.training:
-            raise RuntimeError("predict needs evaluation mode: call eval() first")
+        self._need_evaluation_mode()
         if output not in ("logits", "labels"):
             raise ValueError(f"output must be one of logits, labels, got {output!r}")
         return self._predict(images, output, return_points)
 
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, keys: Tensor | None = None) -> dict[str, Tensor]:
         """The training losses; call the model itself, so that DDP sees it."""
-        labels = self._check_labels(images, labels)
-        images, labels = self._pad(images, labels)
+        targets = self._targets(images, labels, keys)
+        images = self._pad(images)
         output, maps = self._features(images)
-        return self._losses(self._coarse(output, images), output, maps, labels)
+        return self._losses(self._coarse(output, images), output, maps, targets)
 
     def upsample(self, coarse: Tensor, size: Sequence[int]) -> Tensor:
         """Coarse logits ``[B, C, h, w]`` of the padded image, upsampled bilinearly and cropped to ``size`` (height,
@@ -145,8 +139,9 @@ class Segmenter(nn.Module):
     # ---- parts
 
     def _losses(
-        self, coarse: Tensor, output: DecoderOutput, maps: Mapping[str, Tensor], labels: Tensor
+        self, coarse: Tensor, output: DecoderOutput, maps: Mapping[str, Tensor], targets: Targets
     ) -> dict[str, Tensor]:
+        labels = targets.labels
         shared: dict[str, Any] = {
             "class_weights": self.class_weights,
             "ignore_index": self.loss.ignore_index,
@@ -161,14 +156,28 @@ class Segmenter(nn.Module):
         losses |= self.auxiliary.losses(
             maps, labels, at=self.coarse_loss_at, align_corners=self.align_corners, **shared
         )
-        return losses | self.decoder.extra_losses(output, labels, self.loss.ignore_index)
+        return losses | self._extra_losses(output, targets)
+
+    def _extra_losses(self, output: DecoderOutput, targets: Targets) -> dict[str, Tensor]:
+        return self.decoder.extra_losses(output, targets.labels, self.loss.ignore_index)
 
     def _predict(self, images: Tensor, output: str, return_points: bool) -> SegmentationOutput:
-        height, width = images.shape[-2:]
-        images, _ = self._pad(images)
-        decoded, _ = self._features(images)
+        size = (images.shape[-2], images.shape[-1])
+        images = self._pad(images)
+        return self._segment(images, *self._features(images), size, output, return_points)
+
+    def _segment(
+        self,
+        images: Tensor,
+        decoded: DecoderOutput,
+        maps: Mapping[str, Tensor],
+        size: tuple[int, int],
+        output: str,
+        return_points: bool,
+    ) -> SegmentationOutput:
+        """From the features of padded images to logits or labels of ``size``."""
         coarse = self._coarse(decoded, images)
-        logits = self.upsample(coarse, (height, width))
+        logits = self.upsample(coarse, size)
         points: list[Tensor] | None = [] if return_points else None
         if output == "labels":
             return SegmentationOutput(coarse, None, _argmax(logits), points)
@@ -197,6 +206,14 @@ class Segmenter(nn.Module):
         size = (coarse.shape[2] * factor, coarse.shape[3] * factor)
         return F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
 
+    def _need_evaluation_mode(self) -> None:
+        if self.training:
+            raise RuntimeError("predict needs evaluation mode: call eval() first")
+
+    def _targets(self, images: Tensor, labels: Tensor, keys: Tensor | None) -> Targets:
+        """What was given, checked, and of the padded image."""
+        return Targets(self._pad_labels(self._check_labels(images, labels)), keys)
+
     def _check_labels(self, images: Tensor, labels: Tensor) -> Tensor:
         if labels.dim() != 3 or labels.shape[0] != images.shape[0] or labels.shape[1:] != images.shape[2:]:
             wanted = [images.shape[0], *images.shape[2:]]
@@ -205,8 +222,16 @@ class Segmenter(nn.Module):
             raise TypeError(f"labels must be an integer tensor, got {labels.dtype}")
         return labels.long()
 
-    def _pad(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (and labels) padded right and below to a multiple of ``size_divisor``."""
+    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Right and below, to a multiple of ``size_divisor``."""
+        return (0, -width % self.size_divisor, 0, -height % self.size_divisor)
+
+    def _pad_labels(self, labels: Tensor) -> Tensor:
+        pad = self._padding(*labels.shape[-2:])
+        return F.pad(labels, pad, value=self.loss.ignore_index) if any(pad) else labels
+
+    def _pad(self, images: Tensor) -> Tensor:
+        """Padded images."""
         if images.dim() != 4 or images.shape[1] != self.backbone.in_chans:
             raise ValueError(f"images must have shape [B, {self.backbone.in_chans}, H, W], got {list(images.shape)}")
         if not images.is_floating_point():
@@ -214,13 +239,10 @@ class Segmenter(nn.Module):
         height, width = images.shape[2:]
         if height == 0 or width == 0:
             raise ValueError(f"images must have at least one pixel, got shape {list(images.shape)}")
-        pad = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
+        pad = self._padding(height, width)
         if any(pad):
             images = F.pad(images, pad)
-            labels = None if labels is None else F.pad(labels, pad, value=self.loss.ignore_index)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels if labels is not None else images.new_empty(0)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +14,31 @@ from ..nn.conv import ConvNorm
 from ..nn.fpn import FPN, upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
-from .options import SemanticFPNOptions
+from .options import DecoderOptions
 from .registry import register_decoder
+
+
+@dataclass(frozen=True)
+class SemanticFPNOptions(DecoderOptions):
+    """Options of ``semantic_fpn``. ``None`` means: as the PointRend preset says."""
+
+    channels: int = 256
+    """Channels of the pyramid, and so of the fine features p2 .. p5."""
+    head_channels: int = 128
+    """Channels of the scale heads."""
+    norm: Literal["bn", "syncbn", "gn", "none"] | None = None
+    """Norm of the scale heads. Presets: rendseg bn, detectron2 gn, mmseg syncbn, paddleseg none, deeplab bn."""
+    neck_norm: Literal["bn", "syncbn", "gn", "none"] | None = None
+    """Norm (and ReLU) of the pyramid's convolutions. Presets: none, paddleseg bn."""
+    top_down: Literal["nearest", "bilinear", "bilinear_aligned"] | None = None
+    """Upsampling of the top-down path. Presets: nearest, paddleseg bilinear_aligned."""
+    align_corners: bool = False
+    """Of the upsampling in the scale heads."""
+    level_order: Literal["fine_first", "coarse_first"] | None = None
+    """``coarse_first`` hands the levels to the scale heads in reversed order, as PaddleSeg does: see
+    ``SemanticFPN``."""
+    levels: tuple[str, ...] = ("c2", "c3", "c4", "c5")
+    """Backbone maps used; ``[c3, c4, c5]`` gives coarse logits of stride 8."""
 
 
 class _Upsample(nn.Module):

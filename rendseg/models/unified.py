@@ -20,8 +20,7 @@ the head's parameters, so that processes of a distributed run agree on what has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from ..nn.conv import ConvNorm
 from .backbones import Backbone
-from .decoder import DecoderOutput
+from .decoder import DecoderOutput, Targets
 from .losses import segmentation_loss
 from .pointrend import PointRend
 from .registry import register_decoder
@@ -63,6 +62,13 @@ class UPPOptions(UPerNetOptions):
     texture_convs: int = 4
     """3x3 convolutions of the texture head."""
 
+    @classmethod
+    def of_tasks(
+        cls, classes: Mapping[str, Sequence[str]], object_parts: Sequence[Sequence[int]]
+    ) -> dict[str, Any] | None:
+        found: dict[str, Any] = {f"{task}_classes": len(names) for task, names in classes.items() if task != "object"}
+        return {**found, "object_parts": [list(group) for group in object_parts]}
+
 
 def _head(channels: int, classes: int, norm: str, width: int | None = None, convs: int = 1) -> nn.Sequential:
     """``convs`` 3x3 convolutions with norm and ReLU, then a 1x1 one."""
@@ -78,9 +84,9 @@ def _head(channels: int, classes: int, norm: str, width: int | None = None, conv
 class UPP(UPerNet):
     """UPerNet whose classifier is the object task, with the heads of the other tasks.
 
-    ``forward`` gives the object task's coarse logits alone; :meth:`task_logits` the others'. ``extra_losses`` reads the
-    labels of the other tasks from ``task_labels``, which :class:`UnifiedSegmenter` sets around it. Modules are
-    called ``classifier`` (the object head), ``scene_head``, ``part_head``, ``material_head`` and ``texture_head``.
+    ``forward`` gives the object task's coarse logits alone; :meth:`task_logits` the others', :meth:`task_losses` their
+    losses, of which :class:`UnifiedSegmenter` has the labels. Modules are called ``classifier`` (the object head),
+    ``scene_head``, ``part_head``, ``material_head`` and ``texture_head``.
 
     Parts: an object of ``object_parts`` owns one channel for "no part" and one for each of its parts. In an image where
     at least one of them is labelled, its pixels (by the object labels) are classified among these, where a pixel
@@ -136,8 +142,6 @@ class UPP(UPerNet):
         if texture_classes:
             self.texture_head = _head(channels, texture_classes, norm, texture_channels, texture_convs)
         self._part_tables(num_classes, part_classes)
-        self.task_labels: dict[str, Tensor] = {}
-        """Labels of the tasks besides ``object`` for the call under way, of the padded image."""
 
     @staticmethod
     def _check_parts(
@@ -195,21 +199,25 @@ class UPP(UPerNet):
         return self.texture_head(finest.detach())
 
     def extra_losses(self, output: DecoderOutput, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+        return self.task_losses(output, Targets(labels), ignore_index)
+
+    def task_losses(self, output: DecoderOutput, targets: Targets, ignore_index: int) -> dict[str, Tensor]:
+        """The weighted losses of the tasks besides ``object``, whose labels are ``targets.tasks``."""
         losses = {}
         for task in self.classes:
             if task == "object":
                 continue
-            if task not in self.task_labels:
+            if task not in targets.tasks:
                 head = getattr(self, f"{task}_head")
                 losses[f"loss_{task}"] = torch.stack([p.float().sum() for p in head.parameters()]).sum() * 0
                 continue
             logits = self.task_logits(output, task)
-            wanted = self.task_labels[task]
+            wanted = targets.tasks[task]
             if task == "scene":
                 value = segmentation_loss(logits, wanted, ignore_index=ignore_index)
             elif task == "part":
                 size = (logits.shape[2], logits.shape[3])
-                value = self._part_loss(logits, _at(labels, size), _at(wanted, size), ignore_index)
+                value = self._part_loss(logits, _at(targets.labels, size), _at(wanted, size), ignore_index)
             else:
                 size = (logits.shape[2], logits.shape[3])
                 value = segmentation_loss(logits, _at(wanted, size), ignore_index=ignore_index)
@@ -255,9 +263,8 @@ class UnifiedSegmenter(Segmenter):
     """
 
     decoder: UPP
-    _kept: list[DecoderOutput] | None = None
 
-    def losses(self, images: Tensor, labels: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _targets(self, images: Tensor, labels: Tensor | Mapping[str, Tensor], keys: Tensor | None) -> Targets:
         given = {"object": labels} if isinstance(labels, Tensor) else dict(labels)
         unknown = [task for task in given if task not in self.decoder.classes]
         if unknown:
@@ -266,11 +273,11 @@ class UnifiedSegmenter(Segmenter):
         if main is None:
             size = (images.shape[0], *images.shape[2:])
             main = torch.full(size, self.loss.ignore_index, device=images.device, dtype=torch.int64)
-        self.decoder.task_labels = {task: self._task_labels(images, task, value) for task, value in given.items()}
-        try:
-            return super().losses(images, main)
-        finally:
-            self.decoder.task_labels = {}
+        tasks = {task: self._task_labels(images, task, value) for task, value in given.items()}
+        return super()._targets(images, main, keys)._replace(tasks=tasks)
+
+    def _extra_losses(self, output: DecoderOutput, targets: Targets) -> dict[str, Tensor]:
+        return self.decoder.task_losses(output, targets, self.loss.ignore_index)
 
     def _task_labels(self, images: Tensor, task: str, labels: Tensor) -> Tensor:
         """Checked, int64, and of the padded image."""
@@ -289,23 +296,24 @@ class UnifiedSegmenter(Segmenter):
             return labels
         if whole:
             labels = labels[:, None, None].expand(batch, height, width)
-        pad = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
-        return F.pad(labels, pad, value=self.loss.ignore_index)
+        return self._pad_labels(labels)
 
     @torch.no_grad()
     def predict_tasks(self, images: Tensor) -> dict[str, Tensor]:
         """The answer to every task, int64: ``object``, ``material`` and ``texture`` ``[B, H, W]``, ``scene [B]``, and
         ``part [B, H, W]``: among the parts of the object predicted there, -1 for none."""
-        with self._keep() as kept:
-            answer = self.predict(images, output="labels")
+        self._need_evaluation_mode()
+        height, width = images.shape[-2:]
+        padded = self._pad(images)
+        decoded, maps = self._features(padded)
+        answer = self._segment(padded, decoded, maps, (height, width), "labels", False)
         assert answer.labels is not None
         objects = answer.labels.long()
-        height, width = images.shape[-2:]
         results = {"object": objects}
         for task in self.decoder.classes:
             if task == "object":
                 continue
-            logits = self.decoder.task_logits(kept[0], task).float()
+            logits = self.decoder.task_logits(decoded, task).float()
             if task == "scene":
                 results[task] = logits.argmax(1)
                 continue
@@ -329,27 +337,12 @@ class UnifiedSegmenter(Segmenter):
             result = torch.where(objects == owner, names[own[:, :, :height, :width].argmax(1)], result)
         return result
 
-    @contextmanager
-    def _keep(self) -> Iterator[list[DecoderOutput]]:
-        """Collects what the decoder answers meanwhile."""
-        self._kept = []
-        try:
-            yield self._kept
-        finally:
-            self._kept = None
-
-    def _features(self, images: Tensor) -> tuple[DecoderOutput, dict[str, Tensor]]:
-        found = super()._features(images)
-        if self._kept is not None:
-            self._kept.append(found[0])
-        return found
-
 
 class UnifiedPointRend(UnifiedSegmenter, PointRend):
     """PointRend around :class:`UPP`: it refines the object task."""
 
 
-@register_decoder("upp", UPPOptions)
+@register_decoder("upp", UPPOptions, segmenter=UnifiedSegmenter, pointrend=UnifiedPointRend)
 def _build(options: UPPOptions, backbone: Backbone, num_classes: int) -> UPP:
     switches = upernet_switches(options)
     if options.pool is None and options.preset == "csail":

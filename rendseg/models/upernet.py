@@ -165,7 +165,7 @@ class UPerNet(Decoder):
     the finest level's size. Every upsampling is bilinear to the exact size of the finer map; the models pad images to a
     multiple of the largest stride, so that all maps cover the same area.
 
-    The switches are those of :class:`UPerNetOptions`, whose defaults here are the preset ``mmseg``. Modules:
+    ``switches`` are the fields of :class:`UPerNetOptions`; what is not given is as the preset says. Modules:
     ``ppm``, ``lateral2`` .. and ``output2`` .. (1x1 and 3x3 with norm and ReLU, none for the last level), ``fuse`` and
     ``classifier``; with ``top_down_conv`` also ``top_down``. Under autocast the convolutions run in its dtype.
     """
@@ -175,49 +175,29 @@ class UPerNet(Decoder):
         in_channels: Mapping[str, int],
         strides: Mapping[str, int],
         num_classes: int,
-        *,
-        levels: Sequence[str] = ("c2", "c3", "c4", "c5"),
-        channels: int = 512,
-        norm: str = "bn",
-        pool: str = "avg",
-        bins: Sequence[int] = (1, 2, 3, 6),
-        ppm_channels: int = 512,
-        conv_before_upsample: bool = True,
-        ppm_norm_relu: bool = True,
-        ppm_order: str = "input_first",
-        bins_descending: bool = False,
-        ppm_kernel: int = 3,
-        output_kernel: int = 3,
-        top_down_from: str = "sum",
-        top_down_conv: bool = False,
-        fuse_order: str = "fine_first",
-        fuse_kernel: int = 3,
-        fuse_channels: int = 512,
-        dropout: float = 0.1,
-        dropout_channels: bool = True,
-        classifier_kernel: int = 1,
-        classifier_upsample: int = 1,
-        align_corners: bool = False,
+        **switches: Any,
     ) -> None:
         super().__init__(num_classes)
+        s = types.SimpleNamespace(**upernet_switches(UPerNetOptions(**switches)))
+        levels: tuple[str, ...] = tuple(s.levels)
         _check_levels(levels, in_channels, strides)
-        if fuse_order not in FUSE_ORDERS:
-            raise ValueError(f"fuse_order must be one of {', '.join(FUSE_ORDERS)}, got {fuse_order!r}")
-        if top_down_from not in ("sum", "output"):
-            raise ValueError(f"top_down_from must be sum or output, got {top_down_from!r}")
+        if s.fuse_order not in FUSE_ORDERS:
+            raise ValueError(f"fuse_order must be one of {', '.join(FUSE_ORDERS)}, got {s.fuse_order!r}")
+        if s.top_down_from not in ("sum", "output"):
+            raise ValueError(f"top_down_from must be sum or output, got {s.top_down_from!r}")
         finest = strides[levels[0]]
-        if finest % classifier_upsample:
-            raise ValueError(f"classifier_upsample must divide the finest stride {finest}, got {classifier_upsample}")
-        self.levels = tuple(levels)
+        if finest % s.classifier_upsample:
+            raise ValueError(f"classifier_upsample must divide the finest stride {finest}, got {s.classifier_upsample}")
+        self.levels = levels
         self.outputs = tuple("p" + name[1:] for name in levels)
-        self.fuse_order = fuse_order
-        self.top_down_from = top_down_from
-        self.classifier_upsample = classifier_upsample
-        self.align_corners = align_corners
-        self.stride = finest // classifier_upsample
+        self.fuse_order = s.fuse_order
+        self.top_down_from = s.top_down_from
+        self.classifier_upsample = s.classifier_upsample
+        self.align_corners = s.align_corners
+        self.stride = finest // s.classifier_upsample
         self.size_divisor = max(strides[name] for name in levels)
         self.default_point_features = (self.outputs[0],)
-        self.feature_channels = {**dict.fromkeys(self.outputs, channels), "fused": fuse_channels}
+        self.feature_channels = {**dict.fromkeys(self.outputs, s.channels), "fused": s.fuse_channels}
         self.feature_strides = {
             **{out: strides[name] for out, name in zip(self.outputs, levels, strict=True)},
             "fused": finest,
@@ -225,25 +205,26 @@ class UPerNet(Decoder):
         deepest = in_channels[levels[-1]]
         self.ppm = PPM(
             deepest,
-            ppm_channels or max(1, deepest // len(bins)),
-            channels,
-            bins=bins,
-            pool=pool,
-            conv_before_upsample=conv_before_upsample,
-            branch_norm_relu=ppm_norm_relu,
-            order=ppm_order,
-            bins_descending=bins_descending,
-            fuse_kernel=ppm_kernel,
-            align_corners=align_corners,
-            norm=norm,
+            s.ppm_channels or max(1, deepest // len(s.bins)),
+            s.channels,
+            bins=s.bins,
+            pool=s.pool,
+            conv_before_upsample=s.conv_before_upsample,
+            branch_norm_relu=s.ppm_norm_relu,
+            order=s.ppm_order,
+            bins_descending=s.bins_descending,
+            fuse_kernel=s.ppm_kernel,
+            align_corners=s.align_corners,
+            norm=s.norm,
         )
         for name in levels[:-1]:
-            self.add_module(f"lateral{name[1:]}", ConvNorm(in_channels[name], channels, 1, norm=norm))
-            self.add_module(f"output{name[1:]}", ConvNorm(channels, channels, output_kernel, norm=norm))
-        self.top_down = nn.Conv2d(channels, channels, 1) if top_down_conv and len(levels) > 1 else None
-        self.fuse = ConvNorm(len(levels) * channels, fuse_channels, fuse_kernel, norm=norm)
-        self.dropout = nn.Dropout2d(dropout) if dropout_channels else nn.Dropout(dropout)
-        classifier = nn.Conv2d(fuse_channels, num_classes, classifier_kernel, padding=classifier_kernel // 2)
+            self.add_module(f"lateral{name[1:]}", ConvNorm(in_channels[name], s.channels, 1, norm=s.norm))
+            self.add_module(f"output{name[1:]}", ConvNorm(s.channels, s.channels, s.output_kernel, norm=s.norm))
+        self.top_down = nn.Conv2d(s.channels, s.channels, 1) if s.top_down_conv and len(levels) > 1 else None
+        self.fuse = ConvNorm(len(levels) * s.channels, s.fuse_channels, s.fuse_kernel, norm=s.norm)
+        self.dropout = nn.Dropout2d(s.dropout) if s.dropout_channels else nn.Dropout(s.dropout)
+        kernel: int = s.classifier_kernel
+        classifier = nn.Conv2d(s.fuse_channels, num_classes, kernel, padding=kernel // 2)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
         self.classifier: nn.Module = classifier

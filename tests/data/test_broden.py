@@ -13,7 +13,8 @@ from rendseg.data import DataError, build_dataset
 from rendseg.engine.config import ConfigError, build_config
 from rendseg.engine.loader import training_batches
 from rendseg.engine.metrics import SegmentationMetrics
-from rendseg.engine.tasks import SourceOrder, TaskMetrics, with_tasks
+from rendseg.engine.order import SourceOrder
+from rendseg.engine.tasks import TaskMetrics, with_tasks
 
 COLUMNS = ["image", "split", "ih", "iw", "sh", "sw", "object", "part", "material", "texture", "scene"]
 OBJECTS = ["sky", "car", "house", "tree"]

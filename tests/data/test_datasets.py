@@ -361,6 +361,48 @@ def test_cache_and_pickle(camvid: Path) -> None:
     assert same(cached[2], first) and same(pickle.loads(pickle.dumps(cached))[2], first)
 
 
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_found_without_an_entry_in_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rendseg.data
+    from rendseg.data import registry
+
+    (tmp_path / "dropped_in.py").write_text(
+        "from typing import Literal\n"
+        "import numpy as np\n"
+        "from pydantic.dataclasses import dataclass\n"
+        "from rendseg.data import DatasetOptions, SegmentationDataset, register_dataset\n"
+        "@dataclass(kw_only=True)\n"
+        "class Options(DatasetOptions):\n"
+        "    name: Literal['dropped_in'] = 'dropped_in'\n"
+        "    size: int = 3\n"
+        "@register_dataset(Options)\n"
+        "class DroppedIn(SegmentationDataset):\n"
+        "    def __init__(self, options, split, augment_seed=0):\n"
+        "        super().__init__(options, split, ['a', 'b'], np.zeros((2, 3), np.uint8), augment_seed)\n"
+        "        self.size = options.size\n"
+        "    def __len__(self):\n"
+        "        return self.size\n"
+    )
+    monkeypatch.setattr(rendseg.data, "__path__", [*rendseg.data.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
+    registry._discover.cache_clear()
+    assert len(build_dataset({"name": "dropped_in", "size": 5}, "val")) == 5
+    with pytest.raises(DataError, match="unknown key data.sise; did you mean 'size'"):
+        parse_options({"name": "dropped_in", "sise": 5})
+
+
+@pytest.mark.bad_input
+def test_a_data_set_is_registered_once_and_by_name() -> None:
+    from rendseg.data import AugmentOptions, ShapesOptions, register_dataset
+
+    with pytest.raises(ValueError, match="a data set called 'shapes' is registered already"):
+        register_dataset(ShapesOptions)
+    with pytest.raises(TypeError, match="AugmentOptions needs a name with a default"):
+        register_dataset(AugmentOptions)  # type: ignore[arg-type]
+
+
 # --- options --------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [

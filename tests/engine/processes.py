@@ -91,6 +91,32 @@ def run(content: dict[str, Any], kill_at: int = 0) -> None:
     )
 
 
+def poisoned(network: Any, call: int) -> Any:
+    """``network``, whose loss has a second term: 0, but NaN at the forward pass ``call`` (from 1)."""
+    forward, calls = network.forward, []
+
+    def wrapped(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        losses = forward(images, labels)
+        return {**losses, "loss_point": losses["loss_coarse"] * (float("nan") if len(calls) == call else 0.0)}
+
+    network.forward = wrapped
+    return network
+
+
+def run_until_a_bad_loss(content: dict[str, Any], rank: int, call: int) -> None:
+    """Train a tiny network whose loss is NaN at one forward pass of one process; print how training ends."""
+    from rendseg.engine import train as module
+    from tests.engine.tiny import tiny_network
+
+    here = int(os.environ["RANK"]) == rank
+    module.build_network = lambda *args: poisoned(tiny_network(*args), call if here else 0)
+    try:
+        run(content)
+    except module.TrainingError as error:
+        print(f"ended: {error}")
+
+
 def run_and_die_in_a_save(content: dict[str, Any]) -> None:
     """Train, and be killed within the second save, when half of the file is written: nothing is cleaned up."""
     save, saves = torch.save, []

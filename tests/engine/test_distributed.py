@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from rendseg.engine import train as module
+from rendseg.engine import runtime as module
+from rendseg.engine.assemble import load_trained
 from rendseg.engine.checkpoint import load_checkpoint
 from rendseg.engine.config import ConfigError, build_config
-from rendseg.engine.evaluate import load_trained
 from rendseg.engine.train import train
 from rendseg.models import decoder_names
 from rendseg.models.losses import loss_term
@@ -335,6 +336,15 @@ def test_machines_that_do_not_share_a_folder(tmp_path: Path, runs: Path) -> None
 def test_bad_sharding(tmp_path: Path, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         build_config(tiny_content(tmp_path, **options))
+
+
+@pytest.mark.bad_input
+def test_every_process_names_the_terms_of_the_one_whose_loss_is_bad(tmp_path: Path) -> None:
+    plain = tiny_content(tmp_path, batch_size=2)
+    for printed in succeed(processes.run_until_a_bad_loss, plain, 1, 3, world=2):
+        assert re.search(
+            r"ended: the loss is not finite at iteration 3 \(loss_coarse \d\S+, loss_point nan\);", printed
+        )
 
 
 @pytest.mark.bad_input

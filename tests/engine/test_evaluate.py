@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rendseg.data import DataError
+from rendseg.engine.assemble import load_trained
 from rendseg.engine.config import ConfigError, EvalConfig
-from rendseg.engine.evaluate import Details, evaluate, evaluate_checkpoint, format_table, load_trained, summary
-from rendseg.engine.train import make_accelerator, train
+from rendseg.engine.evaluate import Details, evaluate, evaluate_checkpoint, format_table, summary
+from rendseg.engine.runtime import make_accelerator
+from rendseg.engine.train import train
 from tests.engine.frameworks import FRAMEWORKS
 from tests.engine.tiny import tiny_config
 
@@ -318,7 +320,7 @@ import torch
 torch.set_num_threads(1)
 from rendseg.engine.config import EvalConfig
 from rendseg.engine.evaluate import Details, evaluate, evaluate_checkpoint
-from rendseg.engine.train import make_accelerator
+from rendseg.engine.runtime import make_accelerator
 from tests.engine.test_evaluate import MANY_VIEWS, Exact, Noise
 from tests.engine.tiny import tiny_config
 out = pathlib.Path({out!r})

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 import rendseg
 from rendseg import cli, reference
 from rendseg.engine import export as module
-from rendseg.engine import onnx_ops
 from rendseg.engine.checkpoint import save_checkpoint
 from rendseg.engine.config import build_config
 from rendseg.engine.export import Exportable, ExportError, ExportOptions, export, load
-from rendseg.engine.onnx_ops import StandardOps
 from rendseg.models import build_model, decoder_names
 from rendseg.models.registry import decoder_options_class
+from rendseg.onnx import ops as onnx_ops
+from rendseg.onnx.ops import StandardOps
 from rendseg.reference.refine import refine_mlp as reference_refine_mlp
 from rendseg.reference.uncertain_points import cell_centres
 

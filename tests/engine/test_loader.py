@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rendseg.data import DataError, build_dataset
-from rendseg.engine.loader import BatchPositions, SampleOrder, evaluation_samples, training_batches
+from rendseg.engine.loader import evaluation_samples, training_batches
+from rendseg.engine.order import BatchPositions, SampleOrder
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:

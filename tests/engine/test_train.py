@@ -16,7 +16,8 @@ from torch import nn
 from rendseg.engine import train as module
 from rendseg.engine.checkpoint import CheckpointError, load_checkpoint
 from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig
-from rendseg.engine.train import Interrupted, TrainingError, build_optimizer, learning_rate, train
+from rendseg.engine.optimize import build_optimizer, learning_rate
+from rendseg.engine.train import Interrupted, TrainingError, train
 from tests.engine import processes
 from tests.engine.tiny import tiny_config, tiny_content, tiny_network
 
@@ -361,6 +362,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     with pytest.raises(TrainingError, match=r"not finite at iteration 6 \(.*loss_point (nan|inf).*last\.pt"):
         train(config)
     assert load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]["iteration"] == 4
+
+
+@pytest.mark.bad_input
+def test_the_terms_in_the_message_are_of_the_bad_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two passes of iteration 3 is bad, the second is not."""
+    monkeypatch.setattr(module, "build_network", lambda *args: processes.poisoned(tiny_network(*args), call=5))
+    with pytest.raises(TrainingError, match=r"not finite at iteration 3 \(loss_coarse \d\S+, loss_point nan\);"):
+        train(tiny_config(tmp_path, gradient_accumulation=2))
+
+
+@pytest.mark.bad_input
+def test_the_first_bad_loss_is_kept_however_late_it_is_read() -> None:
+    watch = module._BadLoss(torch.device("cpu"))
+    for iteration, values in enumerate([(1.0, 2.0), (3.0, math.nan), (math.inf, 5.0), (6.0, 7.0)]):
+        assert watch.at() == (-1 if iteration < 2 else 1)
+        coarse, point = (torch.tensor(value) for value in values)
+        watch.watch(iteration, coarse + point, {"coarse": coarse, "point": point})
+    assert watch.at() == 1 and watch.terms() == {"coarse": 3.0, "point": pytest.approx(math.nan, nan_ok=True)}
 
 
 @pytest.mark.bad_input

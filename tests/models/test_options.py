@@ -230,6 +230,33 @@ def test_bad_configuration(config, error, match):
         parse_options(config)
 
 
+def test_the_nearest_word():
+    from rendseg._nearest import did_you_mean, nearest
+
+    assert nearest("chanels", ["norm", "channels"]) == "channels" and nearest("PADDLE", ["paddleseg"]) == "paddleseg"
+    assert nearest("ignorelabel", ["Ignore_Label", "label"]) == "Ignore_Label"
+    assert nearest("xyz", ["norm", "channels"]) is None and nearest(7, ["norm"]) is None and nearest("norm", []) is None
+    assert did_you_mean("chanels", ["channels"]) == "; did you mean 'channels'?" and did_you_mean("x", ["norm"]) == ""
+
+
+def test_a_decoder_is_found_without_an_entry_in_a_list(tmp_path, monkeypatch):
+    import rendseg.models
+    from rendseg.models import registry
+
+    (tmp_path / "dropped_in.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from rendseg.models import DecoderOptions, register_decoder\n"
+        "@dataclass(frozen=True)\n"
+        "class Options(DecoderOptions):\n"
+        "    width: int = 3\n"
+        "register_decoder('dropped_in', Options)(None)\n"
+    )
+    monkeypatch.setattr(rendseg.models, "__path__", [*rendseg.models.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "_DECODERS", dict(registry._DECODERS))
+    registry._discover.cache_clear()
+    assert parse_options({"decoder": {"name": "dropped_in", "width": 5}}).decoder.width == 5
+
+
 def test_number_of_points():
     assert num_points(77, 10, 10) == 77
     assert num_points("area/256", 1024, 2048) == 8192

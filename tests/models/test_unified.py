@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rendseg.models import UPP, UnifiedPointRend, UnifiedSegmenter, build_model
-from rendseg.models.decoder import DecoderOutput
+from rendseg.models.decoder import DecoderOutput, Targets
 
 OBJECT_PARTS = [[1, 0, 2], [4, 1, 2, 5], [0, 4]]
 CLASSES = {"object": 6, "part": 6, "material": 4, "texture": 3, "scene": 5}
@@ -54,7 +54,7 @@ def labels(batch=2, height=48, width=40, seed=1, ignore=255):
 
 def decoded(network, images):
     with torch.no_grad():
-        return network._features(network._pad(images)[0])[0]
+        return network._features(network._pad(images))[0]
 
 
 def mean_nll(logits, targets, ignore=255):
@@ -149,7 +149,10 @@ def test_texture_does_not_reach_the_features():
 def test_tasks_without_labels_are_zero_with_a_graph(name, given):
     network = model(name)
     wanted = {task: value for task, value in labels(2, 64, 64).items() if task in given}
+    held = [{key: id(value) for key, value in vars(module).items()} for module in network.modules()]
     losses = network(torch.randn(2, 3, 64, 64), wanted)
+    after = [{key: id(value) for key, value in vars(module).items()} for module in network.modules()]
+    assert after == held  # nothing of the batch stays behind
     zero = {f"loss_{task}" for task in CLASSES if task != "object" and task not in given}
     zero |= {"loss_part"} if "object" not in given else set()
     zero |= {key for key in losses if key in ("loss_coarse", "loss_point") and "object" not in given}
@@ -158,7 +161,6 @@ def test_tasks_without_labels_are_zero_with_a_graph(name, given):
     sum(losses.values()).backward()
     for key, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-    assert network.decoder.task_labels == {}
 
 
 def test_all_labels_ignored():
@@ -218,11 +220,11 @@ def test_many_classes_and_a_wide_ignored_label():
     decoder = UPP({"c4": 4, "c5": 5}, {"c4": 4, "c5": 8}, 300, levels=("c4", "c5"), channels=6, fuse_channels=6,
                   ppm_channels=3, norm="none", part_classes=2, object_parts=[[255, 0, 1]])  # fmt: skip
     features = {"c4": torch.randn(1, 4, 4, 4), "c5": torch.randn(1, 5, 2, 2)}
-    decoder.task_labels = {"part": torch.zeros(1, 16, 16, dtype=torch.int64)}
+    tasks = {"part": torch.zeros(1, 16, 16, dtype=torch.int64)}
     out = decoder(features)
     assert isinstance(out, DecoderOutput) and out.coarse.shape == (1, 300, 4, 4)
-    assert decoder.extra_losses(out, torch.full((1, 16, 16), 255), 65535)["loss_part"] > 0
-    assert decoder.extra_losses(out, torch.full((1, 16, 16), 65535), 65535)["loss_part"] == 0
+    assert decoder.task_losses(out, Targets(torch.full((1, 16, 16), 255), tasks=tasks), 65535)["loss_part"] > 0
+    assert decoder.task_losses(out, Targets(torch.full((1, 16, 16), 65535), tasks=tasks), 65535)["loss_part"] == 0
 
 
 @pytest.mark.bad_input

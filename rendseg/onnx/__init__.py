@@ -1,0 +1,1 @@
+"""ONNX: the operators in its terms (``ops``), and its files (``files``)."""
