@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages made from the files at the top of the repository, and the check that the site needs no network."""
+"""Hooks of mkdocs: pages from the files at the top of the repository, and the check that the site needs no network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every option of the models, typed: the accepted keys of a configuration's ``model`` section and their defaults.
 
-:func:`parse_options` turns plain mappings (as read from YAML) into these dataclasses; an unknown key is an error that
+``parse_options`` turns plain mappings (as read from YAML) into these dataclasses; an unknown key is an error that
 names the nearest one. ``dataclasses.asdict`` gives the mapping back.
 """
 
@@ -333,7 +333,7 @@ def check_pointrend(options: PointRendOptions, where: str = "pointrend") -> None
 
 
 def parse_options(config: Mapping[str, Any] | ModelOptions) -> ModelOptions:
-    """The ``model`` section (or a mapping whose only key is ``model``) as resolved :class:`ModelOptions`.
+    """The ``model`` section (or a mapping whose only key is ``model``) as resolved ``ModelOptions``.
 
     Values left ``None`` are filled in from the preset. Parsing ``dataclasses.asdict`` of the result gives an equal
     result. Errors: ``ValueError`` for an unknown key (naming the nearest) or value, ``TypeError`` for a value of the
