@@ -1,4 +1,4 @@
-# make venv | demo | test | bench | lint | format | gpu-check | clean
+# make venv | demo | test | bench | lint | format | docs | gpu-check | clean
 # Everything runs in .venv, which the first target sets up; VENV=path uses another environment's folder.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh
 	tests/emulation/*.h tests/emulation/*.cpp)
 BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help venv demo test bench lint format gpu-check clean
+.PHONY: help venv demo test bench lint format docs gpu-check clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -64,6 +64,15 @@ format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(abspath $(VENV))/bin/clang-format -i $(CPP_FILES)
+
+# The documentation as a site, in build/site; open index.html there. Fails on a broken link and on every file that a page would load
+# from another server.
+$(VENV)/.docs: $(VENV)/.installed
+	RENDSEG_NO_EXTENSION=1 RENDSEG_REQUIRE_EXTENSION=0 $(PY) -m pip install --no-build-isolation -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # What only a GPU can show, in stages that do not stop each other; docs/gpu.md tells how to read the summary at the end.
 # STAGES="smoke tests" takes some of build smoke bench-quick tests triton sanitize bench, BUDGET=480 is the time in seconds

@@ -34,7 +34,7 @@ class Backbone(nn.Module):
     ``names`` are ``c1`` .. ``c5``: ``c5`` is the last stage, so that ``c2`` of a ResNet is the output of its first
     stage (stride 4); networks without a stride-2 map begin at ``c2``. An image size that is no multiple of
     ``size_divisor`` gives maps that do not fit together: pad first (the models do). Maps of networks that work on
-    ``[N, H, W, C]`` (timm's ``output_fmt``) are turned.
+    ``[N, H, W, C]`` (timm's ``output_fmt``) are transposed.
 
     ``branched``: some parameters serve only some of the maps (HRNet). In training every parameter then receives a
     gradient, of zeros where its map is not used, so that DDP does not wait for it.

@@ -17,7 +17,7 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
     decoders for keys and defaults.
 
     Errors: ``ValueError`` for unknown keys (naming the nearest), values and combinations; ``TypeError`` for values of
-    the wrong type; those of :func:`create_backbone`.
+    the wrong type; those of ``create_backbone``.
     """
     options = parse_options(config)
     backbone = create_backbone(options.backbone)

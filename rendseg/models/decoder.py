@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class DecoderOutput(NamedTuple):
-    """``coarse [N, C, h, w]`` logits; ``features``: named maps; ``extra``: whatever :meth:`Decoder.extra_losses`
+    """``coarse [N, C, h, w]`` logits; ``features``: named maps; ``extra``: what ``Decoder.extra_losses``
     needs."""
 
     coarse: Tensor
@@ -31,7 +31,7 @@ class Targets(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Base of every decoder that :class:`rendseg.models.PointRend` and :class:`rendseg.models.Segmenter` wrap.
+    """Base of every decoder that ``rendseg.models.PointRend`` and ``rendseg.models.Segmenter`` wrap.
 
     A subclass sets ``num_classes``, ``stride`` (of the coarse logits), ``feature_channels`` and ``feature_strides`` (of
     the maps it adds to the backbone's, by name), and, where the decoder needs image sizes that are a multiple of

@@ -21,8 +21,8 @@ from .registry import arguments, register_decoder
 
 @dataclass(frozen=True)
 class DeepLabV3Options(DecoderOptions):
-    """Options of ``deeplabv3``. The defaults are mmsegmentation's but for 256 channels, the paper's; torchvision's are
-    ``{project_kernel: 1, aspp_dropout: 0.5, head_convs: 1, dropout: 0}``."""
+    """Options of ``deeplabv3``. The defaults are mmsegmentation's, except for the 256 channels of the paper;
+    torchvision's are ``{project_kernel: 1, aspp_dropout: 0.5, head_convs: 1, dropout: 0}``."""
 
     name: str = "deeplabv3"
     level: str = "c5"

@@ -91,7 +91,7 @@ class ENCNet(Decoder):
     """A 3x3 bottleneck, optionally fused with laterals, an ``EncModule``, dropout and a 1x1 classifier.
 
     ``forward(features)`` -> logits ``[N, num_classes, H/s, W/s]`` (``s`` the stride of ``level``) and the map
-    ``decoder`` ``[N, channels, H/s, W/s]``: what the classifier reads, gated. :meth:`extra_losses` adds ``loss_se``
+    ``decoder`` ``[N, channels, H/s, W/s]``: what the classifier reads, gated. ``extra_losses`` adds ``loss_se``
     (the semantic encoding loss, on a linear layer of the encoding) and ``loss_aux_encnet`` (cross-entropy of an
     ``FCNHead`` on ``aux_level``); their heads run only there, so prediction does not pay for them. Modules are called
     ``bottleneck``, ``laterals``, ``fusion``, ``enc_module``, ``se_layer``, ``classifier`` and ``aux_head``.

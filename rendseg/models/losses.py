@@ -236,7 +236,7 @@ def weighted_terms(
     name: str, weight: float, terms: Sequence[LossTerm], logits: Tensor, labels: Tensor, **shared: Any
 ) -> dict[str, Tensor]:
     """``{name: loss}`` of a single term, ``{name_<term>: loss, ...}`` of several, all multiplied by their weights;
-    ``shared`` as in :func:`loss_term`."""
+    ``shared`` as in ``loss_term``."""
     return {
         name if len(terms) == 1 else f"{name}_{term.name}": weight
         * term.weight

@@ -36,12 +36,12 @@ class PointRend(Segmenter):
     single switches.
 
     ``forward(images, labels)`` -> ``{"loss_coarse", "loss_point", ...}``, scalars, weighted, exactly 0 with a graph
-    where every label is ignored; ``forward(images)`` in evaluation mode and :meth:`predict` ->
-    :class:`SegmentationOutput`, refined to exactly the padded image and cropped. The number of steps follows from the
-    coarse stride (4 -> 1: two of factor 2). Dtypes and errors as in :class:`Segmenter`.
+    where every label is ignored; ``forward(images)`` in evaluation mode and ``predict`` ->
+    ``SegmentationOutput``, refined to exactly the padded image and cropped. The number of steps follows from the
+    coarse stride (4 -> 1: two of factor 2). Dtypes and errors as in ``Segmenter``.
 
     Training draws points from the default generator, or, with ``forward(images, labels, keys [B] int64)``, as a
-    function of each image's key alone: see :func:`draws_of_keys`.
+    function of each image's key alone: see ``draws_of_keys``.
     """
 
     refines = True

@@ -58,7 +58,7 @@ def register_decoder(
 
 
 def arguments(options: DecoderOptions, *without: str) -> dict[str, Any]:
-    """The fields of ``options`` as keyword arguments for its decoder, but for ``name`` and those of ``without``."""
+    """The fields of ``options`` as keyword arguments for its decoder, except ``name`` and those of ``without``."""
     fields = dataclasses.fields(options)
     return {f.name: getattr(options, f.name) for f in fields if f.name not in ("name", *without)}
 

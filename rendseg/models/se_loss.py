@@ -34,7 +34,7 @@ def se_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     float32 (float64 for float64), also under autocast.
 
     The mean over the classes and over the images that have a valid label; without any, exactly 0 with a zero gradient.
-    Errors: as :func:`presence_targets`, and ``ValueError`` when the shapes do not fit.
+    Errors: as ``presence_targets``, and ``ValueError`` when the shapes do not fit.
     """
     if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
         raise ValueError(

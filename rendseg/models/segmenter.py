@@ -18,10 +18,10 @@ from .options import AuxiliaryOptions, LossOptions
 
 
 class SegmentationOutput(NamedTuple):
-    """What a model answers in evaluation mode.
+    """What a model returns in evaluation mode.
 
     coarse
-        ``[B, C, h, w]`` logits of the padded image; :meth:`Segmenter.upsample` brings them to the image.
+        ``[B, C, h, w]`` logits of the padded image; ``Segmenter.upsample`` brings them to the image.
     refined
         ``[B, C, H, W]`` logits of the image (of a plain ``Segmenter``: the coarse ones, upsampled); ``None`` with
         ``output="labels"``.
@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
 
     ``forward(images [B, C_in, H, W], labels [B, H, W])`` -> ``{"loss_coarse": scalar, ...}`` (weighted: their sum is
     the objective; ``loss_coarse_<term>`` where ``loss`` has several terms, ``loss_aux_<level>`` of the ``auxiliary``
-    heads, which only training runs); ``forward(images)`` in evaluation mode -> :class:`SegmentationOutput`. Any image
+    heads, which only training runs); ``forward(images)`` in evaluation mode -> ``SegmentationOutput``. Any image
     size: images are padded with zeros (labels with ``ignore_index``) right and below as the network needs, results are
     cropped back.
 

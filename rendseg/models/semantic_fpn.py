@@ -64,9 +64,9 @@ class SemanticFPN(Decoder):
     ``fpn`` (``fpn_lateral2``, ``fpn_output2``, ...), ``p2`` .. ``p5`` and ``predictor``. Image sizes need not be
     multiples of the strides. Under autocast the convolutions run in its dtype.
 
-    ``level_order="coarse_first"`` reproduces PaddleSeg's PointRend, whose pyramid answers from coarse to fine but whose
-    heads assume fine to coarse: the coarsest level sets the stride of the logits, and finer levels are enlarged even
-    more and then resized down to it. It costs much memory and is there only to run networks trained that way.
+    ``level_order="coarse_first"`` reproduces PaddleSeg's PointRend, whose pyramid returns maps from coarse to fine but
+    whose heads assume fine to coarse: the coarsest level sets the stride of the logits, and finer levels are enlarged
+    even more and then resized down to it. It costs much memory and is there only to run networks trained that way.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SemanticFPN(Decoder):
         self.feature_strides = dict(zip(self.outputs, level_strides, strict=True))
         ladder = self.outputs[::-1] if self.reversed else self.outputs
         self.stride = self.feature_strides[ladder[0]]
-        # PaddleSeg takes the first map that its pyramid answers, which is the deepest.
+        # PaddleSeg takes the first map that its pyramid returns, which is the deepest.
         self.default_point_features = (ladder[0],)
         if self.reversed:  # the resize to the common size is only in place when every level covers the same area
             self.size_divisor = max(level_strides)

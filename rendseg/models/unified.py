@@ -84,8 +84,8 @@ def _head(channels: int, classes: int, norm: str, width: int | None = None, conv
 class UPP(UPerNet):
     """UPerNet whose classifier is the object task, with the heads of the other tasks.
 
-    ``forward`` gives the object task's coarse logits alone; :meth:`task_logits` the others', :meth:`task_losses` their
-    losses, of which :class:`UnifiedSegmenter` has the labels. Modules are called ``classifier`` (the object head),
+    ``forward`` gives the object task's coarse logits alone; ``task_logits`` the others', ``task_losses`` their
+    losses, of which ``UnifiedSegmenter`` has the labels. Modules are called ``classifier`` (the object head),
     ``scene_head``, ``part_head``, ``material_head`` and ``texture_head``.
 
     Parts: an object of ``object_parts`` owns one channel for "no part" and one for each of its parts. In an image where
@@ -255,7 +255,7 @@ def _at(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class UnifiedSegmenter(Segmenter):
-    """A backbone and :class:`UPP`.
+    """A backbone and ``UPP``.
 
     ``forward(images, labels)``: ``labels`` is a mapping of task to labels (see the module; a task may be absent, also
     ``object``), or the object labels alone. Everything that concerns the object task is as in :class:`Segmenter`;
@@ -339,7 +339,7 @@ class UnifiedSegmenter(Segmenter):
 
 
 class UnifiedPointRend(UnifiedSegmenter, PointRend):
-    """PointRend around :class:`UPP`: it refines the object task."""
+    """PointRend around ``UPP``: it refines the object task."""
 
 
 @register_decoder("upp", UPPOptions, segmenter=UnifiedSegmenter, pointrend=UnifiedPointRend)

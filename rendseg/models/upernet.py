@@ -165,7 +165,7 @@ class UPerNet(Decoder):
     the finest level's size. Every upsampling is bilinear to the exact size of the finer map; the models pad images to a
     multiple of the largest stride, so that all maps cover the same area.
 
-    ``switches`` are the fields of :class:`UPerNetOptions`; what is not given is as the preset says. Modules:
+    ``switches`` are the fields of ``UPerNetOptions``; what is not given is as the preset says. Modules:
     ``ppm``, ``lateral2`` .. and ``output2`` .. (1x1 and 3x3 with norm and ReLU, none for the last level), ``fuse`` and
     ``classifier``; with ``top_down_conv`` also ``top_down``. Under autocast the convolutions run in its dtype.
     """

@@ -1,4 +1,4 @@
-"""Building blocks."""
+"""Building blocks of segmentation networks, as modules."""
 
 from .aspp import ASPP, default_rates
 from .conv import ConvNorm, SeparableConvNorm, make_norm

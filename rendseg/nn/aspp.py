@@ -12,18 +12,18 @@ from .conv import ConvNorm, SeparableConvNorm
 
 
 def default_rates(stride: int) -> tuple[int, ...]:
-    """The atrous rates for a map of ``stride``: 6, 12, 18 at stride 16, doubled at 8, in proportion elsewhere."""
+    """The atrous rates for a map of ``stride``: 6, 12, 18 at stride 16, twice that at 8, in proportion at others."""
     return tuple(max(1, rate * 16 // stride) for rate in (6, 12, 18))
 
 
 class ASPP(nn.Module):
-    """``[N, in_channels, H, W]`` -> ``[N, channels, H, W]``: parallel branches, side by side, then ``project``.
+    """``[N, in_channels, H, W]`` -> ``[N, channels, H, W]``: parallel branches, concatenated, then ``project``.
 
-    Branches (each ``channels`` wide, with ``norm`` and ReLU): ``branches.0`` is a 1x1 convolution, ``branches.1`` ..
-    are 3x3 convolutions of the given ``rates`` (depthwise separable with ``separable``), ``pool`` (with ``image_pool``)
-    is a 1x1 convolution of the mean over the map, spread over it. ``project`` is a convolution of ``project_kernel``
-    with ``norm`` and ReLU: 3 as mmsegmentation has it, 1 as in the paper, TensorFlow, torchvision and PaddleSeg.
-    ``dropout`` (of single elements, as torchvision and PaddleSeg have it) follows.
+    Each branch has ``channels`` channels, ``norm`` and ReLU. ``branches.0`` is a 1x1 convolution. ``branches.1`` .. are
+    3x3 convolutions of the given ``rates``, depthwise separable with ``separable``. ``pool`` (with ``image_pool``) is a
+    1x1 convolution of the mean over the map, expanded to the map's size. ``project`` is a convolution with ``norm`` and
+    ReLU. Its ``project_kernel`` is 3 in mmsegmentation and 1 in the paper, TensorFlow, torchvision and PaddleSeg.
+    ``dropout`` comes last; it drops single elements, as in torchvision and PaddleSeg.
 
     Errors: ``ValueError`` for sizes below 1, and in training for a single image whose pooled vector a batch norm could
     not normalise.

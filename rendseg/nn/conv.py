@@ -1,4 +1,4 @@
-"""Convolution with its norm and activation in one module, plain and depthwise separable; the choice of norm by name."""
+"""A convolution with its norm and activation in one module, plain and depthwise separable; norms by name."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def make_norm(name: str, channels: int) -> nn.Module | None:
 class ConvNorm(nn.Conv2d):
     """A convolution of odd ``kernel_size`` that keeps the size at stride 1, then ``norm``, then ReLU when ``relu``.
 
-    Parameters are called ``weight``, ``bias`` (only without a norm, unless ``bias`` says otherwise) and ``norm.*``.
-    Initialised by Kaiming's normal rule over the fan out (``init="msra"``) or the uniform rule over the fan in
-    (``init="xavier"``); zero bias.
+    Its parameters are ``weight``, ``bias`` and ``norm.*``. By default it has a ``bias`` only without a norm. Weights
+    start from Kaiming's normal rule over the fan out (``init="msra"``) or his uniform rule over the fan in
+    (``init="xavier"``); the bias starts at zero.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ConvNorm(nn.Conv2d):
 
 class SeparableConvNorm(nn.Module):
     """A depthwise ``kernel_size`` convolution with ``norm`` (and ReLU when ``depthwise_relu``), then a 1x1 convolution
-    with ``norm`` and ReLU; called ``depthwise`` and ``pointwise``.
+    with ``norm`` and ReLU. The two are called ``depthwise`` and ``pointwise``.
 
     Source: Chen et al. 2018 (DeepLabV3+), section 3.1. PaddleSeg leaves the first ReLU out.
     """

@@ -16,13 +16,13 @@ REDUCTIONS = ("mean", "sum")
 class EncModule(nn.Module):
     """``x [N, D, H, W]`` -> the gated maps ``relu(x + x * gate) [N, D, H, W]`` and the encoding ``[N, D]``.
 
-    ``project`` (1x1 convolution, norm, ReLU), ``encoding`` (``Encoding`` with K codes, summed over positions), a batch
-    norm over the codes (``norm``: K channels), ReLU, and the mean or sum over the codes (``reduction``: the paper
-    writes a sum, every implementation takes the mean) give the encoding; ``gate`` is the sigmoid of a linear layer of
-    it, and applies to ``x`` itself, not to its projection. ``project_bias`` keeps the bias of the 1x1 convolution, as
-    PaddleSeg does.
+    The encoding comes from five steps: ``project`` (1x1 convolution, norm, ReLU); ``encoding`` (``Encoding`` with K
+    codes, summed over positions); ``norm``, a batch norm over the K codes; ReLU; and the mean or sum over the codes
+    (``reduction``: the paper writes a sum, every implementation takes the mean). The gate is the sigmoid of ``gate``, a
+    linear layer of the encoding. It applies to ``x`` itself, not to its projection. ``project_bias`` keeps the bias of
+    the 1x1 convolution, as PaddleSeg does.
 
-    Dtypes: under autocast convolution and linear layer run in its dtype, codes and their norm in float32.
+    Dtypes: under autocast the convolution and the linear layer run in its dtype, the codes and their norm in float32.
     """
 
     def __init__(

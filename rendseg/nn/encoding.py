@@ -9,15 +9,16 @@ from .. import ops
 
 
 class Encoding(nn.Module):
-    """Residual encoding of a feature map against a learned codebook.
+    """Residual encoding of a feature map with learned codewords.
 
     ``[B, D, H, W]`` or ``[B, D, M]`` -> ``[B, K, D]``.
 
-    Every position is softly assigned to the codewords by ``softmax_k(scale_k * ||x - c_k||^2)``, and its residuals are
-    summed under those weights. ``scale`` carries its own sign; it starts negative, so that near codewords win.
+    Each position gets the weights ``softmax_k(scale_k * ||x - c_k||^2)`` over the codewords, and its residuals are
+    summed with those weights. The sign of ``scale`` is used as it is; it starts negative, so that near codewords get
+    the larger weights.
 
-    Parameters are ``codewords [K, D]``, at first uniform in ``+-1 / sqrt(K * D)``, and ``scale [K]``, at first uniform
-    in ``(-1, 0)``. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, section 3.1.
+    The parameters are ``codewords [K, D]``, at first uniform in ``+-1 / sqrt(K * D)``, and ``scale [K]``, at first
+    uniform in ``(-1, 0)``. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, section 3.1.
 
     Args:
         channels: ``D``, the channels of the feature map.

@@ -11,11 +11,10 @@ from .conv import ConvNorm
 class FCNHead(nn.Module):
     """``[N, in_channels, H, W]`` -> logits ``[N, num_classes, H, W]``.
 
-    ``num_convs`` convolutions of ``kernel_size`` (with ``norm`` and ReLU) called ``convs.0`` .., with ``concat_input``
-    one more, ``conv_cat``, over their output and the input side by side; dropout of whole channels; the 1x1
-    ``classifier``.
-    ``num_convs=0`` leaves only dropout and classifier. :meth:`features` gives the maps before dropout, with
-    ``out_channels`` channels. Under autocast the convolutions run in its dtype.
+    It has ``num_convs`` convolutions of ``kernel_size`` with ``norm`` and ReLU, called ``convs.0`` ..; dropout of whole
+    channels; and the 1x1 ``classifier``. With ``concat_input`` one more convolution, ``conv_cat``, reads their output
+    concatenated with the input. ``num_convs=0`` leaves only dropout and classifier. ``features`` returns the maps
+    before dropout, with ``out_channels`` channels. Under autocast the convolutions run in its dtype.
     """
 
     def __init__(

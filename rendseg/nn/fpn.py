@@ -15,9 +15,9 @@ TOP_DOWN = ("nearest", "bilinear", "bilinear_aligned")
 def upsample_to(x: Tensor, factor: int, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """``x`` enlarged exactly ``factor`` times, then cropped right and below to ``size`` (height, width).
 
-    A map of stride ``2s`` made from an image whose size is no multiple of ``2s`` reaches beyond the map of stride
-    ``s``; cropping keeps every cell where it belongs, resizing to ``size`` would stretch it.
-    ``mode="bilinear_aligned"`` is the exception: bilinear with ``align_corners=True`` straight to ``size``.
+    If the size of an image is not a multiple of ``2s``, its map of stride ``2s`` reaches beyond that of stride ``s``.
+    Cropping keeps every cell at its place; resizing to ``size`` would stretch the map. ``mode="bilinear_aligned"`` is
+    the exception: it resizes directly to ``size``, bilinearly with ``align_corners=True``.
     """
     if mode == "bilinear_aligned":
         return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
@@ -32,8 +32,10 @@ def upsample_to(x: Tensor, factor: int, size: tuple[int, int], mode: str = "bili
 
 
 class FPN(nn.Module):
-    """Lateral 1x1 and output 3x3 convolutions around a top-down sum: ``[N, Ci, Hi, Wi]`` maps to ``[N, channels, Hi,
-    Wi]`` maps.
+    """Feature pyramid: maps ``[N, Ci, Hi, Wi]`` -> maps ``[N, channels, Hi, Wi]``.
+
+    Each map goes through a lateral 1x1 convolution, gets the enlarged next coarser level added, and goes through a 3x3
+    output convolution.
 
     ``in_channels`` and ``strides`` go from fine to coarse; level ``i`` has the modules ``fpn_lateral{names[i]}`` and
     ``fpn_output{names[i]}``. Strides may repeat (dilated backbones). Under autocast the convolutions run in its dtype.

@@ -28,17 +28,20 @@ _GLOBAL_HOOKS = (
 class PointHead(nn.Module):
     """MLP shared by all points: ``forward(fine [N, Cf, P], coarse [N, C, P]) -> logits [N, C, P]``.
 
-    ``num_layers`` hidden layers (1x1 convolution and ReLU) of ``hidden_channels``, called ``fc1``, ``fc2``, ..., then
-    ``predictor``. The input of the first layer is ``cat(fine, coarse)``; with ``coarse_each_layer`` the coarse logits
-    are concatenated again to the input of every later layer, the predictor included. ``coarse_first`` turns the order
-    of every concatenation round. ``num_layers=0`` is a single linear layer.
+    It has ``num_layers`` hidden layers (1x1 convolution and ReLU) of ``hidden_channels``, called ``fc1``, ``fc2``, ...,
+    and then ``predictor``. The input of the first layer is ``cat(fine, coarse)``. With ``coarse_each_layer`` the coarse
+    logits are concatenated again to the input of every later layer, and of the predictor. ``coarse_first`` puts them
+    first in every concatenation. ``num_layers=0`` is a single linear layer.
 
-    ``init`` (biases are zero except for ``torch``): ``detectron2``: hidden Kaiming normal over the fan out, predictor
-    ``N(0, 0.001)``; ``mmseg``: the same, predictor ``N(0, 0.01)``; ``paddleseg``: ``N(0, sqrt(2 / fan in))``
-    everywhere; ``torch``: PyTorch's default.
+    ``init`` chooses the initial weights; biases are zero except with ``torch``:
 
-    Dtypes: ``coarse`` is converted to the dtype of ``fine``; under autocast the layers run in the autocast dtype, like
-    any convolution. Errors: ``ValueError`` for shapes that do not fit.
+    * ``detectron2``: hidden layers Kaiming normal over the fan out, predictor ``N(0, 0.001)``;
+    * ``mmseg``: the same, but the predictor ``N(0, 0.01)``;
+    * ``paddleseg``: ``N(0, sqrt(2 / fan in))`` everywhere;
+    * ``torch``: PyTorch's default.
+
+    Dtypes: ``coarse`` is converted to the dtype of ``fine``. Under autocast the layers run in the autocast dtype, like
+    every convolution. Errors: ``ValueError`` for shapes that do not fit.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class PointHead(nn.Module):
             wanted = [fine.shape[0], self.num_classes, fine.shape[2]]
             raise ValueError(f"coarse must have shape [N, C, P] = {wanted} as in fine, got {list(coarse.shape)}")
         coarse = coarse.to(fine.dtype)
-        if fine.shape[2] == 0:  # convolutions refuse an empty set of points; an empty answer still has a graph
+        if fine.shape[2] == 0:  # convolutions refuse an empty set of points; an empty result still has a graph
             empty = coarse * fine.sum()
             return empty + sum(p.sum() for p in self.parameters()) * 0
         x = self._join(fine, coarse)
@@ -110,7 +113,7 @@ class PointHead(nn.Module):
         for layer in hidden:
             x = F.relu(layer(x), inplace=True)
             if self.coarse_each_layer:
-                # Under autocast the layer may have answered in a narrower dtype than the features had.
+                # Under autocast the output of the layer may have a narrower dtype than the features.
                 x = self._join(x, coarse.to(x.dtype))
         return predictor(x)
 
@@ -118,13 +121,14 @@ class PointHead(nn.Module):
         return torch.cat((coarse, x) if self.coarse_first else (x, coarse), dim=1)
 
     def refine_parameters(self) -> dict[str, Any] | None:
-        """What the one-call form of ``rendseg.ops.refine`` needs, or ``None`` where calling the module could differ
-        from it.
+        """What the one-call form of ``rendseg.ops.refine`` needs, or ``None`` if calling the module could give another
+        result.
 
-        ``weights``: the ``[O, I]`` matrices of the hidden layers, then of the predictor (views, they still require
-        grad); ``biases``: their ``[O]``; ``coarse_each_layer`` and ``coarse_first`` as in the constructor. ``None`` in
-        training mode, when a hook is attached to the head or to a layer, when ``forward`` is overridden, or when a
-        layer is no longer a plain ``torch.nn.Conv1d`` with a bias (quantised, parametrised, adapted).
+        ``weights`` are the ``[O, I]`` matrices of the hidden layers and of the predictor (views, which still require
+        grad), ``biases`` their ``[O]``; ``coarse_each_layer`` and ``coarse_first`` are as in the constructor. The
+        result is ``None`` in training mode, when a hook is attached to the head or to a layer, when ``forward`` is
+        overridden, and when a layer is no longer a plain ``torch.nn.Conv1d`` with a bias (quantised, parametrised,
+        adapted).
         """
         if self.training or type(self).forward is not PointHead.forward or type(self)._join is not PointHead._join:
             return None

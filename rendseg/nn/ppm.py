@@ -25,27 +25,27 @@ def _axis_weights(size: int, bins: int, like: Tensor) -> Tensor:
 
 def precise_pool(x: Tensor, bins: int) -> Tensor:
     """``[N, D, H, W]`` -> ``[N, D, bins, bins]``: Precise RoI pooling (Jiang et al. 2018, section 3.3) of the whole
-    map: of the region ``(0, 0, W, H)``, the value of cell ``i`` lying at coordinate ``i``. Any floating dtype."""
+    map. The region is ``(0, 0, W, H)``, and the value of cell ``i`` is at coordinate ``i``. Any floating dtype."""
     rows, columns = _axis_weights(x.shape[2], bins, x), _axis_weights(x.shape[3], bins, x)
     return rows @ (x @ columns.t())
 
 
 class PPM(nn.Module):
-    """``[N, in_channels, H, W]`` -> ``[N, out_channels, H, W]``: the map and its pooled forms side by side, fused.
+    """``[N, in_channels, H, W]`` -> ``[N, out_channels, H, W]``: the map and its pooled forms, concatenated and fused.
 
-    One branch for each of ``bins`` (``branches.0`` ..): the map pooled to ``b x b`` cells, a 1x1 convolution to
-    ``channels`` with ``norm`` and ReLU, and bilinear upsampling to the map's size; then the ``fuse_kernel``
-    convolution ``fuse`` with ``norm`` and ReLU over the concatenation. The switches are those in which implementations
-    differ:
+    Each ``b`` of ``bins`` has a branch (``branches.0`` ..): the map is pooled to ``b x b`` cells, goes through a 1x1
+    convolution to ``channels`` with ``norm`` and ReLU, and is upsampled bilinearly to the map's size. The convolution
+    ``fuse`` of ``fuse_kernel``, with ``norm`` and ReLU, then reads the concatenation. Implementations differ in these
+    switches:
 
     * ``pool``: ``avg``, ``max`` (adaptive), or ``prroi`` (Precise RoI pooling of the whole map);
-    * ``conv_before_upsample=False``: the convolution (and its norm's statistics) see the upsampled map;
+    * ``conv_before_upsample=False``: the convolution and its norm's statistics see the upsampled map;
     * ``branch_norm_relu=False``: branches are plain convolutions with a bias;
-    * ``order``: the input before (``input_first``) or after the branches; ``bins_descending`` turns the branches round;
+    * ``order``: the input before (``input_first``) or after the branches; ``bins_descending`` reverses the branches;
     * ``fuse_kernel`` 1 or 3, and ``align_corners`` of the upsampling.
 
-    Modules are numbered as in ``bins``, whatever the order of concatenation. Under autocast the convolutions run in its
-    dtype. Errors: ``ValueError`` for unknown switches, and in training for one image with batch normalisation where a
+    Modules are numbered as in ``bins``, in every order of concatenation. Under autocast the convolutions run in its
+    dtype. Errors: ``ValueError`` for unknown switches, and in training for one image with batch normalisation if a
     branch has a single cell.
     """
 

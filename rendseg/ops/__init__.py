@@ -1,4 +1,4 @@
-"""The operators: fused kernels where there are any, the reference elsewhere; ``torch.ops.rendseg`` holds the same."""
+"""The operators: fused kernels where one exists, else the reference. ``torch.ops.rendseg`` holds the same functions."""
 
 from .encode import aggregate, encode, scaled_l2
 from .point_sample import point_labels, point_sample

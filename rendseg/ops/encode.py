@@ -1,8 +1,8 @@
 """``scaled_l2``, ``aggregate`` and ``encode``: the Encoding layer of Context Encoding (Zhang et al. 2018), section 3.
 
-B images, M = H*W positions, D channels, K codewords. Any of float32, float64, float16 and bfloat16, mixed freely: the
-result has the promoted dtype, arithmetic is float64 where an input is, otherwise float32, and each gradient has the
-dtype of its input.
+B images, M = H*W positions, D channels, K codewords. Dtypes are float32, float64, float16 and bfloat16, mixed freely.
+The result has the promoted dtype. Arithmetic is float64 where an input is float64, otherwise float32. Each gradient has
+the dtype of its input.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
-    """Scaled squared distance of every position to every codeword, ``scale[k] * ||x[b, m] - codewords[k]||^2``.
+    """Scaled squared distance of each position to each codeword, ``scale[k] * ||x[b, m] - codewords[k]||^2``.
 
     Args:
-        x: features ``[B, M, D]`` of any strides; a transposed view of a feature map is read as it lies.
+        x: features ``[B, M, D]`` with any strides; a transposed view of a feature map is read without a copy.
         codewords: ``[K, D]``, ``K >= 1``.
-        scale: ``[K]``, with its own sign.
+        scale: ``[K]``; its sign is used as it is.
 
     Returns:
-        ``[B, M, K]`` in the promoted dtype of the three. ``[B, M, K, D]`` never exists.
+        ``[B, M, K]`` in the promoted dtype of the three. No tensor of shape ``[B, M, K, D]`` is ever made.
 
     Raises:
-        ValueError: a wrong rank or size. TypeError: a dtype that is not floating, or a sparse tensor. RuntimeError:
-            tensors on different devices, or a second derivative.
+        ValueError: a wrong rank or size.
+        TypeError: a dtype that is not floating, or a sparse tensor.
+        RuntimeError: tensors on different devices, or a second derivative.
 
-    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule,
-    inputs are taken as they come. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, equation 1.
+    All three arguments have a first derivative. NaN and infinity spread as in the plain formula. Autocast does not
+    change the inputs. Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, equation 1.
     """
     if use_reference("scaled_l2", x):
         return reference.scaled_l2(x, codewords, scale)
@@ -51,22 +52,23 @@ def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
 
 
 def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
-    """Sum of the residuals of every codeword, ``sum_m assignment[b, m, k] * (x[b, m] - codewords[k])``.
+    """Weighted sum of the residuals to each codeword, ``sum_m assignment[b, m, k] * (x[b, m] - codewords[k])``.
 
     Args:
         assignment: weights ``[B, M, K]``, not necessarily positive or normalised.
-        x: features ``[B, M, D]`` of any strides.
+        x: features ``[B, M, D]`` with any strides.
         codewords: ``[K, D]``, ``K >= 1``.
 
     Returns:
         ``[B, K, D]`` in the promoted dtype of the three.
 
     Raises:
-        ValueError: a wrong rank or size. TypeError: a dtype that is not floating, or a sparse tensor. RuntimeError:
-            tensors on different devices, or a second derivative.
+        ValueError: a wrong rank or size.
+        TypeError: a dtype that is not floating, or a sparse tensor.
+        RuntimeError: tensors on different devices, or a second derivative.
 
-    Gradients reach all three arguments, once; NaN and infinity spread as in the plain formula. Autocast: no rule,
-    inputs are taken as they come. Source: as :func:`scaled_l2`, section 3.1.
+    All three arguments have a first derivative. NaN and infinity spread as in the plain formula. Autocast does not
+    change the inputs. Source: the same paper as for ``scaled_l2``, section 3.1.
     """
     if use_reference("aggregate", x):
         return reference.aggregate(assignment, x, codewords)
@@ -77,25 +79,27 @@ def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """Residual encoding of a feature map, ``aggregate(softmax_k(scaled_l2(x, c, s)), x, c)`` in one pass.
 
     Args:
-        x: features ``[B, D, H, W]`` or ``[B, D, M]``. Contiguous and channels_last maps are read as they lie, without a
-            copy; so is any other whose positions lie evenly.
+        x: features ``[B, D, H, W]`` or ``[B, D, M]``. Contiguous and channels_last maps are read without a copy, and so
+            is every other map whose positions are evenly spaced in memory.
         codewords: ``[K, D]``, ``K >= 1``.
-        scale: ``[K]``, with its own sign: ``U(-1, 0)`` at the start of training.
+        scale: ``[K]``; its sign is used as it is. At the start of training it is drawn from ``U(-1, 0)``.
 
     Returns:
         ``[B, K, D]`` in the promoted dtype of the three. Half features with float32 codewords are the normal case
-        under autocast and give float32.
+        under autocast; the result is then float32.
 
     Raises:
-        ValueError: a wrong rank or size. TypeError: a dtype that is not floating, or a sparse tensor. RuntimeError:
-            tensors on different devices, or a second derivative.
+        ValueError: a wrong rank or size.
+        TypeError: a dtype that is not floating, or a sparse tensor.
+        RuntimeError: tensors on different devices, or a second derivative.
 
-    Memory: the assignment is never stored; backward reads ``x`` once more and computes it anew. Gradients reach all
-    three arguments, once, also where ``scale`` is 0. A position with a NaN or an infinity makes the whole ``[K, D]`` of
-    its image NaN, as the plain formula does. On the CPU results do not depend on the number of threads; between
-    instruction sets they differ by rounding. Autocast: no rule, inputs are taken as they come. Source: Zhang et al.,
-    "Context Encoding for Semantic Segmentation", 2018, section 3.1, equations 1 and 2; the sum over positions is not
-    averaged.
+    Memory: the assignment is never stored; the backward pass reads ``x`` again and computes it a second time. All three
+    arguments have a first derivative, also where ``scale`` is 0. A position with a NaN or an infinity makes the whole
+    ``[K, D]`` of its image NaN, as the plain formula does. On the CPU the result does not depend on the number of
+    threads; between instruction sets it differs by rounding. Autocast does not change the inputs.
+
+    Source: Zhang et al., "Context Encoding for Semantic Segmentation", 2018, section 3.1, equations 1 and 2. The sum
+    over positions is not averaged.
     """
     if use_reference("encode", x):
         return reference.encode(x, codewords, scale)

@@ -27,35 +27,34 @@ def point_sample(
     padding_mode: str = "zeros",
     align_corners: bool = False,
 ) -> Tensor:
-    """Sample maps at points, equal to ``F.grid_sample(input, 2 * coords - 1, mode, padding_mode, align_corners)``.
+    """Sample maps at points, as ``F.grid_sample(input, 2 * coords - 1, mode, padding_mode, align_corners)`` does.
 
     Args:
-        input: a map ``[N, C, H, W]``, or a list of maps of the same N and any C, H, W, which are all sampled at the
-            same points and concatenated over channels with no intermediate. float16, bfloat16, float32 or float64;
-            contiguous and channels_last maps are read in place.
+        input: a map ``[N, C, H, W]``, or a list of maps with the same N and any C, H, W. All maps of a list are sampled
+            at the same points and concatenated over channels, without an intermediate tensor. float16, bfloat16,
+            float32 or float64; contiguous and channels_last maps are read in place.
         coords: points ``(x, y)`` in ``[0, 1]²``, ``[N, P, 2]`` or ``[N, Hg, Wg, 2]``, float32 (also for half maps) or
-            float64; ``(0, 0)`` is the outer corner of the top-left cell.
-        mode: ``"bilinear"``, or ``"nearest"`` (halves to even, as PyTorch).
+            float64. ``(0, 0)`` is the outer corner of the top-left cell.
+        mode: ``"bilinear"``, or ``"nearest"`` (a tie goes to the even cell, as in PyTorch).
         padding_mode: ``"zeros"`` or ``"border"``.
-        align_corners: whether 0 and 1 are the centres of the outer cells rather than the corners of the map.
+        align_corners: ``True``: 0 and 1 are the centres of the outer cells; ``False``: they are the edges of the map.
 
     Returns:
-        ``[N, C, P]`` or ``[N, C, Hg, Wg]``, contiguous, in the dtype of the maps. Halves are interpolated in float32
-        and rounded once.
+        ``[N, C, P]`` or ``[N, C, Hg, Wg]``, contiguous, in the dtype of the maps. Half maps are interpolated in
+        float32 and rounded once.
 
-    A NaN or infinite coordinate never reads outside the map: with zeros padding, bilinear gives NaN for NaN and for
-    infinities (``0 * NaN``), nearest gives 0; with border padding NaN is the first cell and an infinity the nearest
-    one.
+    A NaN or infinite coordinate never reads outside the map. With zeros padding, bilinear gives NaN for both
+    (``0 * NaN``) and nearest gives 0. With border padding NaN takes the first cell, and an infinity the nearest cell.
 
-    Differentiable once in ``input`` and, for bilinear, in ``coords`` (zero for nearest). The gradient of a map is
-    dense, in the layout of the map, and on the CPU always the same to the last bit, for any number of threads.
+    ``input`` has a first derivative, and so have ``coords`` with bilinear (with nearest it is zero). The gradient of a
+    map is dense and has the layout of the map. On the CPU it is the same to the last bit for any number of threads.
 
-    Autocast: maps of one dtype keep it; maps of several dtypes are promoted to the widest of them (outside autocast
-    they are an error). ``coords`` keep their dtype.
+    Autocast: maps that share a dtype keep it. Maps of different dtypes are promoted to the widest of them; outside
+    autocast they are an error. ``coords`` keep their dtype.
 
     Raises:
         ValueError: a wrong rank or size, an empty list or map, or an unknown option.
-        TypeError: maps of different dtypes, or an unsupported dtype; half coordinates.
+        TypeError: maps of different dtypes, an unsupported dtype, or half coordinates.
         RuntimeError: tensors on different devices.
 
     Source: PointRend (Kirillov et al. 2020), section 3.3.
@@ -69,7 +68,7 @@ def point_sample(
 
 
 def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
-    """Label of the cell that holds each point, as exact integers.
+    """The label of the cell that holds each point, as an exact integer.
 
     Args:
         labels: ``[N, H, W]`` of uint8, int8, int16, int32 or int64.
@@ -77,15 +76,16 @@ def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Ten
         ignore_index: the label of points outside the map.
 
     Returns:
-        ``[N, P]`` int64. Cell ``i`` of ``W`` covers ``[i / W, (i + 1) / W)`` and the last one is closed, so that 1.0
-        belongs to the map; a point outside ``[0, 1]²`` or with a NaN coordinate gets ``ignore_index``. Away from cell
-        borders this is ``F.grid_sample(labels, 2 * coords - 1, mode="nearest", align_corners=False)``, which rounds on
-        a border to the even cell, and puts 1.0 outside a map of even size.
+        ``[N, P]`` int64. Cell ``i`` of ``W`` covers ``[i / W, (i + 1) / W)``. The last cell also covers 1.0, so 1.0
+        belongs to the map. A point outside ``[0, 1]²`` or with a NaN coordinate gets ``ignore_index``. Away from cell
+        borders this equals ``F.grid_sample(labels, 2 * coords - 1, mode="nearest", align_corners=False)``, which takes
+        the even cell on a border, and puts 1.0 outside a map of even size.
 
     No gradient. Autocast changes nothing.
 
     Raises:
-        ValueError: a wrong rank or size. TypeError: labels that are no integers, half coordinates.
+        ValueError: a wrong rank or size.
+        TypeError: labels that are not integers, or half coordinates.
         RuntimeError: tensors on different devices.
 
     Source: PointRend (Kirillov et al. 2020), section 3.2: labels at the sampled training points.

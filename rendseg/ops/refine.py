@@ -34,40 +34,43 @@ def refine(
     padding_mode: str = "zeros",
     output: str = "logits",
 ) -> Tensor:
-    """Refine a coarse prediction: upsample, re-predict the most uncertain cells with a point head, repeat.
+    """Refine a coarse prediction: upsample it, predict the most uncertain cells again with a point head, repeat.
 
     Args:
         coarse: coarse logits ``[N, C, h, w]``; contiguous and channels_last are read in place.
-        features: fine feature map ``[N, Cf, Hf, Wf]``, or a list of maps, which are concatenated over channels.
-        head: ``head(fine [N, Cf, P], coarse [N, C, P]) -> logits [N, C, P]``, any callable. A
-            :class:`rendseg.nn.PointHead` (any object whose ``refine_parameters()`` gives its layers) runs the whole
-            loop in one call into the compiled library where that has a kernel for the device and no gradient is wanted.
-        steps, output_size: exactly one of them: the number of steps, or the size ``(H, W)`` whole steps must reach.
-        num_points: cells to re-predict per step and image. A step of at most ``num_points`` cells is recomputed whole:
-            nothing is upsampled or selected.
+        features: fine feature map ``[N, Cf, Hf, Wf]``, or a list of maps. A list is concatenated over channels.
+        head: ``head(fine [N, Cf, P], coarse [N, C, P]) -> logits [N, C, P]``, any callable. With a
+            ``rendseg.nn.PointHead`` (or another object whose ``refine_parameters()`` gives its layers) the whole loop
+            is one call into the compiled library, if that has a kernel for the device and no gradient is wanted.
+        steps: the number of steps. Give this or ``output_size``, not both.
+        output_size: the size ``(H, W)`` that whole steps must reach.
+        num_points: cells to predict again per step and image. If a step has at most ``num_points`` cells, the head
+            predicts all of them; nothing is upsampled or selected.
         coarse_source: which logits the head sees: ``"original"`` (``coarse``) or ``"current"`` (those before the step).
         scale_factor: factor of each step, at least 2.
-        align_corners: governs the upsampling only. Points are cell centres in the half-pixel convention and features
-            are always sampled with ``align_corners=False``.
+        align_corners: for the upsampling only. Points are cell centres in the half-pixel convention, and features are
+            always sampled with ``align_corners=False``.
         padding_mode: of the sampling, ``"zeros"`` or ``"border"``.
-        output: ``"logits"``, or ``"labels"`` for the argmax map, for which the full-resolution logits are never
-            allocated (unless the last step is recomputed whole by a head that is called); it equals
-            ``refine(..., output="logits").argmax(1)`` exactly.
+        output: ``"logits"``, or ``"labels"`` for the argmax map, which equals
+            ``refine(..., output="logits").argmax(1)`` exactly. For labels the full-resolution logits are never
+            allocated, unless a head that is called predicts all cells of the last step.
 
     Returns:
-        Logits ``[N, C, H, W]`` in the dtype of ``coarse``, or labels ``[N, H, W]``: uint8 to 256 classes, else int16.
-        Never an alias of ``coarse``.
+        Logits ``[N, C, H, W]`` in the dtype of ``coarse``, or labels ``[N, H, W]``: uint8 up to 256 classes, else
+        int16. The result is never an alias of ``coarse``.
 
-    A NaN logit makes its cell the most uncertain. Logits are differentiable in ``coarse``, ``features`` and whatever
-    ``head`` holds (through the selected points, not through the selection); labels are not.
+    A NaN logit makes its cell the most uncertain. Logits are differentiable in ``coarse``, ``features`` and the
+    parameters of ``head``, through the selected points, not through the selection. Labels are not differentiable.
 
-    Dtypes and autocast: upsampling and selection keep the dtype of ``coarse``. The head runs as it would alone, in the
-    autocast dtype where autocast is on, and its answer is cast to the dtype of ``coarse``. The one-call form obeys the
-    same rule: it runs in the dtype of the head's weights, which autocast narrows, and rounds halves after each layer.
+    Dtypes and autocast: upsampling and selection keep the dtype of ``coarse``. The head runs as it would alone: in the
+    autocast dtype if autocast is on. Its output is cast to the dtype of ``coarse``. The one-call form follows the same
+    rule: it runs in the dtype of the head's weights, which autocast narrows, and rounds halves after each layer.
 
     Raises:
-        ValueError: wrong rank, size or option, an ``output_size`` out of reach, a head that returns another shape.
-        TypeError: unsupported dtypes. RuntimeError: tensors on different devices.
+        ValueError: a wrong rank, size or option, an ``output_size`` that whole steps do not reach, or a head that
+            returns another shape.
+        TypeError: unsupported dtypes.
+        RuntimeError: tensors on different devices.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
     """

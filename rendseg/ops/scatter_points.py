@@ -20,20 +20,21 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """In place: ``logits[n, :, indices[n, p]] = values[n, :, p]`` over flattened cells; returns ``logits``.
 
     Args:
-        logits: ``[N, C, H, W]``, float16, bfloat16, float32 or float64, of any strides without overlap.
-        indices: ``[N, P]`` int64 in ``[0, H*W)``, distinct within an image (what selection returns); which of several
-            equal ones wins is undefined.
+        logits: ``[N, C, H, W]``, float16, bfloat16, float32 or float64, with any strides that do not overlap.
+        indices: ``[N, P]`` int64 in ``[0, H*W)``, distinct within an image, as selection returns them. If an index
+            occurs twice, it is undefined which value is written.
         values: ``[N, C, P]`` in the dtype of ``logits``.
 
-    Differentiable: zero at the replaced cells for ``logits``, gathered for ``values``. As for any in-place operation of
-    PyTorch, a leaf that requires a gradient is refused.
+    The gradient of ``logits`` is zero at the replaced cells; that of ``values`` is gathered there. Second derivatives
+    work too. As with every in-place operation of PyTorch, a leaf that requires a gradient is an error.
 
-    Autocast: ``values`` are cast to the dtype of ``logits`` (outside autocast another dtype is an error).
+    Autocast: ``values`` are cast to the dtype of ``logits``. Outside autocast another dtype is an error.
 
     Raises:
-        ValueError: a wrong rank or size. TypeError: a wrong dtype.
-        IndexError: on the CPU, an index outside ``[0, H*W)``; nothing is written. A GPU asserts on the device.
-        RuntimeError: tensors on different devices, ``logits`` that overlap themselves, a leaf that requires a
+        ValueError: a wrong rank or size.
+        TypeError: a wrong dtype.
+        IndexError: on the CPU, an index outside ``[0, H*W)``; nothing is written then. A GPU asserts on the device.
+        RuntimeError: tensors on different devices, ``logits`` that overlap themselves, or a leaf that requires a
             gradient.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
@@ -47,12 +48,10 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 
 def scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """The out-of-place twin of :func:`scatter_points_`: a copy of ``logits [N, C, H, W]`` with the points set.
+    """The same as ``scatter_points_``, but out of place: a copy of ``logits [N, C, H, W]`` with the points written.
 
-    The result has the layout of ``logits``.
-
-    Arguments, gradient, autocast rule, errors and source are those of :func:`scatter_points_`; a leaf that requires a
-    gradient is welcome here.
+    The result has the layout of ``logits``. Arguments, gradients, autocast, errors and source are those of
+    ``scatter_points_``, except that a leaf that requires a gradient is allowed here.
     """
     if use_reference("scatter_points", logits):
         return reference_scatter(logits, indices, _as_logits(logits, values))

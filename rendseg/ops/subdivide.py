@@ -25,30 +25,31 @@ def subdivide(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Upsample a logit map bilinearly and select its most uncertain cells, in one pass over memory.
 
-    Equals ``fine = F.interpolate(logits, scale_factor=s, mode="bilinear", align_corners=align_corners)`` followed by
-    :func:`uncertain_points` of ``fine``, with the margin of the values as stored (rounded to the dtype).
+    The result equals ``fine = F.interpolate(logits, scale_factor=s, mode="bilinear", align_corners=align_corners)``
+    followed by ``uncertain_points`` of ``fine``. The margin is that of the stored values, rounded to the dtype.
 
     Args:
         logits: ``[N, C, h, w]``, float32, float16, bfloat16 or float64; contiguous and channels_last are read in place.
         num_points: how many cells to select per image; ``k = min(num_points, s*h * s*w)``.
         scale_factor: whole factor ``s >= 1``.
-        align_corners: as in ``F.interpolate``; it governs the upsampling only. ``coords`` are cell centres in the
-            half-pixel convention in any case.
+        align_corners: as in ``F.interpolate``, for the upsampling only. ``coords`` are always cell centres in the
+            half-pixel convention.
         class_index: ``[N]`` int64; the margin is then ``|logits[n, class_index[n]]|`` (instance masks).
-        return_logits: ``False`` selects without ever allocating the upsampled logits.
+        return_logits: with ``False`` the upsampled logits are never allocated.
 
     Returns:
-        ``(fine, indices, coords)``: ``fine [N, C, s*h, s*w]`` in the dtype and layout of ``logits`` or ``None``;
-        ``indices [N, k]`` int64 ascending, ties to the smallest; ``coords [N, k, 2]`` float32 ``(x, y)`` in ``[0, 1]``.
+        ``(fine, indices, coords)``. ``fine [N, C, s*h, s*w]`` has the dtype and layout of ``logits``, or is ``None``.
+        ``indices [N, k]`` are int64 and ascend; ties go to the smallest. ``coords [N, k, 2]`` are float32 ``(x, y)`` in
+        ``[0, 1]``.
 
-    Halves are interpolated in float32 and rounded once. A cell with a NaN logit is the most uncertain. The result is
-    the same for any number of threads. ``fine`` is differentiable in ``logits``; ``indices`` and ``coords`` are not.
-
-    Autocast: no cast, every dtype is computed as given.
+    Half logits are interpolated in float32 and rounded once. A cell with a NaN logit is the most uncertain. The result
+    is the same for any number of threads. ``fine`` is differentiable in ``logits``, twice too; ``indices`` and
+    ``coords`` are not. Autocast does not change the dtype.
 
     Raises:
-        ValueError: wrong rank or size, ``num_points <= 0``, ``scale_factor < 1``, 2^32 cells or more.
-        TypeError: an unsupported dtype. IndexError: a class outside ``[0, C)``.
+        ValueError: a wrong rank or size, ``num_points <= 0``, ``scale_factor < 1``, or 2^32 cells or more.
+        TypeError: an unsupported dtype.
+        IndexError: a class outside ``[0, C)``.
         RuntimeError: tensors on different devices.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.

@@ -1,8 +1,8 @@
 """Uncertainty and selection of points: PointRend (Kirillov et al. 2020), sections 3.1 and 3.2.
 
-Shapes: N images (or masks), C classes, H W grid, P points. None of these has a gradient: selection is piecewise
-constant, and outputs do not require grad even where the logits do. None changes its arithmetic under autocast: each
-computes on the logits in the dtype they come in.
+Shapes: N images (or masks), C classes, H W grid, P points. None of these functions has a gradient, since selection is
+piecewise constant: the outputs do not require grad even if the logits do. Autocast does not change them: each computes
+on the logits in the dtype they have.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from . import _register as _registry
 
 
 def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
-    """Negative margin between the two largest logits (larger is more uncertain).
+    """The negative margin between the two largest logits; larger means more uncertain.
 
     ``C >= 2``: second largest minus largest logit. ``C == 1``: ``-|logit|``. With ``class_index`` (instance masks):
     ``-|logits[n, class_index[n]]|``.
 
     Args:
-        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` without a copy.
-        class_index: ``[N]`` int64 in ``[0, C)``, or none.
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and channels_last are read in place.
+        class_index: ``[N]`` int64 in ``[0, C)``, or ``None``.
 
     Returns:
-        ``[N, H, W]`` float32, <= 0. A position with any NaN among its logits, or whose two largest are the same
-        infinity, is NaN.
+        ``[N, H, W]`` float32, <= 0. A position is NaN if one of its logits is NaN, or if its two largest logits are the
+        same infinity.
 
     Raises:
-        ValueError: wrong rank or shape, no channel or no cell. TypeError: wrong dtype. IndexError: a class outside
-            ``[0, C)`` (checked on the CPU). RuntimeError: tensors on different devices.
+        ValueError: a wrong rank or shape, no channel, or no cell.
+        TypeError: a wrong dtype.
+        IndexError: a class outside ``[0, C)`` (checked on the CPU).
+        RuntimeError: tensors on different devices.
 
-    No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.1.
+    No gradient. Autocast does not change the dtype. Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
     if _registry.use_reference("uncertainty", logits):
         return reference.uncertainty(logits, class_index)
@@ -46,20 +48,23 @@ def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None
     """The most uncertain cells of each image.
 
     Args:
-        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` without a copy.
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and channels_last are read in place.
         num_points: how many; at most ``H*W`` are returned.
-        class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
+        class_index: ``[N]`` int64 in ``[0, C)``, or ``None``; see ``uncertainty``.
 
     Returns:
-        ``(indices [N, k] int64, coords [N, k, 2] float32)`` with ``k = min(num_points, H*W)``. Indices ascend, ties at
-        the threshold go to the smallest indices, NaN is most uncertain; the result is the same bits from run to run and
-        for any number of threads. ``coords`` are the cell centres ``((col + 0.5) / W, (row + 0.5) / H)``.
+        ``(indices [N, k] int64, coords [N, k, 2] float32)`` with ``k = min(num_points, H*W)``. Indices ascend,
+        ties at the threshold go to the smallest indices, and NaN is the most uncertain. The result is the same bit for
+        bit from run to run and for any number of threads. ``coords`` are the cell centres
+        ``((col + 0.5) / W, (row + 0.5) / H)``.
 
     Raises:
-        ValueError: ``num_points <= 0``, wrong rank or shape, no channel or no cell. TypeError: wrong dtype. IndexError:
-            a class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors on different devices.
+        ValueError: ``num_points <= 0``, a wrong rank or shape, no channel, or no cell.
+        TypeError: a wrong dtype.
+        IndexError: a class outside ``[0, C)`` (checked on the CPU).
+        RuntimeError: tensors on different devices.
 
-    No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.1.
+    No gradient. Autocast does not change the dtype. Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
     if _registry.use_reference("uncertain_points", logits):
         return reference.uncertain_points(logits, num_points, class_index)
@@ -78,36 +83,40 @@ def sample_uncertain_points(
     generator: Generator | None = None,
     random_coords: Tensor | None = None,
 ) -> Tensor:
-    """Training-time selection: the most uncertain of many random points, and some more at random.
+    """Selection for training: the most uncertain of many random points, and some more at random.
 
-    Draws ``int(oversample_ratio * num_points)`` uniform points, samples the logits there (bilinear, rounded to the
-    dtype of ``logits``), takes the uncertainty of the sampled values, keeps the ``int(importance_ratio * num_points)``
-    most uncertain in the order of drawing, and appends uniform points up to ``num_points``.
+    It draws ``int(oversample_ratio * num_points)`` uniform points, samples the logits there (bilinear, rounded to the
+    dtype of ``logits``), and takes the uncertainty of the sampled values. It keeps the
+    ``int(importance_ratio * num_points)`` most uncertain points in the order of drawing, and appends uniform points up
+    to ``num_points``.
 
     Args:
-        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and ``channels_last`` without a copy.
+        logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and channels_last are read in place.
         num_points: points returned for each image.
         oversample_ratio: at least 1 and finite.
         importance_ratio: in ``[0, 1]``.
-        class_index: ``[N]`` int64 in ``[0, C)``, or none; see :func:`uncertainty`.
+        class_index: ``[N]`` int64 in ``[0, C)``, or ``None``; see ``uncertainty``.
         padding_mode: ``"zeros"`` or ``"border"``, as in ``F.grid_sample``.
         align_corners: as in ``F.grid_sample``.
-        generator: source of the draws, on the device of ``logits``; none for the default one. ``torch.manual_seed``
-            reproduces them. On the CPU they are those of one ``torch.rand(N, Q, 2)``, whatever the number of threads;
-            on a GPU those of Philox at the state of the generator, which moves on by one counter.
-        random_coords: ``[N, Q, 2]`` float32 in place of the draws, ``Q`` being the candidates and then the uniform
-            points. A coordinate that is not finite lies outside the map: zero with ``"zeros"``; with ``"border"`` the
-            nearest edge, NaN the low one.
+        generator: source of the draws, on the device of ``logits``; ``None`` means the default one.
+            ``torch.manual_seed`` reproduces the draws. On the CPU they are those of one ``torch.rand(N, Q, 2)``, for
+            any number of threads. On a GPU they are those of Philox at the state of the generator, which then moves on
+            by one counter.
+        random_coords: ``[N, Q, 2]`` float32 instead of the draws: first the candidates, then the uniform points. A
+            coordinate that is not finite is outside the map. With ``"zeros"`` its value is zero; with ``"border"`` it
+            is that of the nearest edge, and NaN takes the lower edge.
 
     Returns:
         ``coords [N, num_points, 2]`` float32.
 
     Raises:
-        ValueError: ``num_points <= 0``, a ratio or an option out of range, wrong rank or shape, no channel or no cell.
-            TypeError: wrong dtype. IndexError: a class outside ``[0, C)`` (checked on the CPU). RuntimeError: tensors
-            or generator on different devices.
+        ValueError: ``num_points <= 0``, a ratio or an option out of range, a wrong rank or shape, no channel, or no
+            cell.
+        TypeError: a wrong dtype.
+        IndexError: a class outside ``[0, C)`` (checked on the CPU).
+        RuntimeError: tensors or generator on different devices.
 
-    No gradient. Autocast: none, runs in the dtype of ``logits``. Source: PointRend (Kirillov et al. 2020), section 3.2.
+    No gradient. Autocast does not change the dtype. Source: PointRend (Kirillov et al. 2020), section 3.2.
     """
     function = (
         reference.sample_uncertain_points
