@@ -680,8 +680,10 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
             d = 16
     else:
         m, d, s, warps, stages = 16, 16, 16, 8, 1
-        if padded > 256 and early and not backward:
+        if early and padded > 256 and not backward:
             s = 8
+        if early and padded <= 256 and backward and not old:
+            d = 32  # with 16, Triton 3.9 spills in aggregate, in half the registers
     if is_amd(arch):  # each of 4 warps may have 512 registers, of 8 half as many
         warps = 4
     most = max(16, triton.next_power_of_2(channels))
