@@ -235,7 +235,7 @@ def whole_bfloat16(bench: Bench, work: RefineWorkload, title: str, with_compile:
     steps, k = work.steps, work.num_points
     short = copy.deepcopy(head).bfloat16()
     half = [t.bfloat16() for t in (coarse, features, features.contiguous(memory_format=torch.channels_last))]
-    want = refine(half[0].float(), half[1].float(), head, steps=steps, num_points=k)
+    want = eager_loop(half[0].float(), half[1].float(), head, steps, k)
     del coarse, features
     candidates: dict[str, Candidate] = {
         "eager": bench.cold(lambda c, f: eager_half(c, f, short, steps, k), half[0], half[1]),

@@ -46,9 +46,10 @@ def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
 
 def cell_centres(indices: Tensor, height: int, width: int) -> Tensor:
     """``[..., P]`` flat indices of an H x W grid to ``[..., P, 2]`` float32 ``(x, y)`` in ``[0, 1]``."""
-    x = ((indices % width).float() + 0.5) / width
-    y = (torch.div(indices, width, rounding_mode="floor").float() + 0.5) / height
-    return torch.stack((x, y), dim=-1)
+    x = (indices % width).float() + 0.5
+    y = torch.div(indices, width, rounding_mode="floor").float() + 0.5
+    # By tensors, not by numbers: on a GPU, ATen multiplies by the rounded reciprocal of a number, and is one ulp off.
+    return torch.stack((x / torch.full_like(x, width), y / torch.full_like(y, height)), dim=-1)
 
 
 def most_uncertain(scores: Tensor, k: int) -> Tensor:

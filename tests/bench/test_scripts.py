@@ -27,16 +27,20 @@ def without(*modules: str) -> str:
 
 
 def test_they_import_without_pydantic_and_typer() -> None:
-    done = run("-c", without("pydantic", "typer") + "import encode, points, refine; print('imported')")
+    done = run("-c", without("pydantic", "typer") + "import encode, models, points, refine; print('imported')")
     assert done.returncode == 0 and done.stdout.strip() == "imported", done.stderr
 
 
 def test_the_one_of_the_models_says_what_is_missing() -> None:
-    done = run("-c", without("pydantic") + "import runpy; runpy.run_path('bench/models.py', run_name='__main__')")
+    done = run("-c", without("timm") + "import runpy; runpy.run_path('bench/models.py', run_name='__main__')")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "bench/models.py: not run, the package pydantic is not installed"
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == "bench/models.py: not run, the package timm is not installed, and the backbones are from it"
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(build.missing()), reason=f"no emulation: {build.missing()}")
 @pytest.mark.parametrize(
     "script, workload, rows",

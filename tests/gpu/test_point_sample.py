@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import cases_point_sample as cases
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from rendseg import _backends, reference
 from rendseg.ops import point_labels, point_sample
 from rendseg.reference.point_sample import _point_sample_backward as reference_backward
+from tests.ops import cases_point_sample as cases
 
 pytestmark = pytest.mark.gpu
 

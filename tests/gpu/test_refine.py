@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import rendseg
 from rendseg import _backends
 from rendseg.nn import PointHead
 from rendseg.ops import refine
@@ -182,6 +181,14 @@ def test_graph_replay_and_another_stream(labels: bool, hidden: tuple) -> None:
     assert torch.equal(out, call.run(labels=labels))
 
 
+def subdivision(cells: int) -> int:
+    """Launches of ``subdivide`` for a map of so many cells: upsampling, selection (csrc/cuda/select.cuh), clearing."""
+    if cells <= 16_384:  # one block selects
+        return 1 + 1
+    # Clearing; the threshold in one pass, or in two of which the second may have nothing to do; writing.
+    return 1 + 1 + (1 if cells <= 65_536 else 2) + 1
+
+
 def test_launches() -> None:
     """One kernel packs the head, one a step gathers, runs it and scatters; the rest is selection."""
     coarse, features, head = network(BF16)
@@ -190,8 +197,8 @@ def test_launches() -> None:
         assert sum("pack_head_kernel" in name for name in names) == 1, names
         assert sum("refine_points_kernel" in name for name in names) == 2, names
         if output == "logits":
-            selection = launches(lambda: rendseg.ops.subdivide(coarse, 3000))
-            assert len(names) <= 3 + 2 * len(selection), names
+            # Steps of 128 x 192 = 24,576 and of 256 x 384 = 98,304 cells.
+            assert len(names) == 1 + 2 + subdivision(128 * 192) + subdivision(256 * 384) == 12, names
     every = launches(lambda: refine(coarse, features, head, steps=1, num_points=10**6))
     assert len(every) == 2, every
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_uncertain_points import bad_inputs, logits_cases
-from test_uncertain_points import check_sampled
 from torch import Tensor
 
 from rendseg import _backends, ops, reference
+from tests.ops.cases_uncertain_points import bad_inputs, logits_cases
+from tests.ops.test_uncertain_points import check_sampled
 
 pytestmark = pytest.mark.gpu
 

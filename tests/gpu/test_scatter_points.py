@@ -69,5 +69,5 @@ def test_an_index_outside_the_map_is_a_device_assert() -> None:
         "torch.ones(1, 1, 1).cuda())\n"
         "torch.cuda.synchronize()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "device-side assert" in done.stderr

@@ -213,5 +213,5 @@ def test_a_class_outside_the_map_is_a_device_assert() -> None:
         "rendseg.ops.subdivide(torch.zeros(1, 3, 4, 4).cuda(), 2, class_index=torch.tensor([3]).cuda())\n"
         "torch.cuda.synchronize()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "device-side assert" in done.stderr

@@ -190,5 +190,5 @@ def test_a_class_outside_the_map_is_a_device_assert(channel: int) -> None:
         f"rendseg.ops.uncertainty(torch.zeros(1, 3, 2, 2).cuda(), torch.tensor([{channel}]).cuda())\n"
         "torch.cuda.synchronize()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "device-side assert" in done.stderr
