@@ -552,8 +552,9 @@ class Check:
                 kind, message = "not run", "the time was up"
             else:
                 kind, message = sanitizer_verdict(job, any(case.startswith(parts) for case in begun), self.rehearsal)
-            if kind == "timeout":
-                message += f"; {len(mine)} of its dtypes were done"
+            open_ones = sorted(case for case in begun if case.startswith(parts) and case not in finished)
+            if kind in ("failed", "timeout") and open_ones:
+                message = f"in {', '.join(open_ones)}: {message}"
             counts[kind] += 1
             entry = {"case": job.name, "outcome": kind, "seconds": round(job.seconds, 1), "message": message}
             stage["cases"].append(entry)
@@ -817,7 +818,9 @@ def sanitizer_verdict(job: Job, began: bool, rehearsal: bool) -> tuple[str, str]
     found = [line for line in said if finding.search(line) and "SUMMARY" not in line]
     at = next((line for line in said if line.startswith("at ") or "rendseg::" in line), "")
     words = [part for part in (found[0] if found else "", at, summary) if part]
-    return "failed", "; ".join(words) or f"{how_it_ended(job.returncode)}: {job.tail()}"
+    return "failed", "; ".join(words) or how_it_ended(job.returncode) + (
+        f": {job.tail()}" if job.returncode > 0 else ""
+    )
 
 
 def read_log(path: Path, limit: int) -> bytes:
