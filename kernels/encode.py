@@ -682,8 +682,8 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
         m, d, s, warps, stages = 16, 16, 16, 8, 1
         if early and padded > 256 and not backward:
             s = 8
-        if early and padded <= 256 and backward and not old:
-            d = 32  # with 16, Triton 3.9 spills in aggregate, in half the registers
+        if early and padded <= 256 and backward and VERSION != (3, 8):
+            d = 32  # with 16, Triton 3.7 and 3.9 spill in aggregate, at half the registers; with 32, 3.8 in encode
     if is_amd(arch):  # each of 4 warps may have 512 registers, of 8 half as many
         warps = 4
     most = max(16, triton.next_power_of_2(channels))

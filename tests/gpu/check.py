@@ -300,7 +300,10 @@ class Check:
 
     def build(self, stage: dict[str, Any], limit: float) -> None:
         if self.rehearsal:
-            program = "from tests.emulation import build as b; print(b.missing() or b.build_library())"
+            program = (
+                f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(HERE)!r}]; import smoke; smoke.own_tests(); "
+                "from tests.emulation import build as b; print(b.missing() or b.build_library())"
+            )
             job = self.job("build", "emulated kernels", self.python("-c", program), limit)
         else:
             job = self.job(
