@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 # Pages of the navigation that a checkout may lack; without one its entry is left out.
 OPTIONAL = {"gpu.md"}
+# Code, which stays as it is, and the "][" of indices such as [row][column], which Markdown would take for a link.
+INDEX = re.compile(r"(```.*?```|`[^`]*`)|\]\[", re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -39,6 +41,12 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_relink(text, files)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    if page.file.src_uri.startswith("api/"):
+        return markdown
+    return INDEX.sub(lambda match: match.group(1) or r"]\[", markdown)
 
 
 def _relink(text: str, files: Files) -> str:
