@@ -14,6 +14,17 @@
 #include "encode_tf32.cuh"
 
 namespace rendseg {
+
+namespace encoding {
+// Compiled in encode_mma.cu and encode_tf32.cu.
+extern template bool run_encode_mma<half_t>(CudaLaunch&, const MmaArgs&, bool);
+extern template bool run_encode_mma<bfloat16_t>(CudaLaunch&, const MmaArgs&, bool);
+extern template bool run_encode_mma<float>(CudaLaunch&, const MmaArgs&, bool);
+extern template bool run_encode_mma_backward<half_t>(CudaLaunch&, const MmaArgs&, bool);
+extern template bool run_encode_mma_backward<bfloat16_t>(CudaLaunch&, const MmaArgs&, bool);
+extern template bool run_encode_mma_backward<float>(CudaLaunch&, const MmaArgs&, bool);
+}  // namespace encoding
+
 namespace {
 
 using at::Tensor;
