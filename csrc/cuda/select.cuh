@@ -8,12 +8,9 @@
 // then from L2, and writes in order.
 //
 // Where too many keys share the bin to be gathered, the first pass counts them by their next digit instead, and a
-// second pass does as the first with that histogram. A bin whose keys are all equal (flat maps) is recognised and needs
-// neither. Only where that many keys agree in 22 bits and are not equal does the last block go through the map alone.
-//
-// Smooth margins put about a ninth of k into the bin of the threshold, so where k is not large a second pass is hardly
-// ever needed. There it has no launch of its own: the emitting kernel makes it, and the last block of the image to
-// arrive then writes all chunks, one after another.
+// second pass does as the first with that histogram; else it returns at once. A bin whose keys are all equal (flat
+// maps) is recognised and needs neither. Only where that many keys agree in 22 bits and are not equal does the last
+// block go through the map alone.
 #pragma once
 
 #include "device.cuh"
@@ -45,9 +42,6 @@ inline bool select_reads_histogram(int64_t cells) { return cells > kSmallMap; }
 
 // Up to this size one block goes through a map quickly enough to make a second pass not worth its launch.
 constexpr int64_t kSinglePassMap = 65536;
-
-// Up to this many times as many keys as can be gathered, the second pass has no launch of its own.
-constexpr int64_t kFewPerCandidate = 2;
 
 constexpr int kSelectThreads = 512;
 constexpr int kRowsPerWarp = 16;                                        // rows of 32 keys, one to a lane
@@ -268,12 +262,13 @@ __device__ inline void scan_counts(SelectCount* counts, uint32_t chunks) {
   if (threadIdx.x == 0) counts[chunks] = before;
 }
 
-// One block per chunk; `pass` is 0 or 1. True in the last block of the image to arrive, once the threshold and the
-// counts before each chunk are known, as they are after the `last` pass; false in all others. All threads take part.
-__device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, uint32_t chunk, int pass, bool last,
-                                      BlockSelectScratch& scratch) {
+// One block per chunk. `pass` is 0 or 1; after the `last` one the threshold and the counts before each chunk are known.
+static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel(SelectMaps maps, int pass, bool last) {
+  RENDSEG_SHARED(BlockSelectScratch, scratch);
   RENDSEG_SHARED(uint32_t, first_place);
+  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
   SelectState& state = maps.states[image];
+  if (pass == 1 && state.found != 0) return;
   const KeyMap map(maps, image);
   const ChunkKeys mine = load_chunk(map, chunk);  // under way during the search
 
@@ -346,7 +341,7 @@ __device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, ui
       atomicMax(&state.largest_flipped, scratch.warp_equal[0]);
     }
   }
-  if (!last_block_to_arrive(&state.arrived, maps.chunks)) return false;
+  if (!last_block_to_arrive(&state.arrived, maps.chunks)) return;
 
   // The rest is for the last block of the image. What other blocks wrote is read past the first-level cache.
   KeyThreshold threshold;
@@ -367,7 +362,7 @@ __device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, ui
         state.wanted = wanted;
         state.largest = state.largest_flipped = 0;
       }
-      return false;
+      return;
     } else {
       threshold = block_refine_threshold(map, maps.cells, prefix, free_bits, wanted, scratch);
       count_map(map, maps.chunks, threshold, counts);
@@ -380,21 +375,12 @@ __device__ inline bool find_threshold(const SelectMaps& maps, uint32_t image, ui
     state.threshold = threshold;
     state.found = 1;
   }
-  __syncthreads();
-  return true;
 }
 
 // One block per chunk.
-static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel(SelectMaps maps, int pass, bool last) {
+static __global__ void __launch_bounds__(kSelectThreads) select_emit_kernel(SelectMaps maps, SelectOutput out) {
   RENDSEG_SHARED(BlockSelectScratch, scratch);
   const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
-  if (pass == 1 && maps.states[image].found != 0) return;
-  find_threshold(maps, image, chunk, pass, last, scratch);
-}
-
-// Writes what is selected of a chunk. All threads take part.
-__device__ inline void emit_chunk(const SelectMaps& maps, const SelectOutput& out, uint32_t image, uint32_t chunk,
-                                  BlockSelectScratch& scratch) {
   const SelectCount* counts = maps.counts + int64_t{image} * (maps.chunks + 1) + chunk;
   const KeyThreshold threshold = maps.states[image].threshold;
   const KeyRanks before{static_cast<uint32_t>(counts[0] >> 32), static_cast<uint32_t>(counts[0])};
@@ -417,17 +403,6 @@ __device__ inline void emit_chunk(const SelectMaps& maps, const SelectOutput& ou
   for (int row = 0; row < kRowsPerWarp; ++row) {
     emit_row(mine.key[row], first + row * kWarp, threshold, ranks,
              [&](uint32_t position, uint32_t index) { out.write(image, position, index); });
-  }
-}
-
-// One block per chunk.
-static __global__ void __launch_bounds__(kSelectThreads) select_emit_kernel(SelectMaps maps, SelectOutput out) {
-  RENDSEG_SHARED(BlockSelectScratch, scratch);
-  const uint32_t image = blockIdx.x / maps.chunks, chunk = blockIdx.x % maps.chunks;
-  if (maps.states[image].found != 0) {
-    emit_chunk(maps, out, image, chunk, scratch);
-  } else if (find_threshold(maps, image, chunk, 1, true, scratch)) {
-    for (uint32_t each = 0; each < maps.chunks; ++each) emit_chunk(maps, out, image, each, scratch);
   }
 }
 
@@ -484,7 +459,7 @@ void run_select(Launch& launch, const SelectArgs& args) {
   }
   const bool single = args.cells <= kSinglePassMap;
   launch(shape, select_threshold_kernel, maps, 0, single);
-  if (!single && args.k > kFewPerCandidate * plan.capacity) launch(shape, select_threshold_kernel, maps, 1, true);
+  if (!single) launch(shape, select_threshold_kernel, maps, 1, true);
   launch(shape, select_emit_kernel, maps, out);
 }
 

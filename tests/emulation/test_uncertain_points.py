@@ -118,10 +118,9 @@ def test_any_number_of_multiprocessors(emulated, processors: int) -> None:
 
 
 def test_launches(emulated) -> None:
-    maps = ((5, 7), 9, 2), ((128, 128), 9, 2), ((150, 120), 9, 3), ((300, 240), 9, 3), ((300, 240), 18001, 4)
-    for size, num_points, wanted in maps:
+    for size, wanted in (((5, 7), 2), ((128, 128), 2), ((150, 120), 3), ((300, 240), 4)):
         before = emulated.launches()
-        emulated.ops.uncertain_points(torch.zeros(2, 3, *size), num_points)
+        emulated.ops.uncertain_points(torch.zeros(2, 3, *size), 9)
         assert emulated.launches() - before == wanted
     before = emulated.launches()
     emulated.ops.uncertainty(torch.zeros(2, 3, 4, 4))
