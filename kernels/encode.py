@@ -672,7 +672,7 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
         m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
         if (old and is_amd(arch)) if backward else (old or early):
             m //= 2
-        if old and early and backward:
+        if old and backward and not is_amd(arch):
             s = 32
     elif padded <= 128:
         m, d, s, warps, stages = (16, 32, 32, 8, 1) if backward else (32, 32, 32, 8, 2)
