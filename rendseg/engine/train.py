@@ -142,6 +142,7 @@ class Run:
         parallel, optimizer = ParallelNetwork.prepare(
             network, lambda module: build_optimizer(module, options.optimizer), options.fsdp, accelerator
         )
+        seed_everything(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
         progress, saved_rng = Progress(), None
         if found is not None:
             progress, saved_rng = restore(found, config, optimizer, accelerator, parallel.sharded)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,6 +165,18 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path: Path, 
     train(config, seen.append)
     assert seen == [6, 7, 8]
     assert_same_end(config, uninterrupted)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_random_state_of_training_is_a_function_of_seed_and_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Not of the weights that were drawn before: dropout differs between processes, and not between networks."""
+    monkeypatch.setattr(module.Accelerator, "process_index", rank)
+    module.Run.prepare(tiny_config(tmp_path, "seed=5"))
+    drawn = torch.rand(4), random.random(), float(np.random.rand())
+    torch.manual_seed(6 + rank), random.seed(6 + rank), np.random.seed(6 + rank)
+    assert torch.equal(drawn[0], torch.rand(4)) and drawn[1:] == (random.random(), float(np.random.rand()))
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path, uninterrupted: Config) -> None:
