@@ -668,6 +668,8 @@ def _tile(channels: int, codes: int, wide: bool, backward: bool, arch: str) -> _
             d, s, warps = (32, 32, 4) if is_amd(arch) else (16, 16, 8)
         elif old and early:
             d = 16
+        elif backward and padded == 16 and not is_amd(arch):
+            s = 32
     elif padded <= 64:
         m, d, s, warps, stages = (32, 16, 64, 8, 1) if backward else (64, 32, 64, 8, 2)
         if (old and is_amd(arch)) if backward else (old or early):
