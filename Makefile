@@ -47,7 +47,7 @@ demo: venv
 	$(PY) -m rendseg train configs/demo.yaml
 
 test: venv
-	$(PY) -m pytest tests/ $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
+	$(PY) -m pytest tests/ --durations=30 $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
 
 bench: venv
 	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file $(BENCH_ARGS) || exit 1; done
