@@ -248,12 +248,11 @@ def _subdivide_backward_kernel(
             weight_x = tl.where(from_x < fine_width, weight_x, 0.0)
             weight = weight_y * weight_x
             here = from_y * g_h + from_x * g_w
-            known = weight != 0.0
             if BLOCK_C > 1:
                 weight = weight[:, None]
                 here = here[:, None] + lane * g_c
-                known = known[:, None]
-            value = tl.load(grad + here, mask=mask & known, other=0.0).to(ACC)
+            # After the shapes are set: Triton 3.7 cannot compile a comparison that gets its second dimension later.
+            value = tl.load(grad + here, mask=mask & (weight != 0.0), other=0.0).to(ACC)
             total += value * weight
     tl.store(out + at, narrow(total, T), mask=mask)
 
