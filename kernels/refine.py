@@ -309,12 +309,16 @@ def _tile(outputs: int, half: bool, arch: str, labels: bool = False) -> dict[str
 
     The argmax takes half the outputs at a time, because it keeps its own tiles of them in registers. Before sm_90 the
     operands of a product lie in registers: three products of TF32, of a layer, take half the inputs. There a layer of
-    logits has one load fewer under way with Triton 3.6, which spills 12 bytes otherwise.
+    logits with Triton 3.6, and the argmax of half types with 3.7, have one load fewer under way; they spill otherwise.
     """
     widest = (128 if half else 64) // (2 if labels else 1)
     block_o = min(widest, max(16, triton.next_power_of_2(outputs)))
     block_k = 64 if half else 16 if before_sm_90(arch) and not labels else 32
-    stages = 2 if VERSION < (3, 7) and before_sm_90(arch) and not half and not labels and outputs % 16 else 3
+    stages = 3
+    if before_sm_90(arch) and (
+        (VERSION < (3, 7) and not half and not labels and outputs % 16) or (VERSION == (3, 7) and half and labels)
+    ):
+        stages = 2
     return {"BLOCK_P": 64, "BLOCK_O": block_o, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
 
 
