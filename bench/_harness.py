@@ -257,7 +257,7 @@ class Bench:
         return workload in self.workloads
 
     def main(self, body: Callable[[Bench], None]) -> int:
-        """``body(bench)``, then the results, whatever ``body`` raises; returns the exit status."""
+        """``body(bench)``, then the results, also when ``body`` raises; returns the exit status."""
 
         def end(number: int, frame: Any) -> None:
             raise KeyboardInterrupt(f"signal {number}")

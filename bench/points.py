@@ -161,7 +161,7 @@ def selecting(bench: Bench, row: str, logits: Tensor, num_points: int) -> None:
         candidates["compiled"] = bench.cold(bench.compiled(lambda x: eager_select(x.float(), num_points)), logits)
     candidates["rendseg"] = bench.cold(lambda x: sample_uncertain_points(x, num_points), logits)
 
-    # Candidates given, no point kept by ours may be less uncertain than eager's last, but for rounding.
+    # Candidates given, no point kept by ours may be less uncertain than eager's last, apart from rounding.
     kept = int(0.75 * num_points)
     draws = torch.rand(n, 3 * num_points + num_points - kept, 2, device=logits.device)
     scores = eager_uncertainty(eager_point_sample(logits.float(), draws[:, : 3 * num_points]))

@@ -9,7 +9,7 @@ ALIKE = 0.5  # share of the letters of both words that match in order
 
 
 def nearest(word: object, known: Iterable[str], alike: float = ALIKE) -> str | None:
-    """The word of ``known`` that is most like ``word``, whatever the case; ``None`` where none is like it."""
+    """The word of ``known`` that is most like ``word``, in any case of letters; ``None`` where none is like it."""
     words = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(word).lower(), words, n=1, cutoff=alike)
     return words[close[0]] if close else None

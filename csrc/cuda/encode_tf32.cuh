@@ -12,7 +12,7 @@
 // Result. sum_m A_mk x'_m - c'_k sum_m A_mk cancels where features lie on codewords. So each position is measured from
 // the codeword n(m) nearest to it, y_m = x_m - c_n(m), which is exact there, and
 //   sum_m A_mk (x_m - c_k) = sum_m A_mk y_m + sum_j N_kj (c_j - c_k),  N_kj = sum of A_mk over the m with n(m) = j.
-// N is a product on tensor cores as well; the second sum is made once, behind the last position of a chunk.
+// N is a product on tensor cores as well; the second sum is made once, after the last position of a chunk.
 //
 // Shared memory at 512 channels, bytes: c' 65,536, a tile of 32 positions 65,536, the parts of the distances 32,768
 // (weights take their place), small tables 2 K: 161 K with one tile (sm_80), 225 K with two (sm_90). Backward holds the
@@ -128,7 +128,7 @@ __device__ inline void features_of_sums(float (&x)[4], const float* tile, int wi
 
 // --- products of a warp ----------------------------------------------------------------------------------------------
 
-// Products of the 32 positions of a tile with `kTables` tables of rows [32 codes][width], one behind the other, over
+// Products of the 32 positions of a tile with `kTables` tables of rows [32 codes][width], one after the other, over
 // the slice of this warp, and (x - r)^2 summed over it as contract_slice() has it.
 template <bool kChannelsLast, int kTables>
 __device__ inline void contract_rows(const MmaArgs& args, const float* tile, const float* rows,
@@ -192,7 +192,7 @@ using Counts = float[2][4];
 
 // result += weights [32 codes][32 positions] * (x - r) [32 positions][slice]; with `nearest`, of x - r - c' of the
 // nearest code, and counts += weights * (position is nearest to code). Tensor cores cut sums off instead of rounding
-// them: those of 16 positions are made anew and added here.
+// them: those of 16 positions are made from zero and added here.
 template <bool kChannelsLast, bool kNearest>
 __device__ inline void aggregate_rows(const MmaArgs& args, const float* tile, const float* weights, const float* codes,
                                       const int* nearest, Result& result, Counts& counts) {
@@ -446,7 +446,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tf32_kernel(MmaArgs args) 
   for_each_result(
       args, result, [](int, int) { return 0.0f; },
       [&](int k, int d, float sum, float) { out[d * args.padded + k] = sum; });
-  // A codeword that is not finite took no part; its residuals are not finite either, whatever their weight.
+  // A codeword that is not finite took no part; its residuals are not finite either, at any weight.
   if (!__any_sync(kAllLanes, !is_finite(shared.constants->constant[lane_id()]))) return;  // the same in all warps
   __syncthreads();
   for (int i = threadIdx.x; i < args.codes * args.channels; i += kThreads) {

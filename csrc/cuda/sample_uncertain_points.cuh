@@ -4,7 +4,7 @@
 // A candidate is a random point; its key is the margin of the logits sampled there. One block per image draws the
 // candidates, keeps their keys in shared memory, finds the key of the last one that is kept, and writes the kept ones
 // in the order of drawing. Points are not stored in between: the generator is a function of the index of a draw, so
-// they are drawn anew when they are written. Images that would leave most of the GPU idle in a last round of blocks are
+// they are drawn again when written. Images that would leave most of the GPU idle in a last round of blocks are
 // shared out: several blocks leave the keys of one in a workspace, and the last of them to finish does the rest. Where
 // there are too few images to fill the GPU, or keys beyond what shared memory holds, a first launch of many blocks
 // leaves the keys in a workspace, and one block per image does the rest.

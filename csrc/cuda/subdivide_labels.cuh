@@ -18,7 +18,7 @@
 //    least k keys lie in bins up to b, the k-th smallest key of the image does too: that b, from the keys counted here,
 //    is the limit of the image (the last bin of all when fewer than k were counted).
 // 3. label_uncertain: outputs whose bound lies in a bin up to the limit are computed as well. All others have keys
-//    above at least k others, and are not selected whatever their keys are. They count as kNeverSelected: on a large
+//    above at least k others, and are not selected at any key. They count as kNeverSelected: on a large
 //    map upsampled by gaps the selection learns from the bounds which keys there are, and touches no others.
 #pragma once
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
-import sys
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._discover import import_modules
 from .options import DatasetOptions
 
 if TYPE_CHECKING:
@@ -39,20 +36,13 @@ def register_dataset(options: type[DatasetOptions]) -> Callable[[D], D]:
     return add
 
 
-@cache
-def _discover() -> None:
-    """Import every module of this package, which registers its data sets: a new one needs no entry in a list."""
-    for module in pkgutil.iter_modules(sys.modules[__package__].__path__, f"{__package__}."):
-        importlib.import_module(module.name)
-
-
 def dataset_names() -> list[str]:
     """The names that ``data.name`` may have."""
-    _discover()
+    import_modules(__package__)
     return sorted(_DATASETS)
 
 
 def dataset_entry(name: Any) -> tuple[type[DatasetOptions], type[Any]] | None:
     """The options and the class registered under ``name``; None if there are none."""
-    _discover()
+    import_modules(__package__)
     return _DATASETS.get(name) if isinstance(name, str) else None

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from .._discover import import_modules
 from .._nearest import did_you_mean
 from .options import DecoderOptions
 
@@ -68,20 +65,13 @@ def with_preset(options: DecoderOptions, preset: Mapping[str, Any]) -> dict[str,
     return {key: value if getattr(options, key) is None else getattr(options, key) for key, value in preset.items()}
 
 
-@cache
-def _discover() -> None:
-    """Import every module of this package, which registers its decoders: a new one needs no entry in a list."""
-    for module in pkgutil.iter_modules(sys.modules[__package__].__path__, f"{__package__}."):
-        importlib.import_module(module.name)
-
-
 def decoder_names() -> list[str]:
-    _discover()
+    import_modules(__package__)
     return sorted(_DECODERS)
 
 
 def _entry(name: str) -> _Entry:
-    _discover()
+    import_modules(__package__)
     if name not in _DECODERS:
         names = decoder_names()
         hint = did_you_mean(name, names)

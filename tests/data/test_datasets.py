@@ -387,7 +387,7 @@ def test_a_data_set_is_found_without_an_entry_in_a_list(tmp_path: Path, monkeypa
     )
     monkeypatch.setattr(rendseg.data, "__path__", [*rendseg.data.__path__, str(tmp_path)])
     monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
-    registry._discover.cache_clear()
+    registry.import_modules.cache_clear()
     assert len(build_dataset({"name": "dropped_in", "size": 5}, "val")) == 5
     with pytest.raises(DataError, match="unknown key data.sise; did you mean 'size'"):
         parse_options({"name": "dropped_in", "sise": 5})

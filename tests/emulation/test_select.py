@@ -152,7 +152,7 @@ def test_cells_that_are_never_selected_need_no_count(library) -> None:
 @pytest.mark.parametrize("name", ["margins", "flat", "crowded", "crowded in 22 bits, ties", "the whole bin"])
 @pytest.mark.parametrize("shape", [(2, 140, 124), (2, 260, 258), (1, 6000, 4)], ids=str)
 def test_keys_of_some_gaps(library, shape, name: str) -> None:
-    """Gaps with a bound beyond the limit count as never selected, whatever lies in their place."""
+    """Gaps with a bound beyond the limit count as never selected, with any keys in their place."""
     images, height, width = shape
     generator = torch.Generator().manual_seed(height)
     keys = torch.stack([MAPS[name][0](generator, height * width) for _ in range(images)])

@@ -92,9 +92,9 @@ class Stopped(Exception):
     """The driver was asked to end."""
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, contents: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     os.replace(temporary, path)
 
 
@@ -371,7 +371,7 @@ class Check:
         env: dict[str, str],
     ) -> None:
         """Cases of smoke.py, in a process for each of ``wanted``: (operator, dtypes); one that dies is started again
-        behind the case that killed it."""
+        after the case that killed it."""
         name = stage["name"]
         planned: dict[str, list[str]] = {}
         restarts: dict[str, int] = {}
@@ -581,12 +581,12 @@ class Check:
         self.benchmarks(stage, limit, {name: ["--quick"] for name in BENCH_REST})
 
     def bench(self, stage: dict[str, Any], limit: float) -> None:
-        # Alone, this stage runs every workload; behind bench-quick, those that one leaves out.
+        # Alone, this stage runs every workload; after bench-quick, those that bench-quick leaves out.
         rest = "bench-quick" in self.args.stages
         scripts = {name: ["--only", only] if rest else [] for name, only in BENCH_REST.items()}
         if not self.rehearsal and (ROOT / "bench" / "models.py").is_file():
-            if importlib.util.find_spec("pydantic") is None:
-                stage["notes"].append("bench/models.py: not run, it needs pydantic")
+            if importlib.util.find_spec("timm") is None:
+                stage["notes"].append("bench/models.py: not run, it needs timm")
             else:
                 scripts["models"] = []
         self.benchmarks(stage, limit, scripts)
@@ -650,9 +650,7 @@ class Check:
                 text = read_log(path, min(left, 2 << 20))
                 left -= len(text)
                 texts.append(f"\n===== {title} =====\n".encode() + text)
-        temporary = self.out / "gpu-check.log.tmp"
-        temporary.write_bytes(b"".join(texts))
-        os.replace(temporary, self.out / "gpu-check.log")
+        write_atomically(self.out / "gpu-check.log", b"".join(texts))
         rows = self.rows()
         if rows:
             write_atomically(self.out / "gpu-check-rows.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
@@ -666,9 +664,7 @@ class Check:
         with tarfile.open(fileobj=held, mode="w:gz") as archive:
             for path in files:
                 archive.add(path, arcname=path.name)
-        temporary = self.out / "gpu-check-bench.tar.gz.tmp"
-        temporary.write_bytes(held.getvalue())
-        os.replace(temporary, self.out / "gpu-check-bench.tar.gz")
+        write_atomically(self.out / "gpu-check-bench.tar.gz", held.getvalue())
 
     def report(self, done: bool) -> dict[str, Any]:
         stages = self.stages

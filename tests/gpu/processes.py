@@ -71,7 +71,7 @@ class Job:
         return True
 
     def kill(self) -> None:
-        """Ends the process, its group and whatever else it started."""
+        """Ends the process, its group and all else it started."""
         if self.process is None:
             return
         members = [self.process.pid, *descendants(self.process.pid)]

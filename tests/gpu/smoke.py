@@ -173,7 +173,7 @@ def context_lost() -> str:
         return ""
     try:
         torch.cuda.synchronize()
-    except Exception as error:  # whatever its class is in this torch
+    except Exception as error:  # its class depends on the torch
         return first_line(error)
     return ""
 
@@ -574,7 +574,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cpp", "triton", "emulated"), default="cpp")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--stage", default="smoke", help="what the lines of the results say")
-    parser.add_argument("--after", default="", help="begin behind this case")
+    parser.add_argument("--after", default="", help="begin after this case")
     parser.add_argument("--results", type=Path, help="append lines of JSON to this file; default: print them")
     parser.add_argument("--limit", type=float, default=60, help="seconds for a case")
     parser.add_argument("--small", action="store_true", help="fewer cells and points")

@@ -253,7 +253,7 @@ def test_a_decoder_is_found_without_an_entry_in_a_list(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(rendseg.models, "__path__", [*rendseg.models.__path__, str(tmp_path)])
     monkeypatch.setattr(registry, "_DECODERS", dict(registry._DECODERS))
-    registry._discover.cache_clear()
+    registry.import_modules.cache_clear()
     assert parse_options({"decoder": {"name": "dropped_in", "width": 5}}).decoder.width == 5
 
 
