@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
+from .._options import Flag
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
-from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .options import DataError, DatasetOptions, SplitNames, names_of
 from .registry import register_dataset
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class Ade20kOptions(DatasetOptions):
     """ADE20K, scene parsing of 150 classes; see :mod:`rendseg.data.ade20k`."""
 
@@ -25,7 +24,7 @@ class Ade20kOptions(DatasetOptions):
     root: str | None = None  # ADEChallengeData2016 or the folder that holds it; null: $RENDSEG_DATA/ade20k
     train: SplitNames = "training"  # folder within images/ and annotations/, or several
     val: SplitNames = "validation"
-    cache: bool = False  # decode every image once and keep it in memory
+    cache: Flag = False  # decode every image once and keep it in memory
 
 
 # name:rrggbb by value in the file, 1 to 150. The colours are those of the benchmark's tool kit; two classes share one.

@@ -33,21 +33,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic.dataclasses import dataclass
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
+from .._options import Flag
 from .augment import seeded, to_sample
 from .base import SegmentationDataset, Split, check_pair
 from .folder import distinct_colors
 from .images import IGNORE, _open, read_image
-from .options import CONFIG, DataError, DatasetOptions
+from .options import DataError, DatasetOptions
 from .registry import register_dataset
 
 Task = Literal["object", "part", "material", "texture", "scene"]
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class BrodenOptions(DatasetOptions):
     """Images with labels of several tasks; see :mod:`rendseg.data.broden`."""
 
@@ -62,7 +61,7 @@ class BrodenOptions(DatasetOptions):
     sources: list[list[Task]] = dataclasses.field(
         default_factory=lambda: [["object", "part", "scene"], ["material"], ["texture"]]  # type: ignore[list-item]
     )
-    cache: bool = False  # decode every image once and keep it in memory
+    cache: Flag = False  # decode every image once and keep it in memory
 
 
 TASKS = ("object", "part", "material", "texture", "scene")

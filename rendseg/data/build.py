@@ -5,59 +5,33 @@ An unknown key is an error that names the nearest known one, and every error is 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from .._nearest import did_you_mean
+from .._options import mapping, read
 from .base import ImageFiles, SegmentationDataset, Split
-from .options import ColorJitterOptions, DataError, DatasetOptions, PhotometricOptions
+from .options import DataError, DatasetOptions
 from .registry import dataset_entry, dataset_names
 
-# Sections within a section.
-_INNER = {"color_jitter": ColorJitterOptions, "photometric_distortion": PhotometricOptions}
 
-
-def _hint(word: object, known: list[str]) -> str:
-    return did_you_mean(word, known) or f"; known: {', '.join(known)}"
-
-
-def _check_keys(cls: type, given: Mapping[str, Any], section: str) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            raise DataError(f"unknown key {section}.{key}{_hint(key, known)}")
-
-
-def parse_options(options: Mapping[str, Any]) -> DatasetOptions:
+def parse_options(options: Mapping[str, Any] | DatasetOptions) -> DatasetOptions:
     """The typed options of a ``data:`` section.
 
     Raises:
         DataError: unknown data set, unknown key (names the nearest) or unusable value (names key, wish and value).
     """
-    if dataclasses.is_dataclass(options):
-        options = dataclasses.asdict(options)  # type: ignore[arg-type]
-    if not isinstance(options, Mapping):
-        raise DataError(f"data must be a mapping with a key 'name', got {options!r}")
-    name = options.get("name", "shapes")
-    entry = dataset_entry(name)
-    if entry is None:
-        raise DataError(f"data.name {name!r} is no data set{_hint(name, dataset_names())}")
-    cls, _ = entry
-    _check_keys(cls, options, "data")
-    for key, inner in _INNER.items():
-        if isinstance(options.get(key), Mapping):
-            _check_keys(inner, options[key], f"data.{key}")
     try:
-        return TypeAdapter(cls).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["data", *(str(part) for part in first["loc"])])
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        raise DataError(f"{where}: {message}{got}") from None
+        options = mapping(options, "data")
+        name = options.get("name", "shapes")
+        entry = dataset_entry(name)
+        if entry is None:
+            names = dataset_names()
+            hint = did_you_mean(name, names) or f"; known: {', '.join(names)}"
+            raise DataError(f"data.name {name!r} is no data set{hint}")
+        return read(entry[0], options, "data")
+    except (TypeError, ValueError) as error:
+        raise DataError(str(error)) from None
 
 
 def build_dataset(
@@ -80,7 +54,7 @@ def build_dataset(
         DataError: unknown key or unusable value, missing folder, no images, image without label map. Unreadable files
             and label values outside the classes are found when they are read (with ``cache: true``, here).
     """
-    parsed = parse_options(options)  # type: ignore[arg-type]
+    parsed = parse_options(options)
     entry = dataset_entry(parsed.name)
     assert entry is not None  # or there would be no options
     more = (problems,) if issubclass(entry[1], ImageFiles) else ()

@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
+from .._options import Flag
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
-from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .options import DataError, DatasetOptions, SplitNames, names_of
 from .registry import register_dataset
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class CamVidOptions(DatasetOptions):
     """CamVid in the SegNet layout; see :mod:`rendseg.data.camvid`."""
 
@@ -25,7 +24,7 @@ class CamVidOptions(DatasetOptions):
     root: str | None = None  # null: $RENDSEG_DATA/camvid, else ../shared/data/camvid beside the checkout
     train: SplitNames = "train"  # folder of the images of each split, or several; NAMEannot holds the labels
     val: SplitNames = "val"
-    cache: bool = False  # decode every image once and keep it in memory (train: 250 MB)
+    cache: Flag = False  # decode every image once and keep it in memory (train: 250 MB)
 
 
 CLASSES = {

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
+from .._options import Flag
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, dataset_root, find_images
-from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .options import DataError, DatasetOptions, SplitNames, names_of
 from .registry import register_dataset
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class CityscapesOptions(DatasetOptions):
     """Cityscapes as it is distributed; see :mod:`rendseg.data.cityscapes`."""
 
@@ -32,7 +31,7 @@ class CityscapesOptions(DatasetOptions):
     val: SplitNames = "val"
     labels: Literal["auto", "labelIds", "labelTrainIds"] = "auto"  # auto: *_labelTrainIds.png where present
     annotations: Literal["gtFine", "gtCoarse"] = "gtFine"  # of train; train_extra has gtCoarse alone, val keeps gtFine
-    cache: bool = False  # decode every image once and keep it in memory (train: 25 GB)
+    cache: Flag = False  # decode every image once and keep it in memory (train: 25 GB)
 
 
 CLASSES = {

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
+from .._options import Field, Flag, Whole
 from .base import ImageFiles, Split
 from .images import IGNORE, LabelReader, find_images, read_list
-from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .options import DataError, DatasetOptions, SplitNames, names_of
 from .registry import register_dataset
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class FolderOptions(DatasetOptions):
     """Any folder of images and label maps; see :mod:`rendseg.data.folder`."""
 
@@ -43,13 +41,13 @@ class FolderOptions(DatasetOptions):
     train: SplitNames = "train"  # sub-folder of images/ and labels/, or list file (with or without ".txt"), or several
     val: SplitNames = "val"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # for split: fraction
-    seed: Annotated[int, Field(ge=0)] = 0  # of that division
+    seed: Whole = 0  # of that division
     classes: int | list[str] | None = None  # number or names; null: as many as class_map or color_map has
     class_map: dict[int, int] | None = None  # value in the file -> class (or 255: ignored); null: as it is
     color_map: dict[str, int] | None = None  # "#rrggbb" -> class (or 255), for labels drawn in colours
     ignore_label: int | list[int] | None = 255  # values in the file that are ignored; a key of class_map wins
     palette: list[tuple[int, int, int]] | None = None  # colours of the pictures, one per class
-    cache: bool = False  # decode every image once and keep it in memory
+    cache: Flag = False  # decode every image once and keep it in memory
 
 
 def distinct_colors(count: int) -> np.ndarray:

@@ -8,20 +8,13 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator
+
+from .._options import Count, Field, Flag, NonNegative, Options, Positive, Share
 
 
 class DataError(ValueError):
     """A data set, an image, a label map or an option that cannot be used. One line: what, where and the remedy."""
-
-
-CONFIG = ConfigDict(extra="forbid", validate_default=True)
-Probability = Annotated[float, Field(ge=0, le=1)]
-Side = Annotated[int, Field(ge=1)]
-Jitter = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 def _check_names(value: Any) -> Any:
@@ -43,18 +36,16 @@ def names_of(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-@dataclass(config=CONFIG, kw_only=True)
-class ColorJitterOptions:
+class ColorJitterOptions(Options):
     """Ranges of ``torchvision.transforms.v2.ColorJitter``; 0 leaves the property alone."""
 
-    brightness: Jitter = 0.25
-    contrast: Jitter = 0.25
-    saturation: Jitter = 0.25
+    brightness: NonNegative = 0.25
+    contrast: NonNegative = 0.25
+    saturation: NonNegative = 0.25
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # dear on a CPU: the image goes to HSV and back
 
 
-@dataclass(config=CONFIG, kw_only=True)
-class PhotometricOptions:
+class PhotometricOptions(Options):
     """The distortion of SSD (Liu et al. 2016, section 2.2) with the values of mmsegmentation and detectron2: each of
     the four steps is taken with `probability`, contrast before saturation and hue or after them."""
 
@@ -62,19 +53,16 @@ class PhotometricOptions:
     contrast_range: tuple[NonNegative, NonNegative] = (0.5, 1.5)  # factor of all values
     saturation_range: tuple[NonNegative, NonNegative] = (0.5, 1.5)  # factor of the S of HSV
     hue_delta: Annotated[float, Field(ge=0, le=90)] = 18.0  # turn of the H of HSV; 180 is the full circle, as in OpenCV
-    probability: Probability = 0.5  # of each step
+    probability: Share = 0.5  # of each step
 
-    @model_validator(mode="after")
-    def _ordered(self) -> PhotometricOptions:
+    def __post_init__(self) -> None:
         for name in ("contrast_range", "saturation_range"):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} must be [smallest, largest], got {[low, high]}")
-        return self
 
 
-@dataclass(config=CONFIG, kw_only=True)
-class AugmentOptions:
+class AugmentOptions(Options):
     """Keys common to all data sets. The split ``val`` heeds only those from ``mean`` on.
 
     Size of the training images, one of three rules; the crop follows:
@@ -86,27 +74,26 @@ class AugmentOptions:
       ``scale_range`` is.
     """
 
-    crop_size: tuple[Side, Side] | None = None  # [height, width]; null: the size of each image
+    crop_size: tuple[Count, Count] | None = None  # [height, width]; null: the size of each image
     scale_range: tuple[Positive, Positive] = (0.5, 2.0)  # the factor is drawn uniformly from it
     scale_step: Positive | None = None  # null: any factor; else smallest, smallest + step, ... up to the largest
-    base_size: tuple[Side, Side] | None = None  # [height, width], or turned, as the image is; null: each image's own
-    short_edge: list[Side] | None = None  # choices of the shorter side; null: no such rule
+    base_size: tuple[Count, Count] | None = None  # [height, width], or turned, as the image is; null: each image's own
+    short_edge: list[Count] | None = None  # choices of the shorter side; null: no such rule
     short_edge_sampling: Literal["choice", "range"] = "choice"  # range: any integer from the first to the second
-    max_size: Side | None = None  # with short_edge: the longer side is at most so long; null: no limit
+    max_size: Count | None = None  # with short_edge: the longer side is at most so long; null: no limit
     category_max_fraction: Annotated[float, Field(gt=0, le=1)] = 0.75  # of the crop; 1 switches the limit off
-    flip: Probability = 0.5  # left-right
-    vertical_flip: Probability = 0.0
+    flip: Share = 0.5  # left-right
+    vertical_flip: Share = 0.0
     color_jitter: ColorJitterOptions | None = field(default_factory=ColorJitterOptions)  # null: none
     photometric_distortion: PhotometricOptions | None = None  # {}: SSD's, instead of color_jitter
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels in [0, 1]; the customary ImageNet values
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     pixel_max: Literal[1, 255] = 1  # 255: mean and std are given for 0..255; they are divided by it at once
     channel_order: Literal["rgb", "bgr"] = "rgb"  # of the network's input, and so of mean and std; bgr: Caffe's weights
-    val_size: tuple[Side, Side] | None = None  # [height, width] of val images and labels; null: as in the files
-    val_keep_ratio: bool = True  # false: val images are stretched to val_size; true: fitted into it
+    val_size: tuple[Count, Count] | None = None  # [height, width] of val images and labels; null: as in the files
+    val_keep_ratio: Flag = True  # false: val images are stretched to val_size; true: fitted into it
 
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentOptions:
+    def __post_init__(self) -> None:
         if self.scale_range[0] > self.scale_range[1]:
             raise ValueError(f"scale_range must be [smallest, largest], got {list(self.scale_range)}")
         if self.short_edge is not None:
@@ -131,13 +118,11 @@ class AugmentOptions:
         if self.pixel_max == 255:
             if 0 < largest <= 1:
                 raise ValueError(f"mean {list(self.mean)} is of values 0..1: leave pixel_max at 1")
-            self.mean = tuple(value / 255 for value in self.mean)  # type: ignore[assignment]
-            self.std = tuple(value / 255 for value in self.std)  # type: ignore[assignment]
-            self.pixel_max = 1  # so that the options can be parsed again
-        return self
+            divided = {name: tuple(value / 255 for value in getattr(self, name)) for name in ("mean", "std")}
+            for name, value in {**divided, "pixel_max": 1}.items():  # 1, so that the options can be parsed again
+                object.__setattr__(self, name, value)
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class DatasetOptions(AugmentOptions):
     """Base of the options of a data set; ``name`` is the one under which it is registered."""
 

@@ -13,26 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
+from .._options import Count, Positive, Whole
 from .base import SegmentationDataset, Split
-from .options import CONFIG, ColorJitterOptions, DatasetOptions, Positive, Side
+from .options import ColorJitterOptions, DatasetOptions
 from .registry import register_dataset
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class ShapesOptions(DatasetOptions):
     """Synthetic scenes; see :mod:`rendseg.data.shapes`. No scaling and jitter by default, as every scene differs."""
 
     name: Literal["shapes"] = "shapes"
-    size: tuple[Side, Side] = (128, 128)  # [height, width]
-    num_images: Annotated[int, Field(ge=1)] = 4096
-    num_val_images: Annotated[int, Field(ge=1)] = 128
-    seed: Annotated[int, Field(ge=0)] = 0  # of the scenes
+    size: tuple[Count, Count] = (128, 128)  # [height, width]
+    num_images: Count = 4096
+    num_val_images: Count = 128
+    seed: Whole = 0  # of the scenes
     scale_range: tuple[Positive, Positive] = (1.0, 1.0)
     color_jitter: ColorJitterOptions | None = None
 

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
+from .._options import Flag
 from .base import ImageFiles, Split
 from .folder import distinct_colors
 from .images import LabelReader, dataset_root, read_list
-from .options import CONFIG, DataError, DatasetOptions, SplitNames, names_of
+from .options import DataError, DatasetOptions, SplitNames, names_of
 from .registry import register_dataset
 
 
-@dataclass(config=CONFIG, kw_only=True)
 class VocOptions(DatasetOptions):
     """Pascal VOC 2012, with the labels of SBD on request; see :mod:`rendseg.data.voc`."""
 
@@ -37,7 +36,7 @@ class VocOptions(DatasetOptions):
     sbd: str | None = None  # benchmark_RELEASE of SBD; null: SegmentationClassAug, else benchmark_RELEASE beside VOC
     train: SplitNames = "train"  # a list in ImageSets/Segmentation, or several; trainaug and aug take in SBD's labels
     val: SplitNames = "val"
-    cache: bool = False  # decode every image once and keep it in memory (trainaug: 8 GB)
+    cache: Flag = False  # decode every image once and keep it in memory (trainaug: 8 GB)
 
 
 CLASSES = (

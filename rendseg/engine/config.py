@@ -12,31 +12,21 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ArgsKwargs
 
-from rendseg._nearest import nearest
-from rendseg.engine.eval_presets import PRESETS, check_preset
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+from rendseg._options import Count, Flag, NonNegative, O, Options, Positive, Whole, problems
+from rendseg.engine.eval_presets import PRESETS
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the file or the option, the key, and what is wanted."""
 
 
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class OptimizerConfig(Section):
+class OptimizerConfig(Options):
     """The optimizer and its parameter groups."""
 
     name: Literal["sgd", "adamw"] = Field(
@@ -44,7 +34,7 @@ class OptimizerConfig(Section):
     )
     lr: Positive = Field(default=0.01, description="base learning rate, the schedule's highest value")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
-    nesterov: bool = Field(default=False, description="Nesterov momentum (sgd)")
+    nesterov: Flag = Field(default=False, description="Nesterov momentum (sgd)")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="decay of the mean gradient and of its square (adamw)"
     )
@@ -53,22 +43,20 @@ class OptimizerConfig(Section):
     head_lr_factor: Positive = Field(
         default=1.0, description="learning rate of everything outside the backbone, as a factor"
     )
-    no_decay_on_norm: bool = Field(
+    no_decay_on_norm: Flag = Field(
         default=False,
         description="no weight decay on biases, on parameters of norms, and on what a timm network exempts "
         "(position embeddings and the like)",
     )
 
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> OptimizerConfig:
+    def __post_init__(self) -> None:
         if self.nesterov and self.name != "sgd":
             raise ValueError(f"nesterov: true is for sgd, not {self.name}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: true needs momentum > 0")
-        return self
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Options):
     """Learning rate over iterations; the formula is ``rendseg.engine.optimize.learning_rate``."""
 
     name: Literal["poly", "step", "cosine", "constant"] = Field(
@@ -77,40 +65,38 @@ class ScheduleConfig(Section):
         "min_lr; constant: lr throughout",
     )
     power: Positive = Field(default=0.9, description="exponent of poly")
-    milestones: tuple[PositiveInt, ...] = Field(
+    milestones: tuple[Count, ...] = Field(
         default=(), description="iterations at which step multiplies the learning rate by gamma, ascending"
     )
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor of step")
     min_lr: NonNegative = Field(default=0.0, description="learning rate at the end of poly and cosine")
-    warmup_iterations: NonNegativeInt = Field(default=0, description="iterations of linear warm-up; 0: none")
+    warmup_iterations: Whole = Field(default=0, description="iterations of linear warm-up; 0: none")
     warmup_factor: float = Field(
         default=0.1, ge=0, le=1, description="the warm-up begins at this share of the schedule"
     )
 
-    @model_validator(mode="after")
-    def _milestones(self) -> ScheduleConfig:
+    def __post_init__(self) -> None:
         if self.name == "step" and not self.milestones:
             raise ValueError("the schedule step needs milestones, such as [40000, 55000]")
         if self.name != "step" and self.milestones:
             raise ValueError(f"milestones are for the schedule step, not {self.name}")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must ascend, got {list(self.milestones)}")
-        return self
 
 
-class FSDPConfig(Section):
+class FSDPConfig(Options):
     """Fully sharded data parallelism over all processes; see ``rendseg.engine.sharding``."""
 
-    enabled: bool = Field(
+    enabled: Flag = Field(
         default=False,
         description="split parameters, gradients and optimizer state over the processes (of which there must be "
         "several), rather than copy them (DDP)",
     )
-    reshard_after_forward: bool = Field(
+    reshard_after_forward: Flag = Field(
         default=True,
         description="free the gathered parameters after the forward pass and gather them again for the backward pass",
     )
-    min_parameters: NonNegativeInt = Field(
+    min_parameters: Whole = Field(
         default=100_000, description="a block with fewer parameters is gathered together with others"
     )
     gather_dtype: Literal["fp32", "bf16"] = Field(
@@ -118,12 +104,12 @@ class FSDPConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(Options):
     """The training loop."""
 
-    iterations: PositiveInt = Field(description="optimizer steps of the whole run")
-    batch_size: PositiveInt = Field(default=4, description="images per process and forward pass")
-    gradient_accumulation: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    iterations: Count = Field(description="optimizer steps of the whole run")
+    batch_size: Count = Field(default=4, description="images per process and forward pass")
+    gradient_accumulation: Count = Field(default=1, description="forward passes per optimizer step")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="see OptimizerConfig")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="see ScheduleConfig")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -134,32 +120,26 @@ class TrainConfig(Section):
     clip_grad_norm: Positive | None = Field(
         default=None, description="largest norm of all gradients together; null: no limit"
     )
-    num_workers: NonNegativeInt = Field(
-        default=2, description="processes that prepare images; 0: in the training process"
-    )
-    log_every: PositiveInt = Field(
-        default=20, description="iterations between rows of metrics.json and TensorBoard scalars"
-    )
-    eval_every: NonNegativeInt = Field(default=0, description="iterations between evaluations; 0: only after the last")
-    checkpoint_every: PositiveInt = Field(default=500, description="iterations between checkpoints")
-    keep_checkpoints: NonNegativeInt = Field(
+    num_workers: Whole = Field(default=2, description="processes that prepare images; 0: in the training process")
+    log_every: Count = Field(default=20, description="iterations between rows of metrics.json and TensorBoard scalars")
+    eval_every: Whole = Field(default=0, description="iterations between evaluations; 0: only after the last")
+    checkpoint_every: Count = Field(default=500, description="iterations between checkpoints")
+    keep_checkpoints: Whole = Field(
         default=1, description="numbered checkpoints (iteration_*.pt) kept besides last.pt and best.pt"
     )
     time_limit_minutes: Positive | None = Field(
         default=None,
         description="stop after this much training time, all resumptions together, save and evaluate; null: none",
     )
-    tensorboard: bool = Field(
+    tensorboard: Flag = Field(
         default=True, description="write TensorBoard scalars and images to <run folder>/tensorboard"
     )
 
-    @model_validator(mode="after")
-    def _sharded_precision(self) -> TrainConfig:
+    def __post_init__(self) -> None:
         if self.fsdp.enabled and self.precision == "fp16":
             raise ValueError("fsdp does not scale losses as precision: fp16 needs; use bf16 or fp32")
         if self.fsdp.gather_dtype == "bf16" and self.precision != "bf16":
             raise ValueError(f"fsdp.gather_dtype: bf16 needs precision: bf16, not {self.precision}")
-        return self
 
 
 def _as_list(value: Any) -> Any:
@@ -186,24 +166,23 @@ def _is_side(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-class EvalConfig(Section):
+class EvalConfig(Options):
     """Evaluation on the validation split, after training and by `rendseg eval`; windows, scales and flip also hold for
     `rendseg predict`."""
 
-    preset: str = Field(
+    preset: Literal["rendseg", "mmseg", "paddleseg", "detectron2", "pytorch_encoding"] = Field(
         default="rendseg",
         description="the conventions of a framework: what is not given of merge, absent, align_corners, image_resize, "
-        "rounding, chain_scales, window_border, flip; rendseg, mmseg, paddleseg, detectron2, pytorch_encoding (see "
-        "rendseg.engine.eval_presets)",
+        "rounding, chain_scales, window_border, flip (see rendseg.engine.eval_presets)",
     )
-    batch_size: PositiveInt = Field(default=1, description="images of one size that are predicted together")
-    num_workers: NonNegativeInt = Field(default=2, description="processes that read images")
-    limit: PositiveInt | None = Field(default=None, description="evaluate only the first so many images; null: all")
+    batch_size: Count = Field(default=1, description="images of one size that are predicted together")
+    num_workers: Whole = Field(default=2, description="processes that read images")
+    limit: Count | None = Field(default=None, description="evaluate only the first so many images; null: all")
     scales: Annotated[list[Positive], BeforeValidator(_as_list)] = Field(
         default=[1.0], min_length=1, description="sizes at which each image is predicted, relative to its own"
     )
-    flip: bool = Field(default=False, description="predict the mirror image too")
-    flip_vertical: bool = Field(default=False, description="predict the image upside down too (and, with flip, both)")
+    flip: Flag = Field(default=False, description="predict the mirror image too")
+    flip_vertical: Flag = Field(default=False, description="predict the image upside down too (and, with flip, both)")
     window: Annotated[list[int], BeforeValidator(_side_pair)] | None = Field(
         default=None, description="[height, width] of a sliding window, or one number for both; null: the whole image"
     )
@@ -230,11 +209,11 @@ class EvalConfig(Section):
         description="side that scale 1 means for rounding long_side or short_side, box [long, short] for mmcv; null: "
         "the image's own",
     )
-    max_size: PositiveInt | None = Field(default=None, description="rounding short_side: limit of the longer side")
-    scale_divisor: PositiveInt | None = Field(
+    max_size: Count | None = Field(default=None, description="rounding short_side: limit of the longer side")
+    scale_divisor: Count | None = Field(
         default=None, description="sides of scaled images are rounded up to a multiple of this; null: no rounding"
     )
-    chain_scales: bool = Field(default=False, description="make each scaled image from the one before (PaddleSeg)")
+    chain_scales: Flag = Field(default=False, description="make each scaled image from the one before (PaddleSeg)")
     image_resize: Literal["bilinear", "aligned", "antialias"] = Field(
         default="antialias",
         description="how images are scaled: bilinear (half-pixel centres), aligned (bilinear with corners aligned), "
@@ -256,7 +235,7 @@ class EvalConfig(Section):
     best: Literal["miou", "boundary_iou", "pixel_accuracy"] = Field(
         default="miou", description="the refined prediction's metric that chooses best.pt"
     )
-    pictures: NonNegativeInt = Field(
+    pictures: Whole = Field(
         default=4,
         description="side-by-side pictures written to <run folder>/pictures after training; images in worst.png of "
         "`rendseg eval`",
@@ -264,17 +243,15 @@ class EvalConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_preset(cls, values: Any) -> Any:
+    def _with_preset(cls, given: Any) -> Any:
+        values = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
         preset = values.get("preset", "rendseg") if isinstance(values, Mapping) else None
-        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return given
+        filled = {**PRESETS[preset], **values}
+        return ArgsKwargs((), filled) if isinstance(given, ArgsKwargs) else filled
 
-    @field_validator("preset", mode="before")
-    @classmethod
-    def _known_preset(cls, value: Any) -> str:
-        return check_preset(value)
-
-    @model_validator(mode="after")
-    def _fits(self) -> EvalConfig:
+    def __post_init__(self) -> None:
         if self.window is None and self.window_stride is not None:
             raise ValueError("window_stride needs window: [height, width]")
         if self.window is not None and self.window_stride is not None:
@@ -296,7 +273,6 @@ class EvalConfig(Section):
                 raise ValueError(f"base_size must be {shape} with rounding: {self.rounding}, got {self.base_size}")
         if self.max_size is not None and self.rounding != "short_side":
             raise ValueError(f"max_size needs rounding: short_side, got rounding: {self.rounding}")
-        return self
 
     @property
     def stride(self) -> list[int] | None:
@@ -306,19 +282,17 @@ class EvalConfig(Section):
         return [max(1, 2 * side // 3) for side in self.window]
 
 
-class OutputConfig(Section):
+class OutputConfig(Options):
     """Where a run is written."""
 
     dir: str = Field(default="runs", description="parent folder of runs, relative to the current folder")
 
 
-class Config(Section):
+class Config(Options):
     """One experiment."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="name of the run and of its folder")
-    seed: NonNegativeInt = Field(
-        default=0, description="seed of weights, order of the data, augmentation and point sampling"
-    )
+    seed: Whole = Field(default=0, description="seed of weights, order of the data, augmentation and point sampling")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator if there is one; cpu")
     resume: str = Field(
         default="auto",
@@ -357,7 +331,7 @@ class Config(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings: what YAML and a checkpoint hold."""
-        return self.model_dump(mode="json")
+        return _plain(dataclasses.asdict(self))  # type: ignore[call-overload]
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that ``load_config`` reads back to an equal one."""
@@ -425,10 +399,7 @@ def build_config(
     data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = _resolve(data["root"], folder)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(explain(error, source, overridden)) from error
+    return validated(Config, values, source, overridden)
 
 
 def _copy(value: Any) -> Any:
@@ -492,68 +463,27 @@ def _resolve(root: str, folder: Path | None) -> str:
 # ------------------------------------------------------------------------------------------------------- errors
 
 
-def explain(
-    error: ValidationError, source: str, overridden: Iterable[str] = (), section: type[BaseModel] = Config
-) -> str:
-    """All problems of a configuration, one per line; unknown keys first because they often cause the rest."""
-    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    lines = []
-    for problem in problems:
-        location = [str(part) for part in problem["loc"]]
-        key = ".".join(location)
-        where = "on the command line" if any(_within(key, o) for o in overridden) else f"in {source}"
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r} {where}{_nearest(location, section)}")
-        elif problem["type"] == "missing":
-            lines.append(f"the key {key!r} is missing in {source}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
+def validated(kind: type[O], values: Mapping[str, Any], source: str, overridden: Iterable[str] = ()) -> O:
+    """``kind`` with ``values``; ``ConfigError`` has one line for every problem, unknown keys first because they often
+    cause the rest. ``source`` is the file, ``overridden`` are the keys that were set on the command line."""
+    try:
+        return kind(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        lines = []
+        for problem in problems(error, kind, values):
+            key = problem.key
+            where = "on the command line" if any(_within(key, o) for o in overridden) else f"in {source}"
             if key in ("model", "data"):  # checked by their owners, whose messages name the key
-                lines.append(f"{message} ({where})")
-                continue
-            got = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
-            lines.append(f"{key} {where}: {message[:1].lower() + message[1:]}{got}" if key else f"{source}: {message}")
-    return "\n".join(dict.fromkeys(lines))
+                lines.append(f"{problem.message.removeprefix(': ')} ({where})")
+            elif problem.kind == "missing":
+                lines.append(f"the key {key!r} is missing in {source}")
+            else:
+                lines.append(problem.text(f"{key!r} {where}" if problem.kind == "unknown" else f"{key} {where}"))
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
 def _within(key: str, override: str) -> bool:
     return key == override or key.startswith(override + ".") or override.startswith(key + ".")
-
-
-def _nearest(location: list[str], root: type[BaseModel]) -> str:
-    """``"; the nearest is ..."`` from the keys of the same section, else from all keys of the configuration."""
-    section: Any = root
-    for part in location[:-1]:
-        if part in section.model_fields:
-            section = _section_of(section.model_fields[part].annotation) or section
-    everywhere = all_keys(root)
-    same = [key for key in everywhere if key.split(".")[-1] == location[-1]]
-    if same:
-        return f"; there is {same[0]!r}"
-    near = nearest(location[-1], section.model_fields)
-    if near is not None:
-        return f"; the nearest is {'.'.join([*location[:-1], near])!r}"
-    tails = {key.split(".")[-1]: key for key in everywhere}
-    near = nearest(location[-1], tails, 0.6)  # of another section: less likely, and so more alike
-    return f"; known here: {', '.join(section.model_fields)}" if near is None else f"; the nearest is {tails[near]!r}"
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a section and the sections in it."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            keys += all_keys(inner, f"{prefix}{name}.")
-    return keys
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

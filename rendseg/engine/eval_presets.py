@@ -61,8 +61,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rendseg._nearest import nearest
-
 PRESETS: dict[str, dict[str, Any]] = {
     "rendseg": {
         "merge": "softmax",
@@ -118,15 +116,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The keys that a preset decides about; base_size and max_size have a meaning only together with `rounding`.
 CONVENTIONS = (*PRESETS["rendseg"], "base_size", "max_size")
-
-
-def check_preset(name: Any) -> str:
-    """``name`` if it is a preset; ``ValueError`` names the nearest one."""
-    if isinstance(name, str) and name in PRESETS:
-        return name
-    near = nearest(name, PRESETS)
-    hint = "" if near is None else f"; the nearest is {near!r}"
-    raise ValueError(f"must be one of {', '.join(PRESETS)}{hint}")
 
 
 def without_conventions(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from rendseg._options import Count, Options
 from rendseg.data import DataError
 from rendseg.engine.assemble import build_data, load_trained
 from rendseg.engine.checkpoint import LAST, CheckpointError, write_atomically, write_json, write_text
@@ -34,12 +35,10 @@ from rendseg.engine.config import (
     Config,
     ConfigError,
     OutputConfig,
-    PositiveInt,
-    Section,
     build_config,
-    explain,
     override_mapping,
     read_mapping,
+    validated,
 )
 from rendseg.engine.resume import training_differences
 
@@ -52,14 +51,14 @@ METRICS = (
 )
 
 
-class SpeedConfig(Section):
+class SpeedConfig(Options):
     """The measurement of ms per image: labels from a normalised image, one at a time, the variants taking turns."""
 
-    repeats: PositiveInt = Field(default=20, description="timed predictions of each variant, after three that are not")
+    repeats: Count = Field(default=20, description="timed predictions of each variant, after three that are not")
     precision: str = Field(default="fp32", pattern="^(fp32|bf16)$", description="arithmetic of the network")
 
 
-class ExperimentConfig(Section):
+class ExperimentConfig(Options):
     """One experiment."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="name of the experiment and of its folder")
@@ -78,15 +77,13 @@ class ExperimentConfig(Section):
             raise ValueError(f"{', '.join(given)} belong to the experiment, not to base")
         return value
 
-    @model_validator(mode="after")
-    def _known(self) -> ExperimentConfig:
+    def __post_init__(self) -> None:
         for pair in self.compare:
             for variant in pair:
                 if variant not in self.variants:
                     raise ValueError(f"compare names {variant!r}, which is no variant ({', '.join(self.variants)})")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, got {self.seeds}")
-        return self
 
     @property
     def folder(self) -> Path:
@@ -108,10 +105,7 @@ def load_experiment(
     """The experiment and the configuration of every run; ``ConfigError`` says what is wrong and where."""
     content, overridden = override_mapping(read_mapping(path), overrides)
     folder = Path(path).resolve().parent
-    try:
-        experiment = ExperimentConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(explain(error, str(path), overridden, ExperimentConfig)) from error
+    experiment = validated(ExperimentConfig, content, str(path), overridden)
     runs = {}
     for variant, changes in experiment.variants.items():
         for seed in experiment.seeds:

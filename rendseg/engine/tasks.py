@@ -4,6 +4,7 @@ of the tasks besides ``object``. The order of its batches is in ``order.py``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def with_tasks(config: Config, dataset: Any) -> Config:
             raise ConfigError(f"model.decoder.{key} differs from what the data has ({value}): remove the key")
         decoder[key] = value
     loss = {**config.model["loss"], "ignore_index": dataset.ignore_index}
-    return config.model_copy(update={"model": {**config.model, "decoder": decoder, "loss": loss}})
+    return dataclasses.replace(config, model={**config.model, "decoder": decoder, "loss": loss})
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

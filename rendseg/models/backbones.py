@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._options import read
 from .options import BackboneOptions
 from .resnet_stride4 import STRIDE4, create_stride4
 
@@ -115,7 +115,7 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
     import timm  # two seconds of imports: only when a model is built
     from timm.models import is_model_in_modules
 
-    options = dataclasses.replace(options or BackboneOptions(), **changes)
+    options = read(BackboneOptions, changes, "backbone", options)
     if options.pretrained and options.checkpoint is not None:
         raise ValueError("give either pretrained or checkpoint for the backbone, not both")
     if options.checkpoint is not None and not os.path.isfile(options.checkpoint):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._options import Count, Flag, NonNegative, ShareBelowOne, filled, read
 from ..nn.conv import ConvNorm
 from ..nn.enc_module import EncModule
 from ..nn.fcn_head import FCNHead
@@ -19,12 +19,11 @@ from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
 from .fcn import check_levels
 from .losses import segmentation_loss
-from .options import DecoderOptions
-from .registry import arguments, register_decoder, with_preset
+from .options import DecoderOptions, Norm
+from .registry import register_decoder
 from .se_loss import se_loss
 
 
-@dataclass(frozen=True)
 class ENCNetOptions(DecoderOptions):
     """Options of ``encnet``. ``None`` means: as ``preset`` says (see ``ENCNET_PRESETS``)."""
 
@@ -32,32 +31,32 @@ class ENCNetOptions(DecoderOptions):
     preset: Literal["pytorch_encoding", "mmseg", "paddleseg"] = "mmseg"
     level: str = "c5"
     """The backbone map of the 3x3 bottleneck."""
-    channels: int = 512
+    channels: Count = 512
     laterals: tuple[str, ...] | None = None
     """Backbone maps that are brought to ``channels`` by 1x1 convolutions, resized to ``level`` and fused with it by a
     3x3 convolution; ``[]`` for none. Presets: none, paddleseg c3 and c4."""
-    encoding: bool = True
+    encoding: Flag = True
     """``false`` leaves the whole module out: the bottleneck goes straight to the classifier, and there is no semantic
     encoding loss."""
-    num_codes: int = 32
-    project_bias: bool | None = None
+    num_codes: Count = 32
+    project_bias: Flag | None = None
     """A bias in the 1x1 convolution before the encoding. Presets: none, paddleseg yes."""
     reduction: Literal["mean", "sum"] = "mean"
     """Over the codes. The paper writes a sum."""
-    se_weight: float = 0.2
+    se_weight: NonNegative = 0.2
     """Weight of the semantic encoding loss; 0 leaves its branch out."""
-    aux_weight: float | None = None
+    aux_weight: NonNegative | None = None
     """Weight of the auxiliary FCN head; 0 leaves it out. Presets: 0.4, pytorch_encoding 0.2."""
     aux_level: str = "c4"
-    aux_channels: int | None = None
+    aux_channels: Count | None = None
     """Presets: 256, paddleseg 512."""
-    dropout: float | None = None
+    dropout: ShareBelowOne | None = None
     """Before the classifier. Presets: 0.1, paddleseg 0."""
-    dropout_channels: bool | None = None
+    dropout_channels: Flag | None = None
     """Drop whole channels instead of single elements. Presets: yes, pytorch_encoding no."""
-    align_corners: bool | None = None
+    align_corners: Flag | None = None
     """Of the resizing of laterals and auxiliary logits. Presets: no, pytorch_encoding yes."""
-    norm: Literal["bn", "syncbn", "gn", "none"] = "bn"
+    norm: Norm = "bn"
     """Of the convolutions. The codes have a batch norm in any case (synchronised with ``syncbn``)."""
 
 
@@ -95,6 +94,7 @@ class ENCNet(Decoder):
     (the semantic encoding loss, on a linear layer of the encoding) and ``loss_aux_encnet`` (cross-entropy of an
     ``FCNHead`` on ``aux_level``); their heads run only there, so prediction does not pay for them. Modules are called
     ``bottleneck``, ``laterals``, ``fusion``, ``enc_module``, ``se_layer``, ``classifier`` and ``aux_head``.
+    ``switches`` are fields of ``ENCNetOptions``.
     """
 
     def __init__(
@@ -102,59 +102,41 @@ class ENCNet(Decoder):
         in_channels: Mapping[str, int],
         strides: Mapping[str, int],
         num_classes: int,
-        *,
-        level: str = "c5",
-        channels: int = 512,
-        laterals: Sequence[str] = (),
-        encoding: bool = True,
-        num_codes: int = 32,
-        project_bias: bool = False,
-        reduction: str = "mean",
-        se_weight: float = 0.2,
-        aux_weight: float = 0.4,
-        aux_level: str = "c4",
-        aux_channels: int = 256,
-        dropout: float = 0.1,
-        dropout_channels: bool = True,
-        align_corners: bool = False,
-        norm: str = "bn",
+        options: ENCNetOptions | None = None,
+        **switches: Any,
     ) -> None:
         super().__init__(num_classes)
-        check_levels([level], in_channels, "level")
-        if laterals:
-            check_levels(laterals, in_channels, "laterals")
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        for name, weight in (("se_weight", se_weight), ("aux_weight", aux_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {weight}")
-        self.level = level
-        self.stride = strides[level]
-        self.lateral_levels = tuple(laterals)
-        self.align_corners = align_corners
-        self.se_weight = se_weight if encoding else 0.0
-        self.aux_weight = aux_weight
-        self.aux_level = aux_level
-        self.bottleneck = ConvNorm(in_channels[level], channels, 3, norm=norm)
-        self.laterals = nn.ModuleList(ConvNorm(in_channels[name], channels, 1, norm=norm) for name in laterals)
-        self.fusion = ConvNorm(channels * (1 + len(laterals)), channels, 3, norm=norm) if laterals else None
+        s: Any = read(ENCNetOptions, switches, start=options)
+        s = filled(s, ENCNET_PRESETS[s.preset])
+        check_levels([s.level], in_channels, "level")
+        if s.laterals:
+            check_levels(s.laterals, in_channels, "laterals")
+        channels, norm = s.channels, s.norm
+        self.level = s.level
+        self.stride = strides[s.level]
+        self.lateral_levels = tuple(s.laterals)
+        self.align_corners = s.align_corners
+        self.se_weight = s.se_weight if s.encoding else 0.0
+        self.aux_weight = s.aux_weight
+        self.aux_level = s.aux_level
+        self.bottleneck = ConvNorm(in_channels[s.level], channels, 3, norm=norm)
+        self.laterals = nn.ModuleList(ConvNorm(in_channels[name], channels, 1, norm=norm) for name in s.laterals)
+        self.fusion = ConvNorm(channels * (1 + len(s.laterals)), channels, 3, norm=norm) if s.laterals else None
         self.enc_module = (
-            EncModule(channels, num_codes, norm=norm, project_bias=project_bias, reduction=reduction)
-            if encoding
+            EncModule(channels, s.num_codes, norm=norm, project_bias=s.project_bias, reduction=s.reduction)
+            if s.encoding
             else None
         )
         self.se_layer = nn.Linear(channels, num_classes) if self.se_weight else None
-        self.dropout = nn.Dropout2d(dropout) if dropout_channels else nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(s.dropout) if s.dropout_channels else nn.Dropout(s.dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
         self.aux_head: FCNHead | None = None
-        if aux_weight:
-            check_levels([aux_level], in_channels, "aux_level")
-            self.aux_stride = strides[aux_level]
-            self.aux_head = FCNHead(in_channels[aux_level], aux_channels, num_classes, norm=norm)
+        if s.aux_weight:
+            check_levels([s.aux_level], in_channels, "aux_level")
+            self.aux_stride = strides[s.aux_level]
+            self.aux_head = FCNHead(in_channels[s.aux_level], s.aux_channels, num_classes, norm=norm)
         self.feature_channels = {"decoder": channels}
         self.feature_strides = {"decoder": self.stride}
 
@@ -199,5 +181,4 @@ class ENCNet(Decoder):
 
 @register_decoder("encnet", ENCNetOptions)
 def _build(options: ENCNetOptions, backbone: Backbone, num_classes: int) -> ENCNet:
-    switches = {**arguments(options, "preset"), **with_preset(options, ENCNET_PRESETS[options.preset])}
-    return ENCNet(backbone.channels_of, backbone.strides_of, num_classes, **switches)
+    return ENCNet(backbone.channels_of, backbone.strides_of, num_classes, options)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._options import Count, Flag, ShareBelowOne, Whole, read
 from ..nn.fcn_head import FCNHead
 from ..nn.fpn import upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
-from .options import DecoderOptions
-from .registry import arguments, register_decoder
+from .options import DecoderOptions, Norm
+from .registry import register_decoder
 
 
-@dataclass(frozen=True)
 class FCNOptions(DecoderOptions):
     """Options of ``fcn``; the defaults are mmsegmentation's."""
 
@@ -25,15 +24,15 @@ class FCNOptions(DecoderOptions):
     levels: tuple[str, ...] = ("c5",)
     """Backbone maps that the head reads. Several are brought to the finest and put side by side: ``[c2, c3, c4, c5]``
     is the head of HRNet."""
-    channels: int = 512
-    num_convs: int = 2
-    kernel_size: int = 3
+    channels: Count = 512
+    num_convs: Whole = 2
+    kernel_size: Count = 3
     """Of the convolutions; HRNet's head has 1."""
-    concat_input: bool = True
+    concat_input: Flag = True
     """One more convolution over input and output of the others."""
-    dropout: float = 0.1
-    norm: Literal["bn", "syncbn", "gn", "none"] = "bn"
-    align_corners: bool = False
+    dropout: ShareBelowOne = 0.1
+    norm: Norm = "bn"
+    align_corners: Flag = False
     """Of the enlargement of several levels."""
 
 
@@ -49,7 +48,7 @@ class FCN(Decoder):
     """An ``FCNHead`` on one backbone map, or on several side by side.
 
     ``forward(features)`` -> logits ``[N, num_classes, H/s, W/s]`` (``s`` the stride of the finest level) and the map
-    ``decoder``: what the classifier reads.
+    ``decoder``: what the classifier reads. ``switches`` are fields of ``FCNOptions``.
     """
 
     def __init__(
@@ -57,32 +56,25 @@ class FCN(Decoder):
         in_channels: Mapping[str, int],
         strides: Mapping[str, int],
         num_classes: int,
-        *,
-        levels: Sequence[str] = ("c5",),
-        channels: int = 512,
-        num_convs: int = 2,
-        kernel_size: int = 3,
-        concat_input: bool = True,
-        dropout: float = 0.1,
-        norm: str = "bn",
-        align_corners: bool = False,
+        options: FCNOptions | None = None,
+        **switches: Any,
     ) -> None:
         super().__init__(num_classes)
-        check_levels(levels, in_channels, "levels")
-        self.levels = tuple(levels)
-        self.stride = min(strides[name] for name in levels)
-        self.finest = next(name for name in levels if strides[name] == self.stride)
-        self.factors = {name: strides[name] // self.stride for name in levels}
-        self.mode = "bilinear_aligned" if align_corners else "bilinear"
+        s = read(FCNOptions, switches, start=options)
+        check_levels(s.levels, in_channels, "levels")
+        self.stride = min(strides[name] for name in s.levels)
+        self.finest = next(name for name in s.levels if strides[name] == self.stride)
+        self.factors = {name: strides[name] // self.stride for name in s.levels}
+        self.mode = "bilinear_aligned" if s.align_corners else "bilinear"
         self.head = FCNHead(
-            sum(in_channels[name] for name in levels),
-            channels,
+            sum(in_channels[name] for name in s.levels),
+            s.channels,
             num_classes,
-            num_convs=num_convs,
-            concat_input=concat_input,
-            dropout=dropout,
-            norm=norm,
-            kernel_size=kernel_size,
+            num_convs=s.num_convs,
+            concat_input=s.concat_input,
+            dropout=s.dropout,
+            norm=s.norm,
+            kernel_size=s.kernel_size,
         )
         self.feature_channels = {"decoder": self.head.out_channels}
         self.feature_strides = {"decoder": self.stride}
@@ -96,4 +88,4 @@ class FCN(Decoder):
 
 @register_decoder("fcn", FCNOptions)
 def _build(options: FCNOptions, backbone: Backbone, num_classes: int) -> FCN:
-    return FCN(backbone.channels_of, backbone.strides_of, num_classes, **arguments(options))
+    return FCN(backbone.channels_of, backbone.strides_of, num_classes, options)

@@ -7,43 +7,41 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .._nearest import did_you_mean
-from .typed import parse
+from .._options import AtLeastOne, Count, Field, Flag, NonNegative, Options, Share, ShareBelowOne, Whole, read
 
-PointRule = int | str
 POINT_RULES = ("area/256", "width/16", "(width/16)^2")
+PointRule = Count | Literal["area/256", "width/16", "(width/16)^2"]
+Norm = Literal["bn", "syncbn", "gn", "none"]
 
 
-@dataclass(frozen=True)
-class BackboneOptions:
+class BackboneOptions(Options):
     """A timm network that serves ``features_only``, or ``resnet53``, ``resnet103`` (output stride 4). ``None`` means:
     as the PointRend preset says."""
 
     name: str = "resnet18"
-    pretrained: bool = False
+    pretrained: Flag = False
     """Download timm's weights."""
     checkpoint: str | None = None
     """A local file of weights instead; excludes ``pretrained``."""
-    output_stride: int | None = None
+    output_stride: Count | None = None
     """8, 16 or 32 where the network can; otherwise its own. Default of every preset 32, except paddleseg and deeplab:
     8; of resnet53 and resnet103 always 4."""
-    in_chans: int = 3
+    in_chans: Count = 3
     first_dilation: Literal["previous", "full"] = "previous"
     """Dilation of the first block of a dilated ResNet stage: that of the stage before (timm, torchvision,
     mmsegmentation, PyTorch-Encoding) or the stage's own (PaddleSeg)."""
-    dilated_shortcut_pool: bool = True
+    dilated_shortcut_pool: Flag = True
     """Average pooling in the shortcut of ``resnet*d`` also where dilation replaces the stride (timm); PaddleSeg has
     none there."""
-    freeze_norm: bool | None = None
+    freeze_norm: Flag | None = None
     """Turn BatchNorm into fixed affine layers. ``None``: when the preset says so (detectron2) and weights are
     loaded."""
 
 
-@dataclass(frozen=True)
-class DecoderOptions:
+class DecoderOptions(Options):
     """What every decoder's options have: the name under which it was registered."""
 
     name: str = "semantic_fpn"
@@ -57,8 +55,7 @@ class DecoderOptions:
         return None
 
 
-@dataclass(frozen=True)
-class PointRendOptions:
+class PointRendOptions(Options):
     """Every switch in which implementations of PointRend differ. The defaults are the preset ``rendseg``."""
 
     preset: Literal["rendseg", "detectron2", "mmseg", "paddleseg", "deeplab"] = "rendseg"
@@ -66,30 +63,30 @@ class PointRendOptions:
     point_features: tuple[str, ...] | None = None
     """Names of the maps that give fine features: the decoder's (p2 ..) or the backbone's (c1 .. c5); ``None``: the
     decoder's ``default_point_features`` (its finest map, or c2)."""
-    coarse_stride: int | None = None
+    coarse_stride: Count | None = None
     """Bring the coarse logits to this stride (bilinearly) where the decoder gives another; ``None``: the decoder's."""
-    steps: int | None = None
+    steps: Whole | None = None
     """Subdivision steps of factor 2; ``None``: down to stride 1. What is left is upsampled bilinearly."""
     train_points: PointRule = 2048
     """A number, or a rule on the (padded) image: ``area/256``, ``width/16``, ``(width/16)^2``."""
     inference_points: PointRule = 8192
     """Points of each step; a number or a rule, as above."""
-    oversample_ratio: float = 3.0
-    importance_ratio: float = 0.75
+    oversample_ratio: AtLeastOne = 3.0
+    importance_ratio: Share = 0.75
     coarse_source: Literal["original", "current"] = "original"
     """Coarse features at inference: from the coarse logits, or from the map refined so far."""
-    coarse_first: bool = False
+    coarse_first: Flag = False
     """Concatenate (coarse, fine) instead of (fine, coarse)."""
-    coarse_each_layer: bool = True
+    coarse_each_layer: Flag = True
     """Concatenate the coarse logits to the input of every layer of the head, not only the first."""
-    num_layers: int = 3
+    num_layers: Whole = 3
     """Hidden layers of the head; 0 is a single linear layer."""
-    hidden_channels: int = 256
+    hidden_channels: Count = 256
     init: Literal["detectron2", "mmseg", "paddleseg", "torch"] = "detectron2"
     """Initialisation of the head, see ``rendseg.nn.PointHead``."""
-    upsample_align_corners: bool = False
+    upsample_align_corners: Flag = False
     """Of the bilinear upsampling of logits, in the coarse loss and in every subdivision step."""
-    sampling_align_corners: bool = False
+    sampling_align_corners: Flag = False
     """Of sampling at points: selection, fine and coarse features."""
     padding_mode: Literal["border", "zeros"] = "border"
     """Of sampling at points. ``zeros`` shrinks logits in the outer half cell, which then look uncertain."""
@@ -99,57 +96,65 @@ class PointRendOptions:
     coarse_loss_at: Literal["image", "coarse"] = "image"
     """Upsample the logits to the labels, or take the labels at the centres of the coarse cells (cheaper)."""
 
+    def __post_init__(self) -> None:
+        if self.point_features == ():
+            raise ValueError("point_features must name at least one map")
 
-@dataclass(frozen=True)
-class LossTerm:
+
+class LossTerm(Options):
     """One loss of a sum, by name; what each computes is said in ``rendseg.models.losses``."""
 
     name: str = "cross_entropy"
-    weight: float = 1.0
+    weight: NonNegative = 1.0
 
 
-@dataclass(frozen=True)
 class OhemTerm(LossTerm):
     """Cross-entropy over hard pixels."""
 
     name: str = "ohem"
-    threshold: float = 0.7
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Pixels whose true class is less probable are hard."""
-    min_kept: int = 100_000
+    min_kept: Count = 100_000
     """At least so many of a batch (of one process) count."""
 
 
-@dataclass(frozen=True)
 class DiceTerm(LossTerm):
     """Dice."""
 
     name: str = "dice"
-    smooth: float = 1.0
-    exponent: float = 2.0
+    smooth: NonNegative = 1.0
+    exponent: AtLeastOne = 2.0
     """Of the probabilities in the denominator."""
-    per_image: bool = False
+    per_image: Flag = False
     """Of each image, then averaged, rather than of the batch as one."""
     classes: Literal["all", "present"] = "all"
     """Average over all classes or those in the labels."""
 
 
-@dataclass(frozen=True)
 class LovaszTerm(LossTerm):
     """Lovasz-softmax."""
 
     name: str = "lovasz"
-    per_image: bool = False
+    per_image: Flag = False
     classes: Literal["all", "present"] = "present"
 
 
-@dataclass(frozen=True)
 class FocalTerm(LossTerm):
     """Focal loss over the softmax."""
 
     name: str = "focal"
-    gamma: float = 2.0
-    alpha: float | tuple[float, ...] = 1.0
+    gamma: NonNegative = 2.0
+    alpha: NonNegative | tuple[NonNegative, ...] = 1.0
     """A factor, or one per class."""
+
+
+def check_terms(terms: Sequence[LossTerm]) -> None:
+    """``ValueError`` unless there is at least one term, and none twice."""
+    if not terms:
+        raise ValueError("terms must name at least one loss; null is cross_entropy")
+    names = [term.name for term in terms]
+    if twice := [name for name in LOSS_TERMS if names.count(name) > 1]:
+        raise ValueError(f"terms names {twice[0]} twice")
 
 
 LOSS_TERMS: Mapping[str, type[LossTerm]] = types.MappingProxyType(
@@ -158,14 +163,13 @@ LOSS_TERMS: Mapping[str, type[LossTerm]] = types.MappingProxyType(
 """Name of a loss to its options."""
 
 
-@dataclass(frozen=True)
-class LossOptions:
+class LossOptions(Options):
     """The losses and their weights."""
 
     terms: tuple[LossTerm, ...] = (LossTerm(),)
     """What is summed up over the coarse logits. Points take cross-entropy."""
-    coarse_weight: float = 1.0
-    point_weight: float = 1.0
+    coarse_weight: NonNegative = 1.0
+    point_weight: NonNegative = 1.0
     class_weights: tuple[float, ...] | None = None
     """One weight per class, for every loss."""
     ignore_index: int = 255
@@ -173,22 +177,29 @@ class LossOptions:
     """With several processes: the mean over each one's own labels, or over those of all processes, which is what one
     process computes on the summed batch."""
 
+    def __post_init__(self) -> None:
+        check_terms(self.terms)
 
-@dataclass(frozen=True)
-class AuxiliaryOptions:
+
+class AuxiliaryOptions(Options):
     """An auxiliary head, used in training only: ``rendseg.nn.FCNHead`` on one named map."""
 
     level: str = "c4"
     """The backbone's (c1 .. c5) or the decoder's (p2 ..)."""
-    channels: int = 256
-    num_convs: int = 1
-    concat_input: bool = False
-    dropout: float = 0.1
-    norm: Literal["bn", "syncbn", "gn", "none"] | None = None
+    channels: Count = 256
+    num_convs: Whole = 1
+    concat_input: Flag = False
+    dropout: ShareBelowOne = 0.1
+    norm: Norm | None = None
     """``None``: the decoder's where it has one, else bn."""
-    weight: float = 0.4
+    weight: NonNegative = 0.4
     terms: tuple[LossTerm, ...] = (LossTerm(),)
     """As in ``loss``."""
+
+    def __post_init__(self) -> None:
+        check_terms(self.terms)
+        if self.concat_input and self.num_convs == 0:
+            raise ValueError("concat_input needs num_convs of at least 1")
 
 
 # Table of presets: what each implementation computes, in the fields of PointRendOptions that differ from the defaults.
@@ -255,7 +266,7 @@ PRESET_PARTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = types.MappingProxy
 
 def pointrend_options(preset: str = "rendseg", **switches: Any) -> PointRendOptions:
     """The switches of ``preset`` with any of them overridden; ``ValueError`` for unknown names and values."""
-    return parse(PointRendOptions, switches, "pointrend", preset_switches(preset, "preset"))
+    return read(PointRendOptions, switches, "pointrend", preset_switches(preset, "preset"))
 
 
 def preset_switches(name: Any, where: str) -> PointRendOptions:
@@ -277,24 +288,3 @@ def num_points(rule: PointRule, height: int, width: int) -> int:
     if rule == "(width/16)^2":
         return max(1, (width // 16) ** 2)
     raise ValueError(f"a rule for the number of points must be one of {', '.join(POINT_RULES)}, got {rule!r}")
-
-
-def check_pointrend(options: PointRendOptions, where: str = "pointrend") -> None:
-    """Values that the types cannot exclude."""
-    for name in ("train_points", "inference_points"):
-        rule = getattr(options, name)
-        if isinstance(rule, str):
-            if rule not in POINT_RULES:
-                raise ValueError(f"{where}.{name} must be a number or one of {', '.join(POINT_RULES)}, got {rule!r}")
-        elif rule <= 0:
-            raise ValueError(f"{where}.{name} must be positive, got {rule}")
-    if options.point_features is not None and not options.point_features:
-        raise ValueError(f"{where}.point_features must name at least one map")
-    if not 1 <= options.oversample_ratio < float("inf"):
-        raise ValueError(f"{where}.oversample_ratio must be at least 1 and finite, got {options.oversample_ratio}")
-    if not 0 <= options.importance_ratio <= 1:
-        raise ValueError(f"{where}.importance_ratio must lie in [0, 1], got {options.importance_ratio}")
-    for name, least in (("coarse_stride", 1), ("steps", 0), ("num_layers", 0), ("hidden_channels", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"{where}.{name} must be at least {least}, got {value}")

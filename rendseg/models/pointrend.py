@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._options import read
 from ..nn.point_head import PointHead
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput, Targets
@@ -19,7 +20,6 @@ from .options import (
     AuxiliaryOptions,
     LossOptions,
     PointRendOptions,
-    check_pointrend,
     num_points,
     pointrend_options,
 )
@@ -62,8 +62,7 @@ class PointRend(Segmenter):
         if isinstance(options, str):
             options = pointrend_options(options, **switches)
         elif switches:
-            options = pointrend_options(**{**dataclasses.asdict(options), **switches})
-        check_pointrend(options)
+            options = read(PointRendOptions, switches, "pointrend", options)
         super().__init__(
             backbone,
             decoder,

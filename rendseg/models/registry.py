@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .._discover import import_modules
@@ -36,10 +35,10 @@ def register_decoder(
 ) -> Callable[[B], B]:
     """Register ``builder(options, backbone, num_classes) -> Decoder`` under ``name``; a decorator.
 
-    ``options`` is a frozen dataclass derived from ``DecoderOptions``: its fields are the keys that ``model.decoder``
-    accepts. Fields called ``norm``, ``neck_norm``, ``top_down`` or ``level_order`` that are ``None`` are filled in from
-    the PointRend preset. ``segmenter`` and ``pointrend`` are what wraps the decoder in place of ``Segmenter`` and
-    ``PointRend``, with the same arguments.
+    ``options`` derives from ``DecoderOptions``: its fields are the keys that ``model.decoder`` accepts. Fields called
+    ``norm``, ``neck_norm``, ``top_down`` or ``level_order`` that are ``None`` are filled in from the PointRend preset.
+    ``segmenter`` and ``pointrend`` are what wraps the decoder in place of ``Segmenter`` and ``PointRend``, with the
+    same arguments.
     """
     if not issubclass(options, DecoderOptions):
         raise TypeError(f"options must derive from DecoderOptions, got {options.__name__}")
@@ -52,17 +51,6 @@ def register_decoder(
         return builder
 
     return add
-
-
-def arguments(options: DecoderOptions, *without: str) -> dict[str, Any]:
-    """The fields of ``options`` as keyword arguments for its decoder, except ``name`` and those of ``without``."""
-    fields = dataclasses.fields(options)
-    return {f.name: getattr(options, f.name) for f in fields if f.name not in ("name", *without)}
-
-
-def with_preset(options: DecoderOptions, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``preset``, each with the value in ``options`` unless that is ``None``."""
-    return {key: value if getattr(options, key) is None else getattr(options, key) for key, value in preset.items()}
 
 
 def decoder_names() -> list[str]:

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._options import Count, Flag, filled, read
 from ..nn.conv import ConvNorm
 from ..nn.fpn import FPN, upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
-from .options import DecoderOptions
+from .options import PRESET_PARTS, DecoderOptions, Norm
 from .registry import register_decoder
 
 
-@dataclass(frozen=True)
 class SemanticFPNOptions(DecoderOptions):
     """Options of ``semantic_fpn``. ``None`` means: as the PointRend preset says."""
 
-    channels: int = 256
+    channels: Count = 256
     """Channels of the pyramid, and so of the fine features p2 .. p5."""
-    head_channels: int = 128
+    head_channels: Count = 128
     """Channels of the scale heads."""
-    norm: Literal["bn", "syncbn", "gn", "none"] | None = None
+    norm: Norm | None = None
     """Norm of the scale heads. Presets: rendseg bn, detectron2 gn, mmseg syncbn, paddleseg none, deeplab bn."""
-    neck_norm: Literal["bn", "syncbn", "gn", "none"] | None = None
+    neck_norm: Norm | None = None
     """Norm (and ReLU) of the pyramid's convolutions. Presets: none, paddleseg bn."""
     top_down: Literal["nearest", "bilinear", "bilinear_aligned"] | None = None
     """Upsampling of the top-down path. Presets: nearest, paddleseg bilinear_aligned."""
-    align_corners: bool = False
+    align_corners: Flag = False
     """Of the upsampling in the scale heads."""
     level_order: Literal["fine_first", "coarse_first"] | None = None
     """``coarse_first`` hands the levels to the scale heads in reversed order, as PaddleSeg does: see
@@ -63,6 +62,7 @@ class SemanticFPN(Decoder):
     and ReLU for each doubling that it needs (at least one), each followed by a bilinear doubling. Modules are called
     ``fpn`` (``fpn_lateral2``, ``fpn_output2``, ...), ``p2`` .. ``p5`` and ``predictor``. Image sizes need not be
     multiples of the strides. Under autocast the convolutions run in its dtype.
+    ``switches`` are fields of ``SemanticFPNOptions``.
 
     ``level_order="coarse_first"`` reproduces PaddleSeg's PointRend, whose pyramid returns maps from coarse to fine but
     whose heads assume fine to coarse: the coarsest level sets the stride of the logits, and finer levels are enlarged
@@ -74,34 +74,27 @@ class SemanticFPN(Decoder):
         in_channels: Mapping[str, int],
         strides: Mapping[str, int],
         num_classes: int,
-        *,
-        channels: int = 256,
-        head_channels: int = 128,
-        norm: str = "gn",
-        neck_norm: str = "none",
-        top_down: str = "nearest",
-        align_corners: bool = False,
-        level_order: str = "fine_first",
-        levels: Sequence[str] = ("c2", "c3", "c4", "c5"),
+        options: SemanticFPNOptions | None = None,
+        **switches: Any,
     ) -> None:
         super().__init__(num_classes)
-        if level_order not in ("fine_first", "coarse_first"):
-            raise ValueError(f"level_order must be fine_first or coarse_first, got {level_order!r}")
+        s: Any = filled(read(SemanticFPNOptions, switches, start=options), PRESET_PARTS["rendseg"]["decoder"])
+        levels, channels, head_channels = s.levels, s.channels, s.head_channels
         unknown = [name for name in levels if name not in in_channels]
         if unknown or not levels:
             raise ValueError(f"levels must name maps of the backbone ({', '.join(in_channels)}), got {list(levels)}")
         self.levels = tuple(levels)
         self.outputs = tuple("p" + name[1:] for name in levels)
-        self.align_corners = align_corners
-        self.reversed = level_order == "coarse_first"
+        self.align_corners = s.align_corners
+        self.reversed = s.level_order == "coarse_first"
         level_strides = [strides[name] for name in levels]
         self.fpn = FPN(
             [in_channels[name] for name in levels],
             level_strides,
             channels,
             names=[name[1:] for name in levels],
-            norm=neck_norm,
-            top_down=top_down,
+            norm=s.neck_norm,
+            top_down=s.top_down,
         )
         self.feature_channels = dict.fromkeys(self.outputs, channels)
         self.feature_strides = dict(zip(self.outputs, level_strides, strict=True))
@@ -120,10 +113,10 @@ class SemanticFPN(Decoder):
             modules: list[nn.Module] = []
             width = channels
             for _ in range(max(1, doublings)):
-                modules.append(ConvNorm(width, head_channels, 3, norm=norm))
+                modules.append(ConvNorm(width, head_channels, 3, norm=s.norm))
                 width = head_channels
                 if doublings:
-                    modules.append(_Upsample(align_corners))
+                    modules.append(_Upsample(s.align_corners))
             self.add_module(name, nn.Sequential(*modules))
         self.predictor = nn.Conv2d(head_channels, num_classes, 1)
         nn.init.normal_(self.predictor.weight, std=0.01)
@@ -154,16 +147,4 @@ class SemanticFPN(Decoder):
 
 @register_decoder("semantic_fpn", SemanticFPNOptions)
 def _build(options: SemanticFPNOptions, backbone: Backbone, num_classes: int) -> SemanticFPN:
-    return SemanticFPN(
-        backbone.channels_of,
-        backbone.strides_of,
-        num_classes,
-        channels=options.channels,
-        head_channels=options.head_channels,
-        norm=options.norm or "bn",
-        neck_norm=options.neck_norm or "none",
-        top_down=options.top_down or "nearest",
-        align_corners=options.align_corners,
-        level_order=options.level_order or "fine_first",
-        levels=options.levels,
-    )
+    return SemanticFPN(backbone.channels_of, backbone.strides_of, num_classes, options)

@@ -20,14 +20,15 @@ the head's parameters, so that processes of a distributed run agree on what has 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._options import Count, NonNegative, Whole, read
 from ..nn.conv import ConvNorm
 from .backbones import Backbone
 from .decoder import DecoderOutput, Targets
@@ -35,31 +36,30 @@ from .losses import segmentation_loss
 from .pointrend import PointRend
 from .registry import register_decoder
 from .segmenter import Segmenter
-from .upernet import UPerNet, UPerNetOptions, upernet_switches
+from .upernet import UPerNet, UPerNetOptions
 
 TASKS = ("object", "part", "material", "texture", "scene")
 
 
-@dataclass(frozen=True)
 class UPPOptions(UPerNetOptions):
     """Options of ``upp``: those of ``upernet``, and the tasks. Numbers of classes left ``None`` come from the data set
     (which fills them in before training); a task without classes has no head."""
 
     preset: Literal["mmseg", "csail", "paddleseg", "pytorch_encoding", "deeplab"] = "csail"
     """As for ``upernet``; csail with ``pool`` prroi, as in the authors' multi-task code."""
-    scene_classes: int | None = None
-    part_classes: int | None = None
+    scene_classes: Whole | None = None
+    part_classes: Whole | None = None
     """Names of parts: what ``part`` labels count."""
-    material_classes: int | None = None
-    texture_classes: int | None = None
+    material_classes: Whole | None = None
+    texture_classes: Whole | None = None
     object_parts: tuple[tuple[int, ...], ...] | None = None
     """``[object, part, part, ...]`` for every object that has parts: which of the parts are its."""
-    scene_weight: float = 0.25
-    part_weight: float = 0.5
-    material_weight: float = 1.0
-    texture_weight: float = 1.0
-    texture_channels: int = 128
-    texture_convs: int = 4
+    scene_weight: NonNegative = 0.25
+    part_weight: NonNegative = 0.5
+    material_weight: NonNegative = 1.0
+    texture_weight: NonNegative = 1.0
+    texture_channels: Count = 128
+    texture_convs: Count = 4
     """3x3 convolutions of the texture head."""
 
     @classmethod
@@ -98,50 +98,29 @@ class UPP(UPerNet):
         in_channels: Mapping[str, int],
         strides: Mapping[str, int],
         num_classes: int,
-        *,
-        scene_classes: int = 0,
-        part_classes: int = 0,
-        material_classes: int = 0,
-        texture_classes: int = 0,
-        object_parts: Sequence[Sequence[int]] = (),
-        weights: Mapping[str, float] | None = None,
-        texture_channels: int = 128,
-        texture_convs: int = 4,
-        norm: str = "bn",
+        options: UPPOptions | None = None,
         **switches: Any,
     ) -> None:
-        super().__init__(in_channels, strides, num_classes, norm=norm, **switches)
-        weights = {"scene": 0.25, "part": 0.5, "material": 1.0, "texture": 1.0, **(weights or {})}
-        counts = {
-            "scene": scene_classes,
-            "part": part_classes,
-            "material": material_classes,
-            "texture": texture_classes,
-        }
-        for name, count in counts.items():
-            if count < 0:
-                raise ValueError(f"{name}_classes must not be negative, got {count}")
-            if not 0 <= weights[name] < float("inf"):
-                raise ValueError(f"{name}_weight must be finite and not negative, got {weights[name]}")
-        if texture_channels < 1 or texture_convs < 1:
-            raise ValueError(
-                f"texture_channels and texture_convs must be at least 1, got {texture_channels} and {texture_convs}"
-            )
-        self.weights = weights
-        self.classes = {"object": num_classes, **{name: count for name, count in counts.items() if count}}
-        self.object_parts = self._check_parts(object_parts, num_classes, part_classes)
+        s = read(UPPOptions, switches, start=options)
+        if s.pool is None and s.preset == "csail":
+            s = dataclasses.replace(s, pool="prroi")
+        super().__init__(in_channels, strides, num_classes, s)
+        counts = {task: getattr(s, f"{task}_classes") for task in TASKS[1:]}
+        self.weights = {task: getattr(s, f"{task}_weight") for task in TASKS[1:]}
+        self.classes = {"object": num_classes, **{task: count for task, count in counts.items() if count}}
+        self.object_parts = self._check_parts(s.object_parts or (), num_classes, s.part_classes or 0)
         channels, fused = self.feature_channels[self.outputs[0]], self.feature_channels["fused"]
         if isinstance(self.classifier, nn.Conv2d) and self.classifier.kernel_size == (1, 1):
-            self.classifier = _head(fused, num_classes, norm)
-        if scene_classes:
-            self.scene_head = _head(channels, scene_classes, norm)
-        if part_classes:
-            self.part_head = _head(fused, sum(map(len, self.object_parts)), norm)
-        if material_classes:
-            self.material_head = _head(channels, material_classes, norm)
-        if texture_classes:
-            self.texture_head = _head(channels, texture_classes, norm, texture_channels, texture_convs)
-        self._part_tables(num_classes, part_classes)
+            self.classifier = _head(fused, num_classes, s.norm)
+        if s.scene_classes:
+            self.scene_head = _head(channels, s.scene_classes, s.norm)
+        if s.part_classes:
+            self.part_head = _head(fused, sum(map(len, self.object_parts)), s.norm)
+        if s.material_classes:
+            self.material_head = _head(channels, s.material_classes, s.norm)
+        if s.texture_classes:
+            self.texture_head = _head(channels, s.texture_classes, s.norm, s.texture_channels, s.texture_convs)
+        self._part_tables(num_classes, s.part_classes or 0)
 
     @staticmethod
     def _check_parts(
@@ -344,25 +323,4 @@ class UnifiedPointRend(UnifiedSegmenter, PointRend):
 
 @register_decoder("upp", UPPOptions, segmenter=UnifiedSegmenter, pointrend=UnifiedPointRend)
 def _build(options: UPPOptions, backbone: Backbone, num_classes: int) -> UPP:
-    switches = upernet_switches(options)
-    if options.pool is None and options.preset == "csail":
-        switches["pool"] = "prroi"
-    return UPP(
-        backbone.channels_of,
-        backbone.strides_of,
-        num_classes,
-        scene_classes=options.scene_classes or 0,
-        part_classes=options.part_classes or 0,
-        material_classes=options.material_classes or 0,
-        texture_classes=options.texture_classes or 0,
-        object_parts=options.object_parts or (),
-        weights={
-            "scene": options.scene_weight,
-            "part": options.part_weight,
-            "material": options.material_weight,
-            "texture": options.texture_weight,
-        },
-        texture_channels=options.texture_channels,
-        texture_convs=options.texture_convs,
-        **switches,
-    )
+    return UPP(backbone.channels_of, backbone.strides_of, num_classes, options)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._options import Count, Flag, ShareBelowOne, Whole, filled, read
 from ..nn.conv import ConvNorm
 from ..nn.ppm import PPM
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
-from .options import DecoderOptions
-from .registry import register_decoder, with_preset
-
-FUSE_ORDERS = ("fine_first", "coarse_first")
+from .options import DecoderOptions, Norm
+from .registry import register_decoder
 
 
-@dataclass(frozen=True)
 class UPerNetOptions(DecoderOptions):
     """Options of ``upernet``. ``None`` means: as ``preset`` says, see ``UPERNET_PRESETS``."""
 
@@ -30,23 +27,23 @@ class UPerNetOptions(DecoderOptions):
     pooling and 1x1 convolutions."""
     levels: tuple[str, ...] = ("c2", "c3", "c4", "c5")
     """Backbone maps, fine to coarse; the pooling is on the last."""
-    channels: int | None = None
+    channels: Count | None = None
     """Channels of the pyramid, and so of p2 .. p5. 512; pytorch_encoding and deeplab 256."""
-    norm: Literal["bn", "syncbn", "gn", "none"] = "bn"
+    norm: Norm = "bn"
     """Norm after every convolution but the classifier."""
     pool: Literal["avg", "max", "prroi"] | None = None
     """Pooling of the PPM. avg; deeplab max. ``prroi``: Precise RoI pooling, as in the authors' multi-task code."""
-    bins: tuple[int, ...] = (1, 2, 3, 6)
-    ppm_channels: int | None = None
+    bins: tuple[Count, ...] = (1, 2, 3, 6)
+    ppm_channels: Whole | None = None
     """Channels of a branch of the PPM. mmseg and csail 512, deeplab 256; 0: those of the last backbone map divided by
     the number of bins (paddleseg, pytorch_encoding)."""
-    conv_before_upsample: bool | None = None
+    conv_before_upsample: Flag | None = None
     """Convolve the pooled map and upsample then, or the other way round. true; csail false."""
-    ppm_norm_relu: bool | None = None
+    ppm_norm_relu: Flag | None = None
     """Norm and ReLU in the branches of the PPM. true; deeplab false."""
     ppm_order: Literal["input_first", "input_last"] | None = None
     """Concatenation in the PPM. input_first; deeplab input_last."""
-    bins_descending: bool | None = None
+    bins_descending: Flag | None = None
     """Concatenate the branches in the reverse order of ``bins``. false; paddleseg true."""
     ppm_kernel: Literal[1, 3] | None = None
     """Kernel of the convolution that ends the PPM. 3; deeplab 1."""
@@ -54,24 +51,24 @@ class UPerNetOptions(DecoderOptions):
     """Kernel of the output convolutions of the pyramid. 3; deeplab 1."""
     top_down_from: Literal["sum", "output"] | None = None
     """What the next finer level adds: the sum, or that sum after the output convolution. sum; deeplab output."""
-    top_down_conv: bool | None = None
+    top_down_conv: Flag | None = None
     """A plain 1x1 convolution of the upsampled PPM output before it is added. false; deeplab true."""
     fuse_order: Literal["fine_first", "coarse_first"] | None = None
     """Concatenation of the levels. fine_first; pytorch_encoding and deeplab coarse_first."""
     fuse_kernel: Literal[1, 3] | None = None
     """Kernel of the convolution over all levels. 3; deeplab 1."""
-    fuse_channels: int | None = None
+    fuse_channels: Count | None = None
     """Its channels, and so of the map ``fused``. 512; deeplab 256."""
-    dropout: float | None = None
+    dropout: ShareBelowOne | None = None
     """Before the classifier. mmseg and pytorch_encoding 0.1, others 0."""
-    dropout_channels: bool | None = None
+    dropout_channels: Flag | None = None
     """Drop whole channels. true; pytorch_encoding false."""
     classifier_kernel: Literal[1, 3] | None = None
     """1; deeplab 3."""
-    classifier_upsample: int | None = None
+    classifier_upsample: Count | None = None
     """Enlarge ``fused`` so many times before the classifier, which makes the coarse logits as much finer. 1; deeplab
     4."""
-    align_corners: bool | None = None
+    align_corners: Flag | None = None
     """Of every upsampling in the decoder. false; paddleseg, pytorch_encoding and deeplab true. That of the logits to
     the image is ``pointrend.upsample_align_corners``."""
 
@@ -134,21 +131,6 @@ UPERNET_PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
 """Preset name to every switch that it sets."""
 
 
-def upernet_switches(options: UPerNetOptions) -> dict[str, Any]:
-    """Every switch of ``options`` with ``None`` replaced by the preset's value; ``ValueError`` for unusable values."""
-    preset = UPERNET_PRESETS.get(options.preset)
-    if preset is None:
-        names = ", ".join(UPERNET_PRESETS)
-        raise ValueError(f"model.decoder.preset must be one of {names}, got {options.preset!r}")
-    values = with_preset(options, preset)
-    for key, least in (("channels", 1), ("ppm_channels", 0), ("fuse_channels", 1), ("classifier_upsample", 1)):
-        if values[key] < least:
-            raise ValueError(f"model.decoder.{key} must be at least {least}, got {values[key]}")
-    if not 0 <= values["dropout"] < 1:
-        raise ValueError(f"model.decoder.dropout must lie in [0, 1), got {values['dropout']}")
-    return {"levels": options.levels, "norm": options.norm, "bins": options.bins, **values}
-
-
 def _check_levels(levels: Sequence[str], in_channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
     unknown = [name for name in levels if name not in in_channels]
     if unknown or not levels:
@@ -175,16 +157,14 @@ class UPerNet(Decoder):
         in_channels: Mapping[str, int],
         strides: Mapping[str, int],
         num_classes: int,
+        options: UPerNetOptions | None = None,
         **switches: Any,
     ) -> None:
         super().__init__(num_classes)
-        s = types.SimpleNamespace(**upernet_switches(UPerNetOptions(**switches)))
+        s: Any = read(UPerNetOptions, switches, start=options)
+        s = filled(s, UPERNET_PRESETS[s.preset])
         levels: tuple[str, ...] = tuple(s.levels)
         _check_levels(levels, in_channels, strides)
-        if s.fuse_order not in FUSE_ORDERS:
-            raise ValueError(f"fuse_order must be one of {', '.join(FUSE_ORDERS)}, got {s.fuse_order!r}")
-        if s.top_down_from not in ("sum", "output"):
-            raise ValueError(f"top_down_from must be sum or output, got {s.top_down_from!r}")
         finest = strides[levels[0]]
         if finest % s.classifier_upsample:
             raise ValueError(f"classifier_upsample must divide the finest stride {finest}, got {s.classifier_upsample}")
@@ -271,9 +251,4 @@ class UPerNet(Decoder):
 
 @register_decoder("upernet", UPerNetOptions)
 def _build(options: UPerNetOptions, backbone: Backbone, num_classes: int) -> UPerNet:
-    return UPerNet(
-        backbone.channels_of,
-        backbone.strides_of,
-        num_classes,
-        **upernet_switches(options),
-    )
+    return UPerNet(backbone.channels_of, backbone.strides_of, num_classes, options)

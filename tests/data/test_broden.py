@@ -343,7 +343,7 @@ def test_broken_trees(tmp_path, case):
         ({"tasks": ["part"]}, r"data.tasks must hold 'object', got \['part'\]"),
         ({"sources": [["object"], ["object", "part"]]}, r"data.sources must divide the tasks between them"),
         ({"sources": [[]]}, r"data.sources must divide the tasks"),
-        ({"tasks": ["colour"]}, r"data.tasks.0: .*got 'colour'"),
+        ({"tasks": ["colour"]}, r"data.tasks must be a list of one of object, .*'colour'"),
         ({"sorces": []}, r"unknown key data.sorces; did you mean 'sources'\?"),
     ],
 )

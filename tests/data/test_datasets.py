@@ -371,9 +371,7 @@ def test_a_data_set_is_found_without_an_entry_in_a_list(tmp_path: Path, monkeypa
     (tmp_path / "dropped_in.py").write_text(
         "from typing import Literal\n"
         "import numpy as np\n"
-        "from pydantic.dataclasses import dataclass\n"
         "from rendseg.data import DatasetOptions, SegmentationDataset, register_dataset\n"
-        "@dataclass(kw_only=True)\n"
         "class Options(DatasetOptions):\n"
         "    name: Literal['dropped_in'] = 'dropped_in'\n"
         "    size: int = 3\n"
@@ -410,15 +408,15 @@ BAD_OPTIONS = [
     ({"name": "shapes", "num_image": 3}, "unknown key data.num_image; did you mean 'num_images'"),
     ({"name": "shapes", "xyz": 3}, "unknown key data.xyz; known: "),
     ({"name": "camvid", "rot": "x"}, "unknown key data.rot; did you mean 'root'"),
-    ({"name": "shapes", "color_jitter": {"hues": 0.1}}, "data.color_jitter.hues; did you mean 'hue'"),
-    ({"name": "shapes", "size": [0, 4]}, r"data.size.0: .*greater than or equal to 1, got 0"),
-    ({"name": "shapes", "size": 5}, r"data.size: .*got 5"),
-    ({"name": "shapes", "flip": 1.5}, r"data.flip: .*got 1.5"),
+    ({"name": "shapes", "color_jitter": {"hues": 0.1}}, "data.color_jitter.hues; did you mean 'color_jitter.hue'"),
+    ({"name": "shapes", "size": [0, 4]}, r"data.size must be at least 1, got \[0, 4\]"),
+    ({"name": "shapes", "size": 5}, r"data.size must be a list of 2: an integer, an integer, got 5"),
+    ({"name": "shapes", "flip": 1.5}, r"data.flip must lie in \[0, 1\], got 1.5"),
     ({"name": "shapes", "scale_range": [2, 1]}, r"scale_range must be \[smallest, largest\], got \[2.0, 1.0\]"),
-    ({"name": "shapes", "scale_range": [0, 1]}, r"data.scale_range.0: .*greater than 0"),
-    ({"name": "shapes", "std": [1, 1, 0]}, r"data.std.2"),
+    ({"name": "shapes", "scale_range": [0, 1]}, r"data.scale_range must be positive, got \[0, 1\]"),
+    ({"name": "shapes", "std": [1, 1, 0]}, r"data.std must be positive"),
     ({"name": "shapes", "num_images": 0}, r"data.num_images"),
-    ({"name": "folder"}, r"data.root: Field required"),
+    ({"name": "folder"}, r"data.root is missing"),
     ({"name": "folder", "root": "x", "split": "lists?"}, r"data.split"),
     ({"name": "folder", "root": "x"}, "data.classes is missing"),
     ({"name": "folder", "root": "x", "classes": 0}, "wanted 1 to 255 classes, got 0"),

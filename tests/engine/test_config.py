@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rendseg._options import Options, all_keys
 from rendseg.engine.config import (
     Config,
     ConfigError,
-    Section,
-    all_keys,
     build_config,
     differences,
     load_config,
@@ -161,10 +160,10 @@ def test_root_is_relative_to_the_file_then_to_here(tmp_path: Path, monkeypatch: 
 
 
 def test_every_key_has_a_meaning() -> None:
-    def check(section: type[Section]) -> None:
-        for name, field in section.model_fields.items():
+    def check(section: type[Options]) -> None:
+        for name, field in section.__pydantic_fields__.items():
             assert field.description, f"{section.__name__}.{name}"
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Options):
                 check(field.annotation)
 
     check(Config)

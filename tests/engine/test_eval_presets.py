@@ -17,11 +17,11 @@ from tests.engine.tiny import tiny_config, tiny_content
 def test_presets_are_complete_and_valid() -> None:
     keys = set(PRESETS["rendseg"])
     for name, values in PRESETS.items():
-        assert set(values) == keys <= set(EvalConfig.model_fields)
+        assert set(values) == keys <= set(EvalConfig.__pydantic_fields__)
         options = EvalConfig(preset=name)
         assert {key: getattr(options, key) for key in keys} == values
         assert options.scales == [1.0] and options.window is None and options.base_size is None
-    defaults = {key: EvalConfig.model_fields[key].default for key in keys}
+    defaults = {key: EvalConfig.__pydantic_fields__[key].default for key in keys}
     assert defaults == PRESETS["rendseg"]
 
 
@@ -82,16 +82,16 @@ def test_bad_preset_on_the_command_line(checkpoint: Path, capsys: pytest.Capture
     assert main(["eval", str(checkpoint), "--preset", "mmsegmentation"]) == 2
     line = capsys.readouterr().err.strip()
     assert (
-        line.startswith("rendseg: eval.preset on the command line: must be one of rendseg, mmseg") and "\n" not in line
+        line.startswith("rendseg: eval.preset on the command line must be one of rendseg, mmseg") and "\n" not in line
     )
-    assert line.endswith("; the nearest is 'mmseg', got 'mmsegmentation'")
+    assert line.endswith(", got 'mmsegmentation'; did you mean 'mmseg'?")
     assert main(["eval", str(checkpoint), "eval.window=48", "eval.window_stride=[48,49]"]) == 2
     assert "window_stride [48, 49] exceeds window [48, 48] in width" in capsys.readouterr().err
 
 
 BAD = [
-    (["eval.preset=Paddle"], "the nearest is 'paddleseg', got 'Paddle'"),
-    (["eval.preset=detectron"], "the nearest is 'detectron2'"),
+    (["eval.preset=Paddle"], "got 'Paddle'; did you mean 'paddleseg'?"),
+    (["eval.preset=detectron"], "did you mean 'detectron2'?"),
     (["eval.preset=7"], "must be one of rendseg, mmseg, paddleseg, detectron2, pytorch_encoding, got 7"),
     (["eval.preset=[mmseg]"], "must be one of rendseg"),
     (["eval.window=0"], "eval.window on the command line: must be [height, width] or one number, whole and at least 1"),
@@ -104,25 +104,25 @@ BAD = [
     (["eval.window=8", "eval.window_stride=0"], "eval.window_stride on the command line: must be [height, width]"),
     (["eval.window=8", "eval.window_stride=9"], "window_stride [9, 9] exceeds window [8, 8] in height: pixels between"),
     (["eval.scales=[]"], "eval.scales on the command line: list should have at least 1 item"),
-    (["eval.scales=[1, 0]"], "eval.scales.1 on the command line: input should be greater than 0, got 0"),
-    (["eval.scales=[-0.5]"], "input should be greater than 0, got -0.5"),
-    (["eval.scales=[.inf]"], "finite"),
-    (["eval.scales=half"], "eval.scales on the command line: input should be a valid list, got 'half'"),
-    (["eval.merge=mean"], "input should be 'softmax', 'logits' or 'exp', got 'mean'"),
-    (["eval.absent=nan"], "'skip', 'ignore_without_label' or 'zero', got 'nan'"),
-    (["eval.align_corners=2"], "input should be True, False or 'model', got 2"),
-    (["eval.image_resize=cubic"], "'bilinear', 'aligned' or 'antialias', got 'cubic'"),
-    (["eval.rounding=floor"], "'half_up', 'mmcv', 'long_side' or 'short_side', got 'floor'"),
-    (["eval.window_border=reflect"], "'shift' or 'pad', got 'reflect'"),
+    (["eval.scales=[1, 0]"], "eval.scales on the command line must be positive, got [1, 0]"),
+    (["eval.scales=[-0.5]"], "must be positive, got [-0.5]"),
+    (["eval.scales=[.inf]"], "must be finite, got [inf]"),
+    (["eval.scales=half"], "eval.scales on the command line must be a list of a number, got 'half'"),
+    (["eval.merge=mean"], "must be one of softmax, logits, exp, got 'mean'"),
+    (["eval.absent=nan"], "must be one of skip, ignore_without_label, zero, got 'nan'"),
+    (["eval.align_corners=2"], "must be one of True, False, model, got 2"),
+    (["eval.image_resize=cubic"], "must be one of bilinear, aligned, antialias, got 'cubic'"),
+    (["eval.rounding=floor"], "must be one of half_up, mmcv, long_side, short_side, got 'floor'"),
+    (["eval.window_border=reflect"], "must be one of shift, pad, got 'reflect'"),
     (["eval.base_size=520"], "base_size 520 has no meaning with rounding: half_up; use mmcv, long_side or short_side"),
     (["eval.preset=mmseg", "eval.base_size=520"], "base_size must be [long, short] with rounding: mmcv, got 520"),
     (["eval.preset=detectron2", "eval.base_size=[9, 8]"], "base_size must be one number with rounding: short_side"),
     (["eval.base_size=[1, 2, 3]"], "must be one number or [long, short], whole and at least 1, got [1, 2, 3]"),
     (["eval.max_size=4096"], "max_size needs rounding: short_side, got rounding: half_up"),
-    (["eval.scale_divisor=0"], "eval.scale_divisor on the command line: input should be greater than or equal to 1"),
-    (["eval.flip=sometimes"], "eval.flip on the command line: input should be a valid boolean"),
-    (["eval.windows=[8, 8]"], "unknown key 'eval.windows' on the command line; the nearest is 'eval.window'"),
-    (["eval.scale=[1]"], "the nearest is 'eval.scales'"),
+    (["eval.scale_divisor=0"], "eval.scale_divisor on the command line must be at least 1, got 0"),
+    (["eval.flip=sometimes"], "eval.flip on the command line must be true or false, got 'sometimes'"),
+    (["eval.windows=[8, 8]"], "unknown key 'eval.windows' on the command line; did you mean 'eval.window'?"),
+    (["eval.scale=[1]"], "did you mean 'eval.scales'?"),
 ]
 
 

@@ -118,7 +118,7 @@ def test_absent_classes_and_single_seeds() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(variant={}), "unknown key 'variant' in .*; the nearest is 'variants'"),
+        (lambda c: c.update(variant={}), "unknown key 'variant' in .*; did you mean 'variants'"),
         (lambda c: c.pop("base"), "the key 'base' is missing"),
         (
             lambda c: c.update(compare=[["plain", "refind"]]),

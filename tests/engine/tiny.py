@@ -49,7 +49,11 @@ def tiny_config(out: Path | str, *overrides: str, **train: Any) -> Config:
 def narrow(decoder: str) -> dict[str, Any]:
     """The section of a decoder with few channels."""
     fields = dataclasses.fields(decoder_options_class(decoder))
-    small = {f.name: 16 for f in fields if "channels" in f.name and "int" in str(f.type)}
+    small = {
+        f.name: 16
+        for f in fields
+        if "channels" in f.name and any(word in str(f.type) for word in ("int", "Count", "Whole"))
+    }
     return {"name": decoder, **small}
 
 

@@ -107,7 +107,7 @@ def test_example_of_the_documentation():
             "channels_last": True,
         }
     )
-    assert options.backbone == BackboneOptions("resnet18", output_stride=32, freeze_norm=False)
+    assert options.backbone == BackboneOptions(name="resnet18", output_stride=32, freeze_norm=False)
     assert options.pointrend.inference_points == "area/256"
     assert parse_options({"pointrend": None, "decoder": None}) == parse_options({})
 
@@ -122,8 +122,8 @@ def test_losses_and_auxiliary_heads():
     )
     assert options.loss.terms == (LossTerm(), OhemTerm(min_kept=7), DiceTerm(weight=2.0))
     assert options.auxiliary == (
-        AuxiliaryOptions("c3", norm="syncbn", terms=(FocalTerm(alpha=(1.0, 2.0)),)),
-        AuxiliaryOptions("c4", norm="gn"),
+        AuxiliaryOptions(level="c3", norm="syncbn", terms=(FocalTerm(alpha=(1.0, 2.0)),)),
+        AuxiliaryOptions(level="c4", norm="gn"),
     )
     assert parse_options(dataclasses.asdict(options)) == options
     plain = parse_options({"loss": {"terms": None}, "auxiliary": None})
@@ -165,8 +165,8 @@ def head(**values):
         (loss(name="focal", gamma=-1), ValueError, "gamma must be finite and not negative"),
         (loss(name="focal", alpha=[1, -1]), ValueError, "alpha must be finite and not negative"),
         (loss(name="focal", alpha="x"), TypeError, "alpha must be a number or a list of a number, got 'x'"),
-        ({"loss": {"terms": ["dice", "dice"]}}, ValueError, "model.loss.terms names dice twice"),
-        ({"loss": {"terms": []}}, ValueError, "model.loss.terms must name at least one loss"),
+        ({"loss": {"terms": ["dice", "dice"]}}, ValueError, "model.loss: terms names dice twice"),
+        ({"loss": {"terms": []}}, ValueError, "model.loss: terms must name at least one loss"),
         ({"loss": {"terms": "dice"}}, TypeError, "model.loss.terms must be a list, got str"),
         ({"loss": {"terms": [3]}}, TypeError, r"model.loss.terms\[0\] must be a mapping, got int"),
         ({"loss": {"normalize": "globall"}}, ValueError, "must be one of process, global, got 'globall'; did you mean"),
@@ -216,8 +216,8 @@ def head(**values):
             TypeError,
             "point_features must be a list of a string or null, got 'p2'",
         ),
-        ({"pointrend": {"train_points": "width/8"}}, ValueError, "train_points must be a number or one of area/256"),
-        ({"pointrend": {"train_points": 0}}, ValueError, "train_points must be positive, got 0"),
+        ({"pointrend": {"train_points": "width/8"}}, ValueError, "train_points must be an integer or one of area/256"),
+        ({"pointrend": {"train_points": 0}}, ValueError, "train_points must be at least 1, got 0"),
         ({"pointrend": {"importance_ratio": 1.5}}, ValueError, r"importance_ratio must lie in \[0, 1\], got 1.5"),
         ({"pointrend": {"steps": -1}}, ValueError, "steps must be at least 0, got -1"),
         ({"loss": {"point_weight": -1}}, ValueError, "point_weight must be finite and not negative, got -1"),
@@ -244,9 +244,7 @@ def test_a_decoder_is_found_without_an_entry_in_a_list(tmp_path, monkeypatch):
     from rendseg.models import registry
 
     (tmp_path / "dropped_in.py").write_text(
-        "from dataclasses import dataclass\n"
         "from rendseg.models import DecoderOptions, register_decoder\n"
-        "@dataclass(frozen=True)\n"
         "class Options(DecoderOptions):\n"
         "    width: int = 3\n"
         "register_decoder('dropped_in', Options)(None)\n"

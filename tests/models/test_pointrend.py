@@ -552,7 +552,6 @@ def test_distributed_data_parallel(tmp_path):
 def test_registered_decoder_is_wrapped_by_configuration():
     """A decoder of another kind: stride 8, its own loss, no pyramid; fine features come from the backbone."""
 
-    @dataclasses.dataclass(frozen=True)
     class Options(DecoderOptions):
         width: int = 8
 

@@ -99,7 +99,7 @@ def test_bad_arguments():
         ValueError, match=r"levels must name maps of the backbone \(c1, c2, c3, c4, c5\), got \['c2', 'c6'\]"
     ):
         SemanticFPN(CHANNELS, STRIDES, 3, levels=["c2", "c6"])
-    with pytest.raises(ValueError, match="level_order must be fine_first or coarse_first"):
+    with pytest.raises(ValueError, match="level_order must be one of fine_first, coarse_first"):
         SemanticFPN(CHANNELS, STRIDES, 3, level_order="up")
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         SemanticFPN(CHANNELS, STRIDES, 0)

@@ -254,8 +254,8 @@ def test_bad_labels(given, error, message):
         ({"object_parts": [[1, 1], [1, 2]]}, r"object_parts must begin with different objects 0..5, got 1"),
         ({"object_parts": [[1, 6]]}, r"object_parts of object 1 must be different parts 0..5, got \[6\]"),
         ({"object_parts": [[1]]}, r"object_parts of object 1 must be different parts"),
-        ({"scene_classes": -1}, "scene_classes must not be negative, got -1"),
-        ({"texture_convs": 0}, "texture_channels and texture_convs must be at least 1, got 6 and 0"),
+        ({"scene_classes": -1}, "scene_classes must be at least 0, got -1"),
+        ({"texture_convs": 0}, "texture_convs must be at least 1, got 0"),
         ({"part_weight": -1.0}, "part_weight must be finite and not negative, got -1.0"),
     ],
 )

@@ -19,10 +19,9 @@ def maps(height, width, strides=STRIDES):
 
 def decoder_of(preset, strides=STRIDES, **switches):
     """The decoder of a preset by way of the options, with random statistics."""
-    from rendseg.models.upernet import UPerNetOptions, upernet_switches
 
     torch.manual_seed(0)
-    decoder = UPerNet(CHANNELS, strides, 3, **upernet_switches(UPerNetOptions(preset=preset, **switches))).double()
+    decoder = UPerNet(CHANNELS, strides, 3, preset=preset, **switches).double()
     for module in decoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -120,9 +119,7 @@ def test_widths_and_kernels_of_presets(preset):
     channels = {"c2": 256, "c3": 512, "c4": 1024, "c5": 2048}
     strides = {name: STRIDES[name] for name in channels}
     with torch.device("meta"):
-        from rendseg.models.upernet import UPerNetOptions, upernet_switches
-
-        decoder = UPerNet(channels, strides, 150, **upernet_switches(UPerNetOptions(preset=preset)))
+        decoder = UPerNet(channels, strides, 150, preset=preset)
     shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
     width = {"pytorch_encoding": 256, "deeplab": 256}.get(preset, 512)
     branch = 256 if preset == "deeplab" else 512
@@ -206,7 +203,7 @@ def test_options_round_trip():
         ({"dropout": 1.0}, r"model.decoder.dropout must lie in \[0, 1\), got 1.0"),
         ({"channels": 0}, "model.decoder.channels must be at least 1, got 0"),
         ({"classifier_upsample": 3}, "classifier_upsample must divide the finest stride 4, got 3"),
-        ({"bins": [0]}, r"bins must be numbers of at least 1, got \[0\]"),
+        ({"bins": [0]}, r"model.decoder.bins must be at least 1, got \[0\]"),
         ({"fuse_order": "fine"}, "model.decoder.fuse_order must be one of fine_first, coarse_first"),
     ],
 )
