@@ -118,8 +118,8 @@ def resize_pair(image: torch.Tensor, label: torch.Tensor, size: Sequence[int]) -
 
 
 def fit_factor(height: int, width: int, size: tuple[int, int]) -> float:
-    """The largest factor with which an image fits into `size`, or into `size` turned: its longer side into the longer
-    one, its shorter side into the shorter one (mmcv's ``imrescale``)."""
+    """The largest factor with which an image fits into `size` or into `size` with its sides swapped: the longer side
+    into the longer one, the shorter side into the shorter one (mmcv's ``imrescale``)."""
     return min(max(size) / max(height, width), min(size) / min(height, width))
 
 
@@ -217,7 +217,7 @@ def to_sample(
     """Normalised float32 [3, H, W] and int64 [H, W] of RGB uint8 [3, H, W] and [H, W], padded at the right and the
     bottom to at least `size`.
 
-    With `channel_order` "bgr" the channels are turned round; `mean` and `std` are in the order of the result. The
+    With `channel_order` "bgr" the channels are reversed; `mean` and `std` are in the order of the result. The
     padding is 0 in the image, which after normalisation is exactly the mean, and 255 in the label.
     """
     image = image.as_subclass(torch.Tensor)

@@ -123,7 +123,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         return self.sample(index, self.epoch)
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """``dataset[index]`` as it is in epoch `epoch`, whatever :meth:`set_epoch` was told: a loader whose workers are
+        """``dataset[index]`` as it is in epoch `epoch`, independent of :meth:`set_epoch`: a loader whose workers are
         in different epochs at one time needs it."""
         pixels, classes = self._pair(index)
         index %= len(self)
@@ -197,7 +197,7 @@ class ImageFiles(SegmentationDataset):
             self._problems.append(str(error))
 
     def _add(self, image: Path, label: Path, name: str, remedy: str = "add it or remove the image") -> None:
-        """Takes up an image; `remedy` is for a label map that is missing."""
+        """Adds an image; `remedy` is for a label map that is missing."""
         if not label.is_file():
             problem = f"{image}: image without label map, {label} is missing; {remedy}"
         elif name in self._index_of:

@@ -42,7 +42,7 @@ class ColorJitterOptions(Options):
     brightness: NonNegative = 0.25
     contrast: NonNegative = 0.25
     saturation: NonNegative = 0.25
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # dear on a CPU: the image goes to HSV and back
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # expensive on a CPU: the image goes to HSV and back
 
 
 class PhotometricOptions(Options):
@@ -52,7 +52,7 @@ class PhotometricOptions(Options):
     brightness_delta: Annotated[float, Field(ge=0, le=255)] = 32.0  # added to all values 0..255, at most so much
     contrast_range: tuple[NonNegative, NonNegative] = (0.5, 1.5)  # factor of all values
     saturation_range: tuple[NonNegative, NonNegative] = (0.5, 1.5)  # factor of the S of HSV
-    hue_delta: Annotated[float, Field(ge=0, le=90)] = 18.0  # turn of the H of HSV; 180 is the full circle, as in OpenCV
+    hue_delta: Annotated[float, Field(ge=0, le=90)] = 18.0  # shift of the H of HSV; 180: the full circle (OpenCV)
     probability: Share = 0.5  # of each step
 
     def __post_init__(self) -> None:
@@ -63,21 +63,21 @@ class PhotometricOptions(Options):
 
 
 class AugmentOptions(Options):
-    """Keys common to all data sets. The split ``val`` heeds only those from ``mean`` on.
+    """Keys common to all data sets. The split ``val`` uses only those from ``mean`` on.
 
     Size of the training images, one of three rules; the crop follows:
 
     * ``scale_range`` alone: a factor, uniform or in steps of ``scale_step`` (PaddleSeg's ``ResizeStepScaling``);
     * ``base_size``: the image is fitted into it, keeping its shape, times that factor (mmsegmentation's
       ``RandomResize`` with ``keep_ratio``);
-    * ``short_edge``: the shorter side becomes one of these (detectron2's ``ResizeShortestEdge``), whatever
-      ``scale_range`` is.
+    * ``short_edge``: the shorter side becomes one of these (detectron2's ``ResizeShortestEdge``);
+      ``scale_range`` is not used.
     """
 
     crop_size: tuple[Count, Count] | None = None  # [height, width]; null: the size of each image
     scale_range: tuple[Positive, Positive] = (0.5, 2.0)  # the factor is drawn uniformly from it
     scale_step: Positive | None = None  # null: any factor; else smallest, smallest + step, ... up to the largest
-    base_size: tuple[Count, Count] | None = None  # [height, width], or turned, as the image is; null: each image's own
+    base_size: tuple[Count, Count] | None = None  # [height, width], or swapped, as the image is; null: each image's own
     short_edge: list[Count] | None = None  # choices of the shorter side; null: no such rule
     short_edge_sampling: Literal["choice", "range"] = "choice"  # range: any integer from the first to the second
     max_size: Count | None = None  # with short_edge: the longer side is at most so long; null: no limit
@@ -86,7 +86,7 @@ class AugmentOptions(Options):
     vertical_flip: Share = 0.0
     color_jitter: ColorJitterOptions | None = field(default_factory=ColorJitterOptions)  # null: none
     photometric_distortion: PhotometricOptions | None = None  # {}: SSD's, instead of color_jitter
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels in [0, 1]; the customary ImageNet values
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels in [0, 1]; the usual ImageNet values
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     pixel_max: Literal[1, 255] = 1  # 255: mean and std are given for 0..255; they are divided by it at once
     channel_order: Literal["rgb", "bgr"] = "rgb"  # of the network's input, and so of mean and std; bgr: Caffe's weights

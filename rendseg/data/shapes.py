@@ -2,7 +2,7 @@
 
 A scene is a list of objects over a textured, shaded and noisy background, drawn back to front so that they occlude
 each other. It is a function of (seed, split, index) alone and is described in units of the shorter side, so that
-another size shows the same scene (but for the grain). Every outline is a signed distance in pixels: the label is
+another size shows the same scene (with other grain). Every outline is a signed distance in pixels: the label is
 exact and hard (``distance < 0``), while the image blends over one pixel, as a camera does.
 
 The colour of an object only hints at its class: the hues of neighbouring classes overlap, one object in eight has any

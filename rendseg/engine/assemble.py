@@ -20,7 +20,7 @@ def build_data(config: Config, split: str) -> Any:
 
 
 def build_network(config: Config, num_classes: int, initialise: bool = True) -> nn.Module:
-    """The model of a configuration; ``initialise=False`` does without the backbone's pretrained weights."""
+    """The model of a configuration; ``initialise=False`` does not load the backbone's pretrained weights."""
     from rendseg.models import build_model
 
     options = dict(config.model)

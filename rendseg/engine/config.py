@@ -177,7 +177,7 @@ class EvalConfig(Options):
     )
     batch_size: Count = Field(default=1, description="images of one size that are predicted together")
     num_workers: Whole = Field(default=2, description="processes that read images")
-    limit: Count | None = Field(default=None, description="evaluate only the first so many images; null: all")
+    limit: Count | None = Field(default=None, description="number of images to evaluate, the first ones; null: all")
     scales: Annotated[list[Positive], BeforeValidator(_as_list)] = Field(
         default=[1.0], min_length=1, description="sizes at which each image is predicted, relative to its own"
     )
@@ -296,8 +296,8 @@ class Config(Options):
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator if there is one; cpu")
     resume: str = Field(
         default="auto",
-        description="auto: continue if the run folder holds a checkpoint of the same configuration; never: begin "
-        "anew and replace what the run folder holds; or the path of a checkpoint to continue from",
+        description="auto: continue if the run folder holds a checkpoint of the same configuration; never: start "
+        "again and replace what the run folder holds; or the path of a checkpoint to continue from",
     )
     model: dict[str, Any] = Field(description="the network; its keys are the fields of rendseg.models.ModelOptions")
     data: dict[str, Any] = Field(description="the images; its keys are the fields of the options in rendseg.data")
@@ -354,7 +354,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor, whose keys may be given anew
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor, whose keys may be given again
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:

@@ -64,7 +64,7 @@ def _itself(record: Any) -> Any:
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the parent answers it and ends its workers."""
+    """Ctrl-C reaches the whole process group; the parent handles it and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -74,7 +74,7 @@ def evaluate(
 
     Each process takes every W-th image and the counts are added up, so no image counts twice. The counts are integers:
     they depend neither on the number of processes nor on the batch size as far as the network gives an image the same
-    logits, bit for bit, whatever its neighbours in the batch (libraries may choose another algorithm for another batch
+    logits, bit for bit, for any neighbours in the batch (libraries may choose another algorithm for another batch
     size; ``batch_size: 1``, the default, leaves them no choice).
 
     ``ms_per_image`` is the median time from images on the device to label maps, over the batches after the first few.

@@ -100,7 +100,7 @@ class Exportable(nn.Module):
         super().__init__()
         self.network = network
         self.output = output
-        self.turned = channel_order == "bgr"
+        self.bgr = channel_order == "bgr"
         self.scale: Tensor | None
         self.shift: Tensor | None
         if mean is not None and std is not None:  # the arithmetic of rendseg.data.augment.to_sample
@@ -112,10 +112,10 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.scale is not None and self.shift is not None:
-            images = images.flip(3) if self.turned else images
+            images = images.flip(3) if self.bgr else images
             images = torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale)
-        answer = self.network._predict(images, self.output, False)  # type: ignore[operator]
-        return answer.labels if self.output == "labels" else answer.refined
+        found = self.network._predict(images, self.output, False)  # type: ignore[operator]
+        return found.labels if self.output == "labels" else found.refined
 
 
 def step(network: Any) -> int:
@@ -225,7 +225,7 @@ def export(
     temporary = folder / path.name
     try:
         folder.mkdir(parents=True)
-        # Whatever backend is in force here, the graph names the operators, and who runs it chooses.
+        # The graph names the operators, not the backend of this process: the one who runs it chooses.
         with _parameters_without_gradient(model), torch.no_grad(), backend("auto"):
             write(model, temporary, options, about)
             if check:
@@ -354,18 +354,18 @@ class Difference:
         return text if self.logits is None else f"{text}, logits differ by at most {self.logits:.2e}"
 
 
-def difference(answer: Tensor, wanted: Tensor) -> Difference:
+def difference(output: Tensor, wanted: Tensor) -> Difference:
     """Compare two label maps ``[N, H, W]`` or logits ``[N, C, H, W]``; ``ExportError`` where shape or dtype differ."""
-    answer = answer.to(wanted.device)
-    if answer.shape != wanted.shape or answer.dtype != wanted.dtype:
+    output = output.to(wanted.device)
+    if output.shape != wanted.shape or output.dtype != wanted.dtype:
         raise ExportError(
-            f"the artefact answers {answer.dtype} {list(answer.shape)}, the network {wanted.dtype} {list(wanted.shape)}"
+            f"the artefact returns {output.dtype} {list(output.shape)}, the network {wanted.dtype} {list(wanted.shape)}"
         )
     largest = None
     if wanted.dim() == 4:
-        largest = float((answer - wanted).abs().max())
-        answer, wanted = answer.argmax(1), wanted.argmax(1)
-    return Difference(wanted.numel(), float((answer != wanted).float().mean()), largest)
+        largest = float((output - wanted).abs().max())
+        output, wanted = output.argmax(1), wanted.argmax(1)
+    return Difference(wanted.numel(), float((output != wanted).float().mean()), largest)
 
 
 def _compare(model: Exportable, artefact: Artefact, options: ExportOptions, say: Callable[[str], object]) -> None:
@@ -376,7 +376,7 @@ def _compare(model: Exportable, artefact: Artefact, options: ExportOptions, say:
         say(f"checked on random images {shape}: {found}")
         if found.labels > _TOLERANCE:
             raise ExportError(
-                f"the exported model answers otherwise than the network: {found}. An untrained network is full of "
+                f"the exported model differs from the network: {found}. An untrained network is full of "
                 "near-ties; if that is the cause, --no-check writes the file all the same"
             )
 
@@ -385,7 +385,7 @@ def _compare(model: Exportable, artefact: Artefact, options: ExportOptions, say:
 
 
 class Artefact:
-    """An exported model: ``artefact(images)`` answers labels or logits; ``metadata`` as :func:`metadata` made it."""
+    """An exported model: ``artefact(images)`` returns labels or logits; ``metadata`` as :func:`metadata` made it."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], about: Mapping[str, str], path: Path) -> None:
         self._run = run
@@ -419,10 +419,10 @@ class Artefact:
         ):
             raise ValueError(
                 f"{self.path.name} takes heights and widths that are multiples of {multiple}, got "
-                f"{images.shape[height]} x {images.shape[width]}: pad right and below, and crop the answer"
+                f"{images.shape[height]} x {images.shape[width]}: pad right and below, and crop the result"
             )
         with torch.no_grad():
-            return self._run(images.contiguous())  # compiled packages read memory in that order, whatever the strides
+            return self._run(images.contiguous())  # compiled packages read memory in that order
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Artefact:

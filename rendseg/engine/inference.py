@@ -5,7 +5,7 @@
 predicted whole or window by window (overlapping windows are averaged), flipped back, resized bilinearly to the size
 that is asked for, and added to the sum, whose argmax is the label. PointRend refines within each window and scale.
 
-One set of scores is kept per kind of prediction (``coarse``, ``refined``), whatever the number of views; with a single
+One set of scores is kept per kind of prediction (``coarse``, ``refined``), for any number of views; with a single
 view of the image as it is, there are no full-size scores at all (``network.predict(output="labels")``).
 """
 

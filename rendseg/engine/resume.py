@@ -58,7 +58,7 @@ def _checked_resume(config: Config, path: Path, contents: Mapping[str, Any]) -> 
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise ConfigError(
             f"{path} was trained with another configuration ({key}: {old} there, {new} now{more}); "
-            f"use another name=..., resume=never to begin anew, or resume={path} to continue with the new settings"
+            f"use another name=..., resume=never to start again, or resume={path} to continue with the new settings"
         )
 
 
@@ -104,7 +104,7 @@ def restore(
     kept = build_config(contents["config"], source=f"the configuration in {path}").train.optimizer.name
     if kept != name:
         raise CheckpointError(
-            f"{path} has the optimizer state of {kept}, which train.optimizer.name={name} cannot continue; begin anew "
+            f"{path} has the optimizer state of {kept}, which train.optimizer.name={name} cannot continue; start again "
             "with resume=never and model.backbone.checkpoint"
         )
     try:

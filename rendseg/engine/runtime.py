@@ -123,7 +123,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def unchanged_rng() -> Iterator[None]:
-    """Whatever happens inside leaves the generators as they were."""
+    """The generators are afterwards as they were before."""
     state = rng_state()
     try:
         yield

@@ -70,7 +70,7 @@ class ParallelNetwork:
         return getattr(self.network, "draws", False)
 
     def before_forward(self, last: bool) -> None:
-        """What DDP does of its own accord; ``last``: the backward pass is followed by an optimizer step."""
+        """What DDP does by itself; ``last``: the backward pass is followed by an optimizer step."""
         if self.sharded:
             if self.own_statistics:
                 broadcast_buffers(self.network)

@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         self.net = net
         self.in_chans = in_chans
         self.branched = branched
-        self.turned = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.channels = list(channels)
         self.strides = list(strides)
         self.names = [f"c{5 - len(channels) + 1 + i}" for i in range(len(channels))]
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must have shape [N, {self.in_chans}, H, W], got {list(images.shape)}")
         maps = list(self.net(images))
-        if self.turned:
+        if self.channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         if self.branched and self.training and torch.is_grad_enabled():
             maps = list(_Together.apply(*maps))

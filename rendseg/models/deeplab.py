@@ -80,7 +80,7 @@ class DeepLabV3PlusOptions(DecoderOptions):
     """Of whole channels, before the classifier."""
     norm: Norm = "bn"
     align_corners: Flag = False
-    """Of the enlargement of ASPP's answer."""
+    """Of the upsampling of ASPP's output."""
 
 
 def _aspp(s: Any, in_channels: int, stride: int) -> ASPP:

@@ -33,7 +33,7 @@ class FCNOptions(DecoderOptions):
     dropout: ShareBelowOne = 0.1
     norm: Norm = "bn"
     align_corners: Flag = False
-    """Of the enlargement of several levels."""
+    """Of the upsampling of several levels."""
 
 
 def check_levels(names: Sequence[str], in_channels: Mapping[str, int], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The options of the models that belong to no one decoder: keys of a configuration's ``model`` section, and defaults.
+"""The options of the models that no single decoder owns: keys of a configuration's ``model`` section, and defaults.
 
 Those of a decoder stand beside it; ``parse.py`` puts them together.
 """
@@ -37,7 +37,7 @@ class BackboneOptions(Options):
     """Average pooling in the shortcut of ``resnet*d`` also where dilation replaces the stride (timm); PaddleSeg has
     none there."""
     freeze_norm: Flag | None = None
-    """Turn BatchNorm into fixed affine layers. ``None``: when the preset says so (detectron2) and weights are
+    """Make BatchNorm a fixed affine layer. ``None``: when the preset says so (detectron2) and weights are
     loaded."""
 
 
@@ -115,7 +115,7 @@ class OhemTerm(LossTerm):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Pixels whose true class is less probable are hard."""
     min_kept: Count = 100_000
-    """At least so many of a batch (of one process) count."""
+    """The least number of pixels of a batch (of one process) that count."""
 
 
 class DiceTerm(LossTerm):

@@ -200,7 +200,7 @@ class PointRend(Segmenter):
 def draws_of_keys(keys: Tensor, count: int) -> Tensor:
     """``[B, count, 2]`` float32 uniform in [0, 1): a function of each image's int64 key and the position alone.
 
-    A batch draws the same however it is divided over processes, whatever was drawn before, and on any device. The
+    The draws do not depend on how a batch is divided over processes, on earlier draws, or on the device. The
     numbers are 24 bits of a counter hashed twice (the finaliser of Steele et al. 2014, splitmix64); int64 products
     wrap.
     """

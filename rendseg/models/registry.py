@@ -37,7 +37,7 @@ def register_decoder(
 
     ``options`` derives from ``DecoderOptions``: its fields are the keys that ``model.decoder`` accepts. Fields called
     ``norm``, ``neck_norm``, ``top_down`` or ``level_order`` that are ``None`` are filled in from the PointRend preset.
-    ``segmenter`` and ``pointrend`` are what wraps the decoder in place of ``Segmenter`` and ``PointRend``, with the
+    ``segmenter`` and ``pointrend`` wrap the decoder instead of ``Segmenter`` and ``PointRend``, with the
     same arguments.
     """
     if not issubclass(options, DecoderOptions):

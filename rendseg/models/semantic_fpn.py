@@ -34,7 +34,7 @@ class SemanticFPNOptions(DecoderOptions):
     align_corners: Flag = False
     """Of the upsampling in the scale heads."""
     level_order: Literal["fine_first", "coarse_first"] | None = None
-    """``coarse_first`` hands the levels to the scale heads in reversed order, as PaddleSeg does: see
+    """``coarse_first`` gives the levels to the scale heads in reverse order, as PaddleSeg does: see
     ``SemanticFPN``."""
     levels: tuple[str, ...] = ("c2", "c3", "c4", "c5")
     """Backbone maps used; ``[c3, c4, c5]`` gives coarse logits of stride 8."""
@@ -105,7 +105,7 @@ class SemanticFPN(Decoder):
         if self.reversed:  # the resize to the common size is only in place when every level covers the same area
             self.size_divisor = max(level_strides)
         for i, name in enumerate(ladder):
-            # PaddleSeg counts the doublings from the nominal strides 4, 8, 16, 32, whatever the maps really are.
+            # PaddleSeg counts the doublings from the nominal strides 4, 8, 16, 32, not from those of the maps.
             ratio = 2**i if self.reversed else self.feature_strides[name] // self.stride
             doublings = round(math.log2(ratio))
             if 2**doublings != ratio:

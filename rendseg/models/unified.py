@@ -238,7 +238,7 @@ class UnifiedSegmenter(Segmenter):
 
     ``forward(images, labels)``: ``labels`` is a mapping of task to labels (see the module; a task may be absent, also
     ``object``), or the object labels alone. Everything that concerns the object task is as in :class:`Segmenter`;
-    :meth:`predict_tasks` answers for all.
+    :meth:`predict_tasks` predicts all tasks.
     """
 
     decoder: UPP
@@ -279,15 +279,15 @@ class UnifiedSegmenter(Segmenter):
 
     @torch.no_grad()
     def predict_tasks(self, images: Tensor) -> dict[str, Tensor]:
-        """The answer to every task, int64: ``object``, ``material`` and ``texture`` ``[B, H, W]``, ``scene [B]``, and
-        ``part [B, H, W]``: among the parts of the object predicted there, -1 for none."""
+        """The prediction of every task, int64: ``object``, ``material`` and ``texture`` ``[B, H, W]``, ``scene [B]``,
+        and ``part [B, H, W]``: among the parts of the object predicted there, -1 for none."""
         self._need_evaluation_mode()
         height, width = images.shape[-2:]
         padded = self._pad(images)
         decoded, maps = self._features(padded)
-        answer = self._segment(padded, decoded, maps, (height, width), "labels", False)
-        assert answer.labels is not None
-        objects = answer.labels.long()
+        found = self._segment(padded, decoded, maps, (height, width), "labels", False)
+        assert found.labels is not None
+        objects = found.labels.long()
         results = {"object": objects}
         for task in self.decoder.classes:
             if task == "object":

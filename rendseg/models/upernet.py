@@ -66,7 +66,7 @@ class UPerNetOptions(DecoderOptions):
     classifier_kernel: Literal[1, 3] | None = None
     """1; deeplab 3."""
     classifier_upsample: Count | None = None
-    """Enlarge ``fused`` so many times before the classifier, which makes the coarse logits as much finer. 1; deeplab
+    """Upsample ``fused`` by this factor before the classifier; the coarse logits are finer by it. 1; deeplab
     4."""
     align_corners: Flag | None = None
     """Of every upsampling in the decoder. false; paddleseg, pytorch_encoding and deeplab true. That of the logits to

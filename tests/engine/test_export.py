@@ -414,7 +414,9 @@ def test_a_wrong_artefact_gets_no_name(tmp_path: Path, monkeypatch: pytest.Monke
 
     original: Callable[..., None] = module._write_pt2
     monkeypatch.setattr(module, "_write_pt2", shifted)
-    with pytest.raises(ExportError, match=r"answers otherwise than the network: [\d.]+ % of 4096 pixels.*--no-check"):
+    with pytest.raises(
+        ExportError, match=r"the exported model differs from the network: [\d.]+ % of 4096 pixels.*--no-check"
+    ):
         write(network("segmenter"), path, "pt2", (64, 64), "logits")
 
     def full(*_: object) -> None:
