@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,24 @@ if WORKERS > 1:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 
 
+def dealt(items: list[Any], slow: list[bool], workers: int) -> list[Any]:
+    """``items`` in an order that gives every worker its share of the slow ones, and those first.
+
+    Under ``--dist worksteal`` each worker gets a part of the list, and takes from the end of another's when its own is
+    done. A long test begun last would keep one worker busy while the others have nothing left to do.
+    """
+    long = [item for item, is_slow in zip(items, slow, strict=True) if is_slow]
+    short = [item for item, is_slow in zip(items, slow, strict=True) if not is_slow]
+    order: list[Any] = []
+    for worker in range(workers):
+        mine = long[worker::workers]
+        size = (len(items) - len(order)) // (workers - worker)
+        taken = max(size - len(mine), 0)
+        order += mine + short[:taken]
+        short = short[taken:]
+    return order + short
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = {}
     if not torch.cuda.is_available():
@@ -39,8 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in absent.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    if WORKERS > 1:  # begun last, a long test would keep one worker busy while the others have nothing left to do
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if WORKERS > 1:
+        items[:] = dealt(items, [item.get_closest_marker("slow") is not None for item in items], WORKERS)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

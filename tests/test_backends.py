@@ -12,6 +12,7 @@ import torch
 
 import rendseg
 from rendseg import _backends, _extension
+from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,7 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**clean, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
+        timeout=TIMEOUT,
     )
 
 

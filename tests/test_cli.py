@@ -16,6 +16,7 @@ from PIL import Image
 
 from rendseg.cli import main
 from tests.engine.tiny import tiny_content
+from tests.limits import TIMEOUT
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -180,6 +181,6 @@ def test_doctor_imports_no_package_of_the_trainer() -> None:
         "from rendseg.cli import main\n"
         "sys.exit(main(['doctor']))\n"
     )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO, timeout=TIMEOUT)
     assert process.returncode == 0, process.stderr
     assert "torch" in process.stdout

@@ -13,6 +13,7 @@ import pytest
 
 from rendseg import _extension, _toolchain, doctor
 from rendseg.ops.schemas import SCHEMAS
+from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 # Refuses everything that the trainer, not the operators, needs.
@@ -27,7 +28,7 @@ def run(program: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProce
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RENDSEG_")}
     clean["PYTHONPATH"] = str(cwd)
     return subprocess.run(
-        [sys.executable, "-c", program], env={**clean, **env}, cwd=cwd, capture_output=True, text=True
+        [sys.executable, "-c", program], env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT
     )
 
 

@@ -23,6 +23,7 @@ import report  # noqa: E402
 import smoke  # noqa: E402
 
 from tests.emulation import build  # noqa: E402
+from tests.limits import TIMEOUT  # noqa: E402
 
 
 def without(folder: Path, *packages: str) -> dict[str, str]:
@@ -51,7 +52,7 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
 
 
 def driver(
-    env: dict[str, str], out: Path, *arguments: str, timeout: float = 400
+    env: dict[str, str], out: Path, *arguments: str, timeout: float = TIMEOUT
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, str(GPU / "check.py"), "--out", str(out), *arguments],
@@ -83,7 +84,7 @@ def test_the_gpu_tests_are_collected_without_pydantic(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "error" not in done.stdout.splitlines()[-1]
@@ -93,7 +94,7 @@ def test_the_gpu_tests_are_collected_without_pydantic(tmp_path: Path) -> None:
 
 def test_without_torch_the_driver_still_reports(tmp_path: Path) -> None:
     env = without(tmp_path / "path", "torch")
-    done, result = driver(env, tmp_path / "out", "--stages", "smoke", "triton", "sanitize", "--rehearse", timeout=100)
+    done, result = driver(env, tmp_path / "out", "--stages", "smoke", "triton", "sanitize", "--rehearse")
     assert done.returncode == 2
     for name in ("smoke", "triton", "sanitize"):
         entry = stage(result, name)
@@ -102,7 +103,7 @@ def test_without_torch_the_driver_still_reports(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
-    done, result = driver(without(tmp_path / "path"), tmp_path / "out", "--budget", "6", timeout=60)
+    done, result = driver(without(tmp_path / "path"), tmp_path / "out", "--budget", "6")
     assert done.returncode == 2
     assert [entry["name"] for entry in result["stages"]] == list(check.LIMITS)
     assert {entry["outcome"] for entry in result["stages"]} == {"not run"}
@@ -112,7 +113,10 @@ def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--stages", "smoke", "bath"], ["--budget", "0"]], ids=["stage", "budget"])
 def test_a_wrong_option_is_one_line(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(GPU / "check.py"), "--out", str(tmp_path), *arguments], capture_output=True, text=True
+        [sys.executable, str(GPU / "check.py"), "--out", str(tmp_path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("check.py: error: ")
     assert not list(tmp_path.iterdir())
@@ -200,7 +204,7 @@ def test_a_driver_that_is_stopped_reports_what_it_has(tmp_path: Path) -> None:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.2)
         process.terminate()
-        text, _ = process.communicate(timeout=100)
+        text, _ = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert process.returncode == 1

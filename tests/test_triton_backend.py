@@ -15,6 +15,7 @@ import rendseg.ops  # noqa: F401
 from rendseg import _backends
 from rendseg.ops import _triton
 from rendseg.ops.schemas import SCHEMAS
+from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [schema.split("(", 1)[0] for schema in SCHEMAS]
@@ -29,6 +30,7 @@ def run(program: str, **env: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
+
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 pytestmark = [
@@ -51,6 +53,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return _compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_nothing_spills(compiler: Any, target: str, part: int) -> None:
@@ -135,6 +138,7 @@ def test_every_file_is_interpreted() -> None:
     assert files == set(INTERPRETED_TESTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", INTERPRETED_TESTS)
 def test_interpreted(file: str) -> None:
     done = subprocess.run(
@@ -145,6 +149,7 @@ def test_interpreted(file: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout.splitlines()[-1])

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.emulation import build
+from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500, env=dict(os.environ)
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, env=dict(os.environ)
     )
 
 

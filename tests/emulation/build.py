@@ -24,6 +24,7 @@ from torch.utils import cpp_extension
 
 from rendseg import _toolchain
 from rendseg.ops.schemas import SCHEMAS
+from tests.limits import TIMEOUT
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -68,7 +69,8 @@ def sanitizer_environment() -> dict[str, str]:
     """What a process needs that loads a sanitized library."""
     libraries = []
     for name in ("libasan.so", "libubsan.so"):
-        found = subprocess.run([*shlex.split(compiler()), f"-print-file-name={name}"], capture_output=True, text=True)
+        command = [*shlex.split(compiler()), f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
         libraries.append(found.stdout.strip())
     return {
         "RENDSEG_EMULATION_SANITIZE": "1",
@@ -89,42 +91,77 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def build_library(sanitize: bool = SANITIZE) -> Path:
-    """The path of the library, made or brought up to date."""
-    with locked(ROOT / "build" / "emulation" / ("sanitized" if sanitize else "plain")):
-        return _build_library(sanitize)
+    """The path of the library of all ops, made or brought up to date."""
+    return build("emulation.so", sanitize)
 
 
-def _build_library(sanitize: bool) -> Path:
-    # A torch of another version has other headers; ninja sees a change of the command line.
+def load(name: str) -> ctypes.CDLL:
+    """``<name>.cpp`` of this folder as a library."""
+    return ctypes.CDLL(str(build(f"{name}.so")))
+
+
+def build(target: str, sanitize: bool = SANITIZE) -> Path:
+    """The path of one of the targets of ``_rules``, made or brought up to date."""
     folder = ROOT / "build" / "emulation" / ("sanitized" if sanitize else "plain")
-    sources = [HERE / "cuda_on_cpu.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    with locked(folder):
+        (folder / "build.ninja").write_text("\n".join(_rules(sanitize)) + "\n")
+        environment = {**compile_environment(), "PATH": os.pathsep.join(search_path())}
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        done = subprocess.run(
+            ["ninja", "-j", jobs, target], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    if done.returncode:
+        raise RuntimeError(f"the emulation does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    return folder / target
+
+
+def _rules(sanitize: bool) -> list[str]:
+    """What ninja is to know. A torch of another version has other headers; ninja sees a change of the command line."""
     torch_flags = [f"-isystem {path}" for path in cpp_extension.include_paths() if "cuda" not in path.lower()]
     torch_libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
     command = " ".join([shlex.quote(part) if " " in part else part for part in shlex.split(compiler())])
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {command}",
-        f"flags = {' '.join([*flags(sanitize), *torch_flags])}",
-        f"link = {' '.join([*(SANITIZERS if sanitize else []), *torch_libraries])} -lc10 -ltorch_cpu -ltorch",
-        "rule compile",
-        "  command = $cxx $flags -x c++ -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx -shared $in $link -o $out.tmp && mv $out.tmp $out",
+        f"flags = {' '.join(flags(sanitize))}",
+        f"torch = {' '.join(torch_flags)}",
+        f"link = {' '.join(SANITIZERS if sanitize else [])} -pthread",
+        f"torch_link = {' '.join(torch_libraries)} -lc10 -ltorch_cpu -ltorch",
     ]
-    objects = []
-    for source in sources:
-        objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {str(source).replace(' ', '$ ')}")
-    lines.append(f"build emulation.so: link {' '.join(objects)}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    environment = {**compile_environment(), "PATH": os.pathsep.join(search_path())}
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    done = subprocess.run(["ninja", "-j", jobs], cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the emulation does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
-    return folder / "emulation.so"
+    # The headers of torch take longer than most kernels: g++ reads them once, and finds the result in its own folder.
+    for rule, options in {
+        "precompile": "$flags $torch -x c++-header",
+        "compile_op": "$flags $torch -include torch_headers.h -x c++",
+        "compile": "$flags -x c++",
+    }.items():
+        lines += [f"rule {rule}", f"  command = $cxx {options} -MMD -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+    for rule, options in {
+        "link_ops": "-shared $in $link $torch_link",
+        "link": "-shared $in $link",
+        "link_program": "$in $link",
+    }.items():
+        lines += [f"rule {rule}", f"  command = $cxx {options} -o $out.tmp && mv $out.tmp $out"]
+
+    def path(file: Path) -> str:
+        return str(file).replace(" ", "$ ")
+
+    lines.append(f"build torch_headers.h.gch: precompile {path(HERE / 'torch_headers.h')}")
+    ops = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda file: (-size_of(file), file.name))
+    for source in ops:
+        lines.append(f"build {source.stem}.o: compile_op {path(source)} | torch_headers.h.gch")
+    for source in sorted(HERE.glob("*.cpp")):
+        lines.append(f"build {source.stem}.cpp.o: compile {path(source)}")
+        if source.stem != "cuda_on_cpu":
+            lines.append(f"build {source.stem}.so: link {source.stem}.cpp.o cuda_on_cpu.cpp.o")
+    lines.append("build faults: link_program faults.cpp.o cuda_on_cpu.cpp.o")
+    lines.append(f"build emulation.so: link_ops {' '.join(f'{op.stem}.o' for op in ops)} cuda_on_cpu.cpp.o")
+    return lines
+
+
+def size_of(source: Path) -> int:
+    """Bytes of an op: the larger take longer to compile, and are begun first."""
+    return sum(file.stat().st_size for file in source.parent.glob(f"{source.stem}.cu*"))
 
 
 class Emulated:

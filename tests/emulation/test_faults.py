@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulation import build
+from tests.limits import TIMEOUT
 
 pytestmark = [
     pytest.mark.skipif(bool(build.missing()), reason=f"no emulation: {build.missing()}"),
@@ -40,13 +40,6 @@ FAULTS = {
 }
 
 
-def compile_faults(out: Path, *flags: str) -> Path:
-    sources = [str(build.HERE / name) for name in ("faults.cpp", "cuda_on_cpu.cpp")]
-    command = [*shlex.split(build.compiler()), *build.flags(sanitize=True), *flags, *sources, "-o", str(out)]
-    subprocess.run(command, check=True)
-    return out
-
-
 def environment() -> dict[str, str]:
     options = {name: value for name, value in build.sanitizer_environment().items() if name.endswith("_OPTIONS")}
     options["UBSAN_OPTIONS"] += f":exitcode={SANITIZER}"
@@ -54,29 +47,33 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_faults(tmp_path_factory.mktemp("faults") / "faults")
+def program() -> Path:
+    return build.build("faults", sanitize=True)
 
 
 def test_without_a_fault(program: Path) -> None:
-    done = subprocess.run([program, "0", str(SEEDS)], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [program, "0", str(SEEDS)], env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=list(FAULTS))
 def test_is_caught(program: Path, number: int) -> None:
     code, said = list(FAULTS.values())[number - 1]
-    done = subprocess.run([program, str(number), str(SEEDS)], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [program, str(number), str(SEEDS)], env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert done.returncode == code, done.stdout + done.stderr
     assert re.search(said, done.stdout + done.stderr), done.stdout + done.stderr
 
 
-def test_a_write_beyond_a_torch_tensor_is_caught(tmp_path: Path) -> None:
-    library = compile_faults(tmp_path / "faults.so", "-shared")
+def test_a_write_beyond_a_torch_tensor_is_caught() -> None:
+    library = str(build.build("faults.so", sanitize=True))
     beyond = list(FAULTS).index("write beyond a tensor") + 1
     program = (
         "import ctypes, sys, torch\n"
-        f"lib = ctypes.CDLL({str(library)!r})\n"
+        f"lib = ctypes.CDLL({library!r})\n"
         "given, out = torch.arange(480.0), torch.empty(480)\n"
         "lib.rendseg_fault(int(sys.argv[1]), ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()))\n"
         "print('returned', float(out[0]))\n"
@@ -87,6 +84,7 @@ def test_a_write_beyond_a_torch_tensor_is_caught(tmp_path: Path) -> None:
             env={**os.environ, **build.sanitizer_environment()},
             capture_output=True,
             text=True,
+            timeout=TIMEOUT,
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert ("returned 95.0" in done.stdout) == (fault == 0)

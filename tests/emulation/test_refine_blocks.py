@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shlex
-import subprocess
 
 import pytest
 
@@ -18,12 +16,8 @@ LIMIT = 232448  # what a block of sm_90 may have
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    out = tmp_path_factory.mktemp("blocks") / "refine_blocks.so"
-    sources = [str(build.HERE / name) for name in ("refine_blocks.cpp", "cuda_on_cpu.cpp")]
-    command = [*shlex.split(build.compiler()), *build.flags(build.SANITIZE), "-shared", *sources, "-o", str(out)]
-    subprocess.run(command, check=True, env=build.compile_environment(), timeout=300)
-    return ctypes.CDLL(str(out))
+def library() -> ctypes.CDLL:
+    return build.load("refine_blocks")
 
 
 def block(

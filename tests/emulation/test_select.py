@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shlex
-import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -21,12 +19,8 @@ SMALL, SINGLE_PASS, TWO_PASSES = (2, 83, 101), (2, 140, 123), (2, 259, 257)  # i
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    out = tmp_path_factory.mktemp("select") / "select.so"
-    sources = [str(build.HERE / name) for name in ("select.cpp", "cuda_on_cpu.cpp")]
-    command = [*shlex.split(build.compiler()), *build.flags(build.SANITIZE), "-shared", *sources, "-o", str(out)]
-    subprocess.run(command, check=True, env=build.compile_environment())
-    return ctypes.CDLL(str(out))
+def library() -> ctypes.CDLL:
+    return build.load("select")
 
 
 def pointer(t: Tensor | None) -> ctypes.c_void_p:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shlex
-import subprocess
 
 import pytest
 
@@ -17,12 +15,8 @@ NUMBERS = ctypes.c_int64 * 6
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    out = tmp_path_factory.mktemp("limits") / "shared_limits.so"
-    command = [*shlex.split(build.compiler()), *build.flags(build.SANITIZE), "-pthread", "-shared"]
-    command += [str(build.HERE / "shared_limits.cpp"), "-o", str(out)]
-    subprocess.run(command, check=True, env=build.compile_environment(), timeout=300)
-    loaded = ctypes.CDLL(str(out))
+def library() -> ctypes.CDLL:
+    loaded = build.load("shared_limits")
     loaded.rendseg_limits_race.restype = loaded.rendseg_limits_refused_once.restype = ctypes.c_int64
     return loaded
 

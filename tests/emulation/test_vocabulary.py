@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shlex
-import subprocess
 
 import pytest
 import torch
@@ -16,12 +14,8 @@ pytestmark = pytest.mark.skipif(bool(build.missing()), reason=f"no emulation: {b
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    out = tmp_path_factory.mktemp("vocabulary") / "vocabulary.so"
-    sources = [str(build.HERE / name) for name in ("vocabulary.cpp", "cuda_on_cpu.cpp")]
-    command = [*shlex.split(build.compiler()), *build.flags(build.SANITIZE), "-shared", *sources, "-o", str(out)]
-    subprocess.run(command, check=True, env=build.compile_environment())
-    return ctypes.CDLL(str(out))
+def library() -> ctypes.CDLL:
+    return build.load("vocabulary")
 
 
 def pointer(t: Tensor) -> ctypes.c_void_p:

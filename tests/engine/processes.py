@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from rendseg.engine.config import Config, build_config
+from tests.limits import TIMEOUT
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 def launch(
-    function: Callable[..., Any], *args: Any, world: int = 1, timeout: float = 200
+    function: Callable[..., Any], *args: Any, world: int = 1, timeout: float = TIMEOUT
 ) -> list[tuple[int, str, str]]:
     """Call ``function(*args)`` in ``world`` processes and return exit code, stdout and stderr of each."""
     context = multiprocessing.get_context("forkserver")

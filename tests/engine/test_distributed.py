@@ -30,6 +30,7 @@ from rendseg.models.options import DiceTerm, FocalTerm, LossTerm, LovaszTerm, Oh
 from tests.engine import processes
 from tests.engine.processes import launch, run, run_all, succeed
 from tests.engine.tiny import narrow, tiny_content
+from tests.limits import TIMEOUT
 
 
 def content(out: Path, name: str, *, exact: bool = False, **train_options: Any) -> dict[str, Any]:
@@ -300,7 +301,7 @@ def test_the_command_under_a_launcher(tmp_path: Path, runs: Path, launcher: list
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(content(tmp_path, "two", exact=True, batch_size=2)))
     command = [sys.executable, "-m", *launcher, "-m", "rendseg", "train", str(tmp_path / "two.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(processes.REPO), "MASTER_PORT": "29577"}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("written to") == 1
     assert_close(last(runs, "two"), last(tmp_path, "two"))

@@ -26,6 +26,7 @@ from rendseg.engine.runtime import make_accelerator
 from rendseg.engine.train import train
 from tests.engine.frameworks import FRAMEWORKS
 from tests.engine.tiny import tiny_config
+from tests.limits import TIMEOUT
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -355,7 +356,7 @@ def test_two_processes_count_the_same(checkpoint: Path, tmp_path: Path) -> None:
         )
         for rank in ("0", "1")
     ]
-    outputs = [process.communicate(timeout=240) for process in processes]
+    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], [error[-2000:] for _, error in outputs]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     details = Details()

@@ -1,14 +1,17 @@
-"""What the op tests share: instruction sets, thread counts, the three ways to call an op, and opcheck."""
+"""What the op tests share: instruction sets, poisoned memory, the tolerance, thread counts, the ways to call an op."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rendseg
 from rendseg import _extension, reference
@@ -39,11 +42,38 @@ def use_isa(name: str) -> Iterator[None]:
         _extension.C.set_isa(before)
 
 
-@pytest.fixture(params=each_isa())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once per instruction set. Import this name into the test module to use it."""
-    with use_isa(request.param):
-        yield request.param
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What the CPU's allocator hands out holds junk: NaN (every second half, all of float32), 1.7e308, large integers.
+
+    So a kernel that leaves part of its output unwritten, or takes fresh memory for zeros, gives a wrong result; without
+    this it mostly meets zeros from the system or the right values of the call before.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
+    switch = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+    before, switch.value = switch.value, True
+    try:
+        yield
+    finally:
+        switch.value = before
+
+
+# What sums, a softmax and positions in a map lose in the arithmetic of the kernels, against the largest value. It is
+# float64 for float64 tensors, else float32.
+ARITHMETIC = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+def close(got: Tensor, wanted: Tensor, compute: torch.dtype, what: str = "result") -> None:
+    """Within what the arithmetic in ``compute`` loses and one rounding to the dtype, against the largest value.
+
+    ``wanted`` comes from float64 arithmetic on the same inputs, which are those that were rounded to the dtype.
+    """
+    assert got.shape == wanted.shape, what
+    if wanted.numel() == 0:
+        return
+    bound = (ARITHMETIC[compute] + torch.finfo(got.dtype).eps) * max(wanted.abs().max().item(), 1e-3)
+    error = (got.double() - wanted).abs().max().item()
+    assert error <= bound, f"{what}: error {error:.3g} above {bound:.3g}"
 
 
 def thread_counts() -> tuple[int, ...]:

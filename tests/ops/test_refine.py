@@ -8,7 +8,7 @@ import cases_refine as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from _common import assert_opcheck, isa, use_threads  # noqa: F401
+from _common import assert_opcheck, use_threads
 from torch import Tensor
 
 import rendseg
@@ -28,7 +28,7 @@ def build(made: dict[str, Any], layers: dict[str, Any], stock: bool) -> tuple[Te
 
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
 @pytest.mark.parametrize("name, made, layers, kwargs", CASES, ids=IDS)
-def test_against_reference(name: str, made: dict, layers: dict, kwargs: dict, stock: bool, isa: str) -> None:  # noqa: F811
+def test_against_reference(name: str, made: dict, layers: dict, kwargs: dict, stock: bool, isa: str) -> None:
     coarse, features, head = build(made, layers, stock)
     before = coarse.clone()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_against_reference(name: str, made: dict, layers: dict, kwargs: dict, st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("source", ["original", "current"])
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
-def test_dtypes(dtype: torch.dtype, source: str, stock: bool, isa: str) -> None:  # noqa: F811
+def test_dtypes(dtype: torch.dtype, source: str, stock: bool, isa: str) -> None:
     coarse, features = cases.inputs(classes=7)
     head = cases.Head(8, 7, stock=stock).to(dtype)
     coarse, features = coarse.to(dtype), [f.to(dtype) for f in features]
@@ -99,7 +99,7 @@ def test_labels_allocate_no_full_logits(stock: bool) -> None:
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
-def test_not_a_number(stock: bool, isa: str) -> None:  # noqa: F811
+def test_not_a_number(stock: bool, isa: str) -> None:
     coarse, features = cases.inputs()
     coarse[0, 2, 3, 4] = float("nan")
     features[0][1, :, 2, 2] = float("nan")
@@ -122,7 +122,7 @@ def test_empty_batch(stock: bool) -> None:
         assert refine(coarse, features, head, steps=2, num_points=7, output="labels").shape == (0, 24, 36)
 
 
-def test_both_forms_agree_in_float32(isa: str) -> None:  # noqa: F811
+def test_both_forms_agree_in_float32(isa: str) -> None:
     coarse, features = cases.inputs(h=20, w=31, classes=19, channels=(24,))
     coarse, features = coarse.float(), [f.float() for f in features]
     results = []
@@ -133,7 +133,7 @@ def test_both_forms_agree_in_float32(isa: str) -> None:  # noqa: F811
     torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
 
 
-def test_threads_do_not_matter(isa: str) -> None:  # noqa: F811
+def test_threads_do_not_matter(isa: str) -> None:
     if isa == "none":
         pytest.skip("without the extension the head is PyTorch's matrix product, which depends on the thread count")
     coarse, features = cases.inputs(n=2, h=20, w=40)
@@ -172,7 +172,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
-def test_autocast(stock: bool, isa: str) -> None:  # noqa: F811
+def test_autocast(stock: bool, isa: str) -> None:
     coarse, features = cases.inputs(h=8, w=12, classes=7, channels=(16,))
     coarse, features = coarse.float(), [f.float() for f in features]
     head = cases.Head(16, 7, stock=stock)

@@ -14,6 +14,7 @@ import torch
 import rendseg.ops  # noqa: F401  (registers the operators)
 from rendseg import _extension
 from rendseg.ops.schemas import SCHEMAS
+from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +75,6 @@ def test_registered_as_declared_without_the_extension() -> None:
         "print('checked', len(SCHEMAS))\n"
     )
     env = {**os.environ, "RENDSEG_DISABLE_EXTENSION": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"checked {len(SCHEMAS)}"

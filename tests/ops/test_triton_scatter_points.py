@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rendseg import reference
 from rendseg.reference.scatter_points import _scatter_points_backward as reference_backward
+from tests.limits import TIMEOUT
 
 pytestmark = TRITON
 
@@ -122,5 +123,5 @@ def test_an_index_outside_the_map_is_a_device_assert():
         "torch.ones(1, 1, 1).cuda())\n"
         "torch.cuda.synchronize()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode != 0 and "device-side assert" in done.stderr

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.limits import TIMEOUT
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str, fails: int = 0) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     said = done.stdout + done.stderr
     assert done.returncode == fails, said[-4000:]
     return said
@@ -31,7 +33,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cmake")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    # Unoptimised: this test is about the build, and the kernels have tests of their own.
+    # Unoptimised and without debug information: this test is about the build; the kernels have tests of their own.
     run(
         "cmake",
         "-S",
@@ -42,6 +44,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prefix,
         "-DRENDSEG_CUDA=OFF",
         "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
     )
     run("cmake", "--build", str(folder), "--parallel", os.environ.get("MAX_JOBS", "2"))
     return folder

@@ -13,6 +13,7 @@ import subprocess
 import pytest
 
 from rendseg import _extension
+from tests.limits import TIMEOUT
 
 WIDE = {  # instructions of a set by their registers or mnemonics, and the namespaces that may hold them
     "AVX-512": (re.compile(r"%zmm\d|%[xy]mm(?:1[6-9]|2\d|3[01])\b|%k[0-7]\b"), ("rendseg::avx512::",)),
@@ -28,7 +29,7 @@ def test_wide_instructions_stay_in_their_namespace() -> None:
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(_extension.C.__file__)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
     inside: dict[str, set[str]] = {name: set() for name in WIDE}
     outside: dict[str, set[str]] = {name: set() for name in WIDE}
     function = ""

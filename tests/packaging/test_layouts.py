@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.limits import TIMEOUT
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
 import sys, torch, rendseg, rendseg.kernels, rendseg.reference
@@ -47,7 +49,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(command: list[str], cwd: Path, expect: int = 0, **env: str) -> str:
-    done = subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=TIMEOUT)
     said = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), said[-4000:]
     return said

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import TIMEOUT
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "ptxas", "ninja", "cmake", "make", "ld")
 
@@ -66,7 +68,12 @@ def run(program: str, log: Path, **env: str) -> str:
     # Caches of what was compiled before, by another process, must not hide an attempt.
     clean |= {name: str(log.parent / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     done = subprocess.run(
-        [sys.executable, "-c", HEAD + program], env={**clean, **env}, cwd=log.parent, capture_output=True, text=True
+        [sys.executable, "-c", HEAD + program],
+        env={**clean, **env},
+        cwd=log.parent,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
