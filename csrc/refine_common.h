@@ -10,6 +10,7 @@
 #include <string>
 
 #include "checks.h"
+#include "strided_tensors.h"
 
 namespace rendseg {
 
@@ -91,11 +92,6 @@ inline at::Tensor empty_step(const at::Tensor& coarse, bool labels, int64_t heig
   const int64_t n = coarse.size(0), classes = coarse.size(1);
   if (labels) return at::empty({n, height, width}, coarse.options().dtype(label_dtype(classes)));
   return at::empty({n, classes, height, width}, coarse.options().memory_format(coarse.suggest_memory_format()));
-}
-
-// From one cell to the next in a dense map[N,C,H,W], in elements.
-inline int64_t cell_stride(const at::Tensor& map) {
-  return map.size(3) > 1 ? map.stride(3) : map.size(2) > 1 ? map.stride(2) : 1;
 }
 
 }  // namespace rendseg

@@ -11,13 +11,9 @@
 #include <optional>
 
 #include "checks.h"
+#include "strided_tensors.h"
 
 namespace rendseg {
-
-// Distance of neighbouring cells of logits[N,C,H,W], where the cells are equally spaced in row order.
-inline int64_t cell_stride(const at::Tensor& logits) {
-  return logits.size(3) > 1 ? logits.stride(3) : logits.size(2) > 1 ? logits.stride(2) : 1;
-}
 
 // Whether the kernels read these strides as they are: cells equally spaced in row order, and either the cells or the
 // channels adjacent.

@@ -31,6 +31,7 @@
 
 #include "../math/bilinear.h"
 #include "../point_sample_common.h"
+#include "../strided_tensors.h"
 #include "huge_pages.h"
 #include "isa.h"
 #include "point_sample_types.h"
@@ -58,17 +59,8 @@ const SampleKernels<T>& kernels() {
 }
 
 template <typename F>
-void dispatch(at::ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case at::kDouble:
-      return f(double{});
-    case at::kHalf:
-      return f(c10::Half{});
-    case at::kBFloat16:
-      return f(c10::BFloat16{});
-    default:
-      return f(float{});
-  }
+void dispatch(Dtype dtype, F&& f) {
+  with_dtype<c10::Half, c10::BFloat16>(dtype, [&]<typename T>() { f(T{}); });
 }
 
 // Scratch for the taps of up to `capacity` points.
@@ -422,8 +414,8 @@ void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const
 }  // namespace
 
 void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points, bool border, bool align_corners,
-                     void* rows, at::ScalarType rows_dtype, int64_t row_stride) {
-  TORCH_INTERNAL_ASSERT((map.dtype == at::kDouble) == (rows_dtype == at::kDouble));
+                     void* rows, Dtype rows_dtype, int64_t row_stride) {
+  TORCH_INTERNAL_ASSERT((map.dtype == Dtype::kDouble) == (rows_dtype == Dtype::kDouble));
   const SampleGrid grid{static_cast<int32_t>(map.height),
                         static_cast<int32_t>(map.width),
                         map.stride_y,
@@ -452,7 +444,7 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
           kernel.plane_rows(data + c * map.stride_c, map.stride_c, grid, taps, n, target, stride);
         }
       };
-      if (rows_dtype == c10::CppTypeToScalarType<A>::value) {
+      if (element_size(rows_dtype) == sizeof(A)) {
         rows_of(0, map.channels, static_cast<A*>(rows) + first * row_stride, row_stride);
         continue;
       }
@@ -462,7 +454,7 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
           rows_of(c, n, tile[0], kChannels);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (first + i) * row_stride + c;
-            if (rows_dtype == at::kHalf) {
+            if (rows_dtype == Dtype::kHalf) {
               kernels<c10::Half>().narrow(tile[i], static_cast<c10::Half*>(rows) + at, n);
             } else {
               kernels<c10::BFloat16>().narrow(tile[i], static_cast<c10::BFloat16*>(rows) + at, n);
@@ -482,7 +474,7 @@ at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10:
   if (out.numel() == 0) return out;
   const int64_t stride_n = total_channels(input) * call.points;
   const at::Tensor xy = coords_for(coords, input[0].scalar_type());
-  dispatch(input[0].scalar_type(), [&](auto tag) {
+  dispatch(dtype_of(input[0].scalar_type()), [&](auto tag) {
     using T = decltype(tag);
     T* target = out.mutable_data_ptr<T>();
     for (const at::Tensor& map : input) {
@@ -511,7 +503,7 @@ std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as
   const at::Tensor flat = grad.reshape({call.images, grad.size(1), call.points});
   const at::Tensor slope =
       coords_grad && !call.nearest ? at::zeros_like(xy, at::MemoryFormat::Contiguous) : at::Tensor();
-  dispatch(input[0].scalar_type(), [&](auto tag) {
+  dispatch(dtype_of(input[0].scalar_type()), [&](auto tag) {
     using T = decltype(tag);
     const auto* at = xy.const_data_ptr<acc_t<T>>();
     int64_t channel = 0;

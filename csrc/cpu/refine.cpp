@@ -169,8 +169,8 @@ template <typename A>
 void gather_block(const Gatherable& from, int64_t image, int64_t first, const float* xy, int64_t points, bool border,
                   A* rows, int64_t row_stride) {
   if (!from.values.defined()) {
-    gather_rows_cpu(map_view(from.map, image), xy, points, border, false, rows,
-                    sizeof(A) == 8 ? at::kDouble : at::kFloat, row_stride);
+    gather_rows_cpu(map_view(from.map).image(image), xy, points, border, false, rows,
+                    sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat, row_stride);
     return;
   }
   const int64_t channels = from.channels(), stride = from.values.size(2), at = image * channels * stride + first;

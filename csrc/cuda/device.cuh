@@ -47,7 +47,6 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // --- dtypes
-// -----------------------------------------------------------------------------------------------------------
 
 // The type of arithmetic on T: double for double, else float.
 template <typename T>
@@ -75,7 +74,6 @@ __device__ inline T narrow(Acc<T> x) {
 }
 
 // --- memory
-// -----------------------------------------------------------------------------------------------------------
 
 // N values that move in one instruction where N * sizeof(T) is 2, 4, 8 or 16 bytes.
 template <typename T, int N>
@@ -138,7 +136,6 @@ __host__ __device__ inline bool is_aligned(const void* pointer, uintptr_t bytes)
 }
 
 // --- threads
-// ----------------------------------------------------------------------------------------------------------
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -216,7 +213,6 @@ __device__ inline bool last_block_to_arrive(unsigned* counter, unsigned blocks) 
 }
 
 // --- random numbers
-// ---------------------------------------------------------------------------------------------------
 
 // Seed and offset of a PyTorch CUDA generator: by value, or inside a CUDA graph behind pointers that each replay
 // updates.
@@ -236,7 +232,6 @@ __device__ inline PhiloxKey philox_key(const PhiloxSource& source) {
 }
 
 // --- launches
-// ---------------------------------------------------------------------------------------------------------
 
 // Blocks of a grid-stride loop over `total` items: enough to fill any GPU, far from any limit of the grid.
 inline int64_t blocks_for(int64_t total, int64_t threads = 256) {

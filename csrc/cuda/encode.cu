@@ -9,20 +9,17 @@
 #include <tuple>
 
 #include "../encode_common.h"
+#include "../strided_tensors.h"
 #include "encode.cuh"
-#include "encode_mma.cuh"
-#include "encode_tf32.cuh"
+#include "encode_mma_run.cuh"
 
 namespace rendseg {
 
 namespace encoding {
 // Compiled in encode_mma.cu and encode_tf32.cu.
-extern template bool run_encode_mma<half_t>(CudaLaunch&, const MmaArgs&, bool);
-extern template bool run_encode_mma<bfloat16_t>(CudaLaunch&, const MmaArgs&, bool);
-extern template bool run_encode_mma<float>(CudaLaunch&, const MmaArgs&, bool);
-extern template bool run_encode_mma_backward<half_t>(CudaLaunch&, const MmaArgs&, bool);
-extern template bool run_encode_mma_backward<bfloat16_t>(CudaLaunch&, const MmaArgs&, bool);
-extern template bool run_encode_mma_backward<float>(CudaLaunch&, const MmaArgs&, bool);
+extern template void run_mma<half_t>(CudaLaunch&, const MmaArgs&, const MmaFit&);
+extern template void run_mma<bfloat16_t>(CudaLaunch&, const MmaArgs&, const MmaFit&);
+extern template void run_mma<float>(CudaLaunch&, const MmaArgs&, const MmaFit&);
 }  // namespace encoding
 
 namespace {
@@ -33,21 +30,8 @@ using encoding::Op;
 using encoding::View;
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
-encoding::Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return encoding::Dtype::kDouble;
-    case at::kHalf:
-      return encoding::Dtype::kHalf;
-    case at::kBFloat16:
-      return encoding::Dtype::kBfloat16;
-    default:
-      return encoding::Dtype::kFloat;
-  }
-}
-
 View view(const Tensor& t, int64_t image, int64_t position, int64_t channel) {
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t), image, position, channel};
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type()), image, position, channel};
 }
 
 // x[B,D,H,W] or [B,D,M]
@@ -85,8 +69,7 @@ template <Op op, typename T>
 void run_op(const Tensor& x, Args<T>& args) {
   CudaLaunch launch(x);
   encoding::plan<op>(args);
-  const Tensor scratch = at::empty({encoding::lay_out<op>(args, nullptr)}, x.options().dtype(at::kByte));
-  encoding::lay_out<op>(args, scratch.mutable_data_ptr());
+  const Tensor memory = allocate(encoding::lay_out<op>(args), x);
   encoding::run<op>(launch, args);
 }
 
@@ -105,18 +88,18 @@ encoding::MmaArgs mma_args(const Tensor& x, const Tensor& codewords, const Tenso
   return args;
 }
 
-// Whether they serve, and if so, it is done. run.operator()<X>(launch, args, try_only).
-template <typename F>
-bool on_tensor_cores(const Tensor& x, encoding::MmaArgs args, F&& run) {
+// Whether they serve, and if so, it is done.
+bool on_tensor_cores(const Tensor& x, encoding::MmaArgs args) {
   if (!encoding::fits_mma(args)) return false;
   args.wide = x.scalar_type() == at::kFloat;
   encoding::plan_mma(args);
   CudaLaunch launch(x);
   const auto run_for = [&]<typename X>() {
-    if (!run.template operator()<X>(launch, args, true)) return false;
-    const Tensor scratch = at::empty({encoding::lay_out_mma(args, nullptr)}, x.options().dtype(at::kByte));
-    encoding::lay_out_mma(args, scratch.mutable_data_ptr());
-    return run.template operator()<X>(launch, args, false);
+    const encoding::MmaFit fit = encoding::what_fits<X>(args, launch.shared_limit());
+    if (fit.bytes == 0) return false;
+    const Tensor memory = allocate(encoding::lay_out_mma(args), x);
+    encoding::run_mma<X>(launch, args, fit);
+    return true;
   };
   switch (x.scalar_type()) {
     case at::kHalf:
@@ -130,10 +113,7 @@ bool on_tensor_cores(const Tensor& x, encoding::MmaArgs args, F&& run) {
 
 bool encode_on_tensor_cores(const Tensor& x, const Tensor& codewords, const Tensor& scale, const Tensor& out) {
   if (any_double({&x, &codewords, &scale})) return false;
-  return on_tensor_cores(x, mma_args(x, codewords, scale, out),
-                         [&]<typename X>(auto& launch, auto& args, bool try_only) {
-                           return encoding::run_encode_mma<X>(launch, args, try_only);
-                         });
+  return on_tensor_cores(x, mma_args(x, codewords, scale, out));
 }
 
 bool encode_backward_on_tensor_cores(const Tensor& grad, const Tensor& x, const Tensor& codewords, const Tensor& scale,
@@ -143,9 +123,7 @@ bool encode_backward_on_tensor_cores(const Tensor& grad, const Tensor& x, const 
   args.grad = view_of_rows(grad);
   args.x_grad = view_of_map(x_grad);
   args.scale_grad = view_of_scale(scale_grad);
-  return on_tensor_cores(x, args, [&]<typename X>(auto& launch, auto& args, bool try_only) {
-    return encoding::run_encode_mma_backward<X>(launch, args, try_only);
-  });
+  return on_tensor_cores(x, args);
 }
 
 // f.operator()<T>() with the type of the arithmetic.

@@ -32,7 +32,7 @@ struct Does {
   static constexpr int weight_row = encode_backward ? 2 : 1;
 };
 
-// --- moving a tile ---------------------------------------------------------------------------------------------------
+// --- moving a tile
 
 // f(i, j) for all i < rows, j < 2^columns_log2, neighbouring threads along j, or along i where that is the contiguous
 // direction in memory.
@@ -58,8 +58,7 @@ __device__ inline void read_tile(const Args<T>& args, int64_t image, int64_t fir
                                  int block, T* tile) {
   const View& x = args.x;
   const int stride = pitch(args);
-  with_dtype(x.dtype, [&](auto tag) {
-    using X = typename decltype(tag)::Type;
+  with_dtype(x.dtype, [&]<typename X>() {
     const X* from = address<X>(x, image, first, channel);
     for_each(block, args.tile_log2, x.channel < x.position, [&](int d, int p) {
       tile[d * stride + p] = p < count ? static_cast<T>(widen(from[p * x.position + d * x.channel])) : T(0);
@@ -72,8 +71,7 @@ __device__ inline void write_tile(const Args<T>& args, int64_t image, int64_t fi
                                   int block, const T* tile) {
   const View& x = args.x_grad;
   const int stride = pitch(args);
-  with_dtype(x.dtype, [&](auto tag) {
-    using X = typename decltype(tag)::Type;
+  with_dtype(x.dtype, [&]<typename X>() {
     X* to = address<X>(x, image, first, channel);
     for_each(block, args.tile_log2, x.channel < x.position, [&](int d, int p) {
       if (p < count) to[p * x.position + d * x.channel] = narrow<X>(static_cast<Acc<X>>(tile[d * stride + p]));
@@ -100,8 +98,7 @@ __device__ inline void read_rows(const Args<T>& args, int64_t image, int64_t fir
   for (int64_t i = threadIdx.x; i < args.tile * (args.padded - args.codes); i += kThreads) {
     rows[i % args.tile * args.row_stride + args.codes + i / args.tile] = T(0);
   }
-  with_dtype(args.map.dtype, [&](auto tag) {
-    using X = typename decltype(tag)::Type;
+  with_dtype(args.map.dtype, [&]<typename X>() {
     const X* from = address<X>(args.map, image, first, 0);
     for_each_code(args, args.map, count, [&](int p, int64_t k) {
       rows[p * args.row_stride + k] = static_cast<T>(widen(from[p * args.map.position + k * args.map.channel]));
@@ -113,8 +110,7 @@ __device__ inline void read_rows(const Args<T>& args, int64_t image, int64_t fir
 template <typename T>
 __device__ inline void write_rows(const Args<T>& args, int64_t image, int64_t first, int count, const T* rows,
                                   const T* scale) {
-  with_dtype(args.map_out.dtype, [&](auto tag) {
-    using X = typename decltype(tag)::Type;
+  with_dtype(args.map_out.dtype, [&]<typename X>() {
     X* to = address<X>(args.map_out, image, first, 0);
     for_each_code(args, args.map_out, count, [&](int p, int64_t k) {
       const T value = rows[p * args.row_stride + k] * (scale != nullptr ? scale[k] : T(1));
@@ -123,7 +119,7 @@ __device__ inline void write_rows(const Args<T>& args, int64_t image, int64_t fi
   });
 }
 
-// --- products of a tile ----------------------------------------------------------------------------------------------
+// --- products of a tile
 
 constexpr int kPartial = 64;  // channels of a partial sum: two levels keep rounding errors small
 
@@ -255,7 +251,7 @@ __device__ inline void contract_codes(const Args<T>& args, T* tile, const T* cod
   }
 }
 
-// --- rows of codes ---------------------------------------------------------------------------------------------------
+// --- rows of codes
 
 // assigned[p] = softmax over the codes of scale * squares[p], one warp a position; zeros behind the last code.
 // `assigned` may be `squares`.
@@ -308,7 +304,7 @@ __device__ inline void sum_rows(const Args<T>& args, int count, bool first, cons
   }
 }
 
-// --- the kernel ------------------------------------------------------------------------------------------------------
+// --- the kernel
 
 // One tile: count positions from `first` on. `opens`: the first of its chunk.
 template <Op op, typename T>
@@ -394,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, op>) tiles_kernel(Args<
   }
 }
 
-// --- host ------------------------------------------------------------------------------------------------------------
+// --- host
 
 constexpr int64_t kSharedBudget = 99 * 1024;          // what every GPU since sm_80 can give to a block
 constexpr int64_t kChunksWanted = 256;                // of all images together
@@ -426,27 +422,22 @@ void plan(Args<T>& args) {
   if (!rows_in_shared && args.blocks > kChunksWanted) args.blocks = kChunksWanted;  // each has rows of its own
 }
 
-// Gives every table of scratch memory its place from `memory` on; returns the bytes that they take.
+// The scratch memory.
 template <Op op, typename T>
-int64_t lay_out(Args<T>& args, void* memory) {
+Scratch lay_out(Args<T>& args) {
   using O = Does<op>;
-  int64_t bytes = 0;
-  const auto take = [&](T*& pointer, bool wanted, int64_t values) {
-    if (!wanted) return;
-    if (memory != nullptr) pointer = reinterpret_cast<T*>(static_cast<unsigned char*>(memory) + bytes);
-    bytes += (values * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-  };
+  Scratch scratch;
   const int64_t width = args.channels * args.padded, chunks = args.batch * args.chunks;
   const int64_t row_values = O::row_arrays * args.tile * args.row_stride;
   const bool rows_in_shared = row_values * static_cast<int64_t>(sizeof(T)) <= kSharedBudget / 2;
-  take(args.packed_codewords, true, width);
-  take(args.packed_scale, O::uses_scale, args.padded);
-  take(args.packed_grad, O::dots, args.batch * width);
-  take(args.rows, !rows_in_shared, args.blocks * row_values);
-  take(args.sum_residual, O::residuals, chunks * width);
-  take(args.sum_assigned, O::dots, chunks * args.padded);
-  take(args.sum_scale, O::squares && O::backward, chunks * args.padded);
-  return bytes;
+  scratch.add(args.packed_codewords, width);
+  if (O::uses_scale) scratch.add(args.packed_scale, args.padded);
+  if (O::dots) scratch.add(args.packed_grad, args.batch * width);
+  if (!rows_in_shared) scratch.add(args.rows, args.blocks * row_values);
+  if (O::residuals) scratch.add(args.sum_residual, chunks * width);
+  if (O::dots) scratch.add(args.sum_assigned, chunks * args.padded);
+  if (O::squares && O::backward) scratch.add(args.sum_scale, chunks * args.padded);
+  return scratch;
 }
 
 // Everything after plan() and lay_out().

@@ -2,15 +2,11 @@
 // two, and encode_tf32.cu, are compiled at the same time.
 #include "launch.h"
 
-#include "encode.cuh"
-#include "encode_mma.cuh"
-#include "encode_tf32.cuh"
+#include "encode_mma_run.cuh"
 
 namespace rendseg::encoding {
 
-template bool run_encode_mma<half_t>(CudaLaunch&, const MmaArgs&, bool);
-template bool run_encode_mma<bfloat16_t>(CudaLaunch&, const MmaArgs&, bool);
-template bool run_encode_mma_backward<half_t>(CudaLaunch&, const MmaArgs&, bool);
-template bool run_encode_mma_backward<bfloat16_t>(CudaLaunch&, const MmaArgs&, bool);
+template void run_mma<half_t>(CudaLaunch&, const MmaArgs&, const MmaFit&);
+template void run_mma<bfloat16_t>(CudaLaunch&, const MmaArgs&, const MmaFit&);
 
 }  // namespace rendseg::encoding

@@ -1,9 +1,26 @@
-// encode on tensor cores, for float16 and bfloat16 features and any codewords: at most 32 codewords, 512 channels.
+// encode on tensor cores: what its kernels share. At most 32 codewords and 512 channels; float16 and bfloat16 features
+// here (encode_mma_forward.cuh, encode_mma_backward.cuh), float32 in encode_tf32.cuh, launches in encode_mma_run.cuh.
 //
-// A block of eight warps walks over the positions of one chunk, 32 at a time. Every warp owns a slice of the channels:
-// its part of the distances (products of the slice with the codewords, which stay in registers), its part of the result
-// (32 codes x slice, in registers from the first position to the last). The parts of the distances meet in shared
-// memory, where all threads make the softmax. Features are read from memory once, in the layout that they have.
+// A block of eight warps walks over the positions of one chunk of an image, a tile of 32 or 64 of them at a time, and
+// reads the features of each once. A warp owns a slice of the channels, up to four steps of 16:
+//
+//   channel       0      16     32    ..  112    128    144   ..  240    256   ..   511
+//   step          0      1      2     ..  7      8      9     ..  15     16    ..   31
+//   warp          0      1      2     ..  7      0      1     ..  7      0 .. 7, 0 .. 7
+//               +------+------+------+--+------+------+------+--+------+----------------+
+//   position 0  |                                                                       |
+//            .. |  a tile in shared memory, as the features have it: [channel][position]|
+//            31 |  or, where channels are adjacent, [position][channel]                 |
+//               +------+------+------+--+------+------+------+--+------+----------------+
+//
+//   contract    a warp: tile [32 positions][slice] x c' [slice][32 codes] is its part of the distances
+//   exchange    the block: the eight parts meet in shared memory. Thread t sums them for codes 4 (t % 8) .. + 3 of
+//               position t / 8, and has their squared distances, softmax and assignment A; eight lanes share a position
+//   aggregate   a warp: A [32 codes][32 positions] x tile [32 positions][slice] is added to its part of the result
+//               [32 codes][slice], in registers from the first position of the chunk to the last
+//
+// Codewords are fragments in registers (16-bit features) or rows in shared memory. encode_parts.cuh adds the results of
+// all chunks of an image.
 //
 // Precision. Features are exact operands; codewords and assignments are split into two 16-bit values each, so products
 // are good to about 2^-17 (bfloat16) or 2^-22 (float16), sums are float. With the mean codeword r and c' = c - r
@@ -62,7 +79,7 @@ struct MmaArgs {
   float* sum_scale = nullptr;
 };
 
-// --- preparation -----------------------------------------------------------------------------------------------------
+// --- preparation
 
 __device__ inline bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 
@@ -110,8 +127,7 @@ __device__ inline int64_t fragment_word(int64_t d, int k, int split) {
 template <typename F>
 __device__ inline void for_each_code_of(const MmaArgs& args, int d, F&& f) {
   constexpr int kBatch = 8;
-  with_dtype(args.codewords.dtype, [&](auto tag) {
-    using C = typename decltype(tag)::Type;
+  with_dtype(args.codewords.dtype, [&]<typename C>() {
     const int codes = static_cast<int>(args.codes);
     for (int from = 0; from < codes; from += kBatch) {
       C values[kBatch];
@@ -225,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) prepare_gradient_kernel(MmaArgs args
   }
 }
 
-// --- a tile in shared memory -----------------------------------------------------------------------------------------
+// --- a tile in shared memory
 
 // Features of kTile positions: [channel][position], or [position][channel] where channels are contiguous in memory.
 // Rows are an odd number of 16 bytes: ldmatrix has no bank conflicts in either direction.
@@ -234,9 +250,7 @@ struct TileOf {
   static __host__ __device__ int rows(int steps) { return kChannelsLast ? kTile : steps * kStep; }
   static __host__ __device__ int columns(int steps) { return kChannelsLast ? steps * kStep : kTile; }
   static __host__ __device__ int pitch(int steps) { return columns(steps) + 8; }
-  static __host__ __device__ int64_t bytes(int steps) {
-    return static_cast<int64_t>(rows(steps)) * pitch(steps) * static_cast<int64_t>(sizeof(X));
-  }
+  static __host__ __device__ int64_t values(int steps) { return static_cast<int64_t>(rows(steps)) * pitch(steps); }
   static __device__ int place(int steps, int row, int column) { return row * pitch(steps) + column; }
   static __device__ int at(int steps, int position, int channel) {
     return kChannelsLast ? place(steps, position, channel) : place(steps, channel, position);
@@ -252,7 +266,7 @@ template <int kTile, bool kChannelsLast>
 struct TileOf<float, kTile, kChannelsLast> {
   static __host__ __device__ int rows(int steps) { return kChannelsLast ? kTile : steps * kStep; }
   static __host__ __device__ int columns(int steps) { return kChannelsLast ? steps * kStep : kTile; }
-  static __host__ __device__ int64_t bytes(int steps) { return int64_t{4} * kTile * steps * kStep; }
+  static __host__ __device__ int64_t values(int steps) { return int64_t{kTile} * steps * kStep; }
   static __device__ int place(int steps, int row, int column) { return row * columns(steps) + swapped(row, column); }
   static __device__ int at(int steps, int position, int channel) {
     return kChannelsLast ? place(steps, position, channel) : place(steps, channel, position);
@@ -331,7 +345,7 @@ __device__ inline float high_half(uint32_t pair) {
   return low_half<X>(pair >> 16);
 }
 
-// --- the exchange of distances ---------------------------------------------------------------------------------------
+// --- the exchange of distances
 
 // Parts of products [32 positions][32 codes], one for each warp. Columns are swapped by row so that fragments are
 // written, and rows read, without bank conflicts. In two rounds, each of half the positions, they take half the memory.
@@ -481,7 +495,7 @@ __device__ inline void codes_by_positions(uint32_t (&a)[4], const X* weights, in
   ldmatrix_x4_trans(a, weights + (position + matrix / 2 * 8 + row) * kWeightPitch + code + matrix % 2 * 8);
 }
 
-// --- products of a warp ----------------------------------------------------------------------------------------------
+// --- products of a warp
 
 // The step of channels that is the i-th of this warp.
 __device__ inline int own_step(int i) { return warp_id() + i * kWarps; }
@@ -643,66 +657,36 @@ __device__ inline void sum_positions(const Vec<float, 4>& mine, float* scratch, 
   __syncthreads();
 }
 
-// --- forward ---------------------------------------------------------------------------------------------------------
+// --- the walk over a chunk
 
+// The positions of this block: those of one chunk, kTile at a time, in kStages tiles of shared memory by turns. With
+// two, the next tile is on its way while this one is worked on. The order of all sums is the same in both.
 template <typename X, int kTile, bool kChannelsLast, int kStages>
-struct ForwardShared {
-  X* tile[kStages];
-  float *parts, *squares, *reference, *totals;
-  X* weights;
-  CodeConstants* constants;
-  int64_t bytes;
+struct ChunkWalk {
+  const MmaArgs& args;
+  int64_t chunk, image;
+  int begin, end, tiles;
+  X *even, *odd;
 
-  __host__ __device__ ForwardShared(unsigned char* memory, int steps) {
-    int64_t at = 0;
-    const auto take = [&](auto*& pointer, int64_t values) {
-      using V = std::remove_reference_t<decltype(*pointer)>;
-      pointer = reinterpret_cast<V*>(memory + at);
-      at += values * static_cast<int64_t>(sizeof(V));
-    };
-    // Tables of a fixed size first: their places are constants and take no registers.
-    take(parts, kWarps * kPart);
-    take(squares, kWarps * kSub);
-    take(weights, 2 * kSub * kWeightPitch);
-    take(totals, kMmaCodes);
-    take(constants, 1);
-    RENDSEG_UNROLL
-    for (int i = 0; i < kStages; ++i) {
-      take(tile[i], TileOf<X, kTile, kChannelsLast>::bytes(steps) / static_cast<int64_t>(sizeof(X)));
-    }
-    take(reference, steps * kStep);
-    bytes = at;
+  __device__ ChunkWalk(const MmaArgs& args, const Part<X> (&places)[kStages], unsigned char* memory)
+      : args(args), chunk(blockIdx.x), image(chunk / args.chunks) {
+    const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
+    begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
+    end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
+    tiles = (end - begin + kTile - 1) / kTile;
+    even = places[0].in(memory), odd = places[kStages - 1].in(memory);
   }
-};
-
-template <typename X, int kTile, bool kChannelsLast, int kStages>
-__global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
-  RENDSEG_DYNAMIC_SHARED(memory);
-  const ForwardShared<X, kTile, kChannelsLast, kStages> shared(memory, args.steps);
-  const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
-  const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
-  const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
-  const int end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
-  const int tiles = (end - begin + kTile - 1) / kTile;
-  const auto load = [&](int t) {
-    const int first = begin + t * kTile;
-    load_tile<X, kTile, kChannelsLast>(args, image, first, min(kTile, end - first),
-                                       kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]);
-  };
-
-  if (kStages == 2) load(0);
-  cp_async_commit();
-  for (int d = threadIdx.x; d < args.steps * kStep; d += kThreads) shared.reference[d] = args.reference[d];
-  if (threadIdx.x < kMmaCodes) {
-    copy_constants(*args.constants, *shared.constants);
+  __device__ X* tile(int t) const { return kStages == 1 || t % 2 == 0 ? even : odd; }
+  __device__ int first(int t) const { return begin + t * kTile; }
+  __device__ int count(int t) const { return min(kTile, end - begin - t * kTile); }
+  __device__ void load(int t) const { load_tile<X, kTile, kChannelsLast>(args, image, first(t), count(t), tile(t)); }
+  // What the block needs from the start may be copied before or after this; cp_async_commit() follows.
+  __device__ void load_first() const {
+    if (kStages == 2) load(0);
   }
-  Codewords<2> codewords;
-  load_codewords<2>(args, codewords);
-
-  Result result = {};
-  Vec<float, 4> assigned_sum{};
-  for (int t = 0; t < tiles; ++t) {
-    if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
+  // Barriers 1 and 2 of a tile. Tile t is then there for all threads.
+  __device__ void arrive(int t) const {
+    if (t > 0) __syncthreads();  // 1: the tile that comes goes where the one before was
     if (kStages == 1) {
       load(t);
     } else if (t + 1 < tiles) {
@@ -710,152 +694,23 @@ __global__ void __launch_bounds__(kThreads, 1) encode_mma_kernel(MmaArgs args) {
     }
     cp_async_commit();
     cp_async_wait<kStages - 1>();
-    __syncthreads();
-    const X* const tile = kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1];
-    const int count = min(kTile, end - begin - t * kTile);
-    for (int position = 0; position < count; position += kSub) {
-      float product[2][4][4] = {}, square[2][2] = {};
-      contract_slice<X, kTile, kChannelsLast, 2>(args, tile, shared.reference, position, codewords, nullptr, 0, product,
-                                                 square);
-      put_squares(shared.squares, square);
-      const Vec<float, 4> products = exchange<1>(shared.parts, product);
-      const Softmax softmax = softmax_of(args, *shared.constants, products, shared.squares);
-      const bool exists = position + softmax_position() < count;
-      Vec<float, 4> weights;
-      RENDSEG_UNROLL
-      for (int j = 0; j < 4; ++j) weights[j] = exists ? softmax.assigned[j] * kWeightScale : 0.0f;
-      const Vec<float, 4> seen = put_weights(shared.weights, softmax_position(), softmax_code(), weights);
-      RENDSEG_UNROLL
-      for (int j = 0; j < 4; ++j) assigned_sum[j] += seen[j];
-      __syncthreads();
-      aggregate_slice<X, kTile, kChannelsLast>(args, tile, shared.weights, position, result);
-    }
+    __syncthreads();  // 2: the copies of all threads are there
   }
-  __syncthreads();
-  sum_positions(assigned_sum, shared.parts, shared.totals);
-  float* const out = args.sum_residual + chunk * args.channels * args.padded;
-  with_dtype(args.codewords.dtype, [&](auto tag) {
-    using C = typename decltype(tag)::Type;
-    for_each_result(
-        args, result, [&](int k, int d) { return static_cast<float>(widen(*address<C>(args.codewords, 0, k, d))); },
-        [&](int k, int d, float sum, float c) {
-          out[d * args.padded + k] = (sum - c * shared.totals[k]) * (1.0f / kWeightScale);
-        });
-  });
-}
-
-// --- backward --------------------------------------------------------------------------------------------------------
-//
-// With g the gradient of the result, dA = (x - c).g, dL = A (dA - sum A dA) and W = 2 s dL, the gradient
-//   of x              is sum_k A_k g_k + W_k (x - c_k) = sum_k A_k g_k - W_k c'_k + (x - r) sum_k W_k,
-//   of the codewords  is -(sum_m A g + 2 s sum_m dL (x - c)),
-//   of the scale      is sum_m dL ||x - c||^2.
-// A second product over the slice gives x.g; one with the 64 rows [g; c'] gives the gradient of x, which replaces the
-// tile in shared memory (a warp is the only one to touch its slice) and leaves from there.
-
-// Two operands b of 16 codes by 8 channels: b[0], b[1] of the first eight channels.
-template <typename X>
-__device__ inline void codes_by_channels(uint32_t (&b)[4], const X* rows, int pitch, int code, int channel) {
-  const int matrix = lane_id() / 8, row = lane_id() % 8;
-  ldmatrix_x4_trans(b, rows + (code + matrix % 2 * 8 + row) * pitch + channel + matrix / 2 * 8);
-}
-
-// Operand a of 16 positions by 16 codes from weights [position][code].
-template <typename X>
-__device__ inline void positions_by_codes(uint32_t (&a)[4], const X* weights, int position, int code) {
-  const int matrix = lane_id() / 8, row = lane_id() % 8;
-  ldmatrix_x4(a, weights + (position + matrix % 2 * 8 + row) * kWeightPitch + code + matrix / 2 * 8);
-}
-
-// Products of 32 positions with the gradient, over the slice of this warp; rows [2][kMmaCodes][pitch] in two parts.
-template <typename X, bool kChannelsLast>
-__device__ inline void contract_gradient(const MmaArgs& args, const X* tile, const X* rows, int pitch,
-                                         float (&product)[2][4][4]) {
-  for (int step = warp_id(); step < args.steps; step += kWarps) {
-    uint32_t a[2][4];
-    RENDSEG_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      positions_by_channels<X, kSub, kChannelsLast>(a[m], tile, args.steps, m * 16, step * kStep);
-    }
-    RENDSEG_UNROLL
-    for (int split = 1; split >= 0; --split) {
-      RENDSEG_UNROLL
-      for (int pair = 0; pair < 2; ++pair) {
-        uint32_t b[4];
-        channels_by_codes(b, rows + split * kMmaCodes * pitch, pitch, pair * 16, step * kStep);
-        RENDSEG_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
-          RENDSEG_UNROLL
-          for (int m = 0; m < 2; ++m) mma_m16n8k16(product[m][pair * 2 + n], a[m], b_own, X{});
-        }
-      }
-    }
-  }
-}
-
-// The gradient of x is as coarse as X, and so may be the operands of its products, except that the rounding of both
-// operands of bfloat16 could add up to more than that of the result: there A and g are split as well.
-template <typename X>
-constexpr bool kSplitGradient = std::is_same_v<X, bfloat16_t>;
-
-// What the gradient of x needs to know of each position: 1 / the scale of its weights, and sum_k W_k.
-struct PositionFactors {
-  float unscale[kSub], weight_sum[kSub];
 };
 
-// tile = gradient of x, for the slice of this warp. weights [3][position][code]: A, -W and the rest of A, scaled.
-template <typename X, bool kChannelsLast>
-__device__ inline void replace_by_gradient(const MmaArgs& args, X* tile, const X* weights, const X* grad_rows,
-                                           const X* code_rows, int pitch, const float* reference,
-                                           const PositionFactors& factors) {
-  using Tile = TileOf<X, kSub, kChannelsLast>;
-  const int group = lane_id() / 4, in_group = lane_id() % 4;
-  for (int step = warp_id(); step < args.steps; step += kWarps) {
-    float sum[2][2][4] = {};
-    const auto add = [&](int table, const X* rows) {  // over all codes
-      RENDSEG_UNROLL
-      for (int code = 0; code < kMmaCodes; code += 16) {
-        uint32_t a[4], b[4];
-        codes_by_channels(b, rows, pitch, code, step * kStep);
-        RENDSEG_UNROLL
-        for (int m = 0; m < 2; ++m) {
-          positions_by_codes(a, weights + table * kSub * kWeightPitch, m * 16, code);
-          RENDSEG_UNROLL
-          for (int n = 0; n < 2; ++n) {
-            const uint32_t b_own[2] = {b[n * 2], b[n * 2 + 1]};
-            mma_m16n8k16(sum[m][n], a, b_own, X{});
-          }
-        }
-      }
-    };
-    if constexpr (kSplitGradient<X>) {
-      add(2, grad_rows);
-      add(0, grad_rows + kMmaCodes * pitch);
-    }
-    add(0, grad_rows);
-    add(1, code_rows);
-    RENDSEG_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      RENDSEG_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int position = m * 16 + half * 8 + group;
-        const float unscale = factors.unscale[position], weight_sum = factors.weight_sum[position];
-        RENDSEG_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          RENDSEG_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            const int channel = step * kStep + n * 8 + 2 * in_group + j;
-            X& x = tile[Tile::at(args.steps, position, channel)];
-            x = narrow<X>(fmaf(widen(x) - reference[channel], weight_sum, sum[m][n][half * 2 + j] * unscale));
-          }
-        }
-      }
-    }
-  }
+// Adds up `sums` of all threads that make a softmax, into totals[kMmaCodes] in shared memory and into `out` if given.
+// `scratch` holds [kSub][kMmaCodes].
+__device__ inline void put_totals(const MmaArgs& args, const Vec<float, 4>& sums, float* scratch, float* totals,
+                                  float* out) {
+  __syncthreads();
+  sum_positions(sums, scratch, totals);
+  if (out != nullptr && threadIdx.x < args.codes) out[threadIdx.x] = totals[threadIdx.x];
 }
 
-// Writes the slice of this warp out of the tile.
+__device__ inline float sum_of(float a, float b) { return a + b; }
+__device__ inline float larger_of(float a, float b) { return fmaxf(a, b); }
+
+// Writes the slice of this warp out of a tile of kSub positions.
 template <typename X, bool kChannelsLast>
 __device__ inline void store_slice(const MmaArgs& args, int64_t image, int64_t first, int count, const X* tile) {
   using Tile = TileOf<X, kSub, kChannelsLast>;
@@ -887,215 +742,7 @@ __device__ inline void store_slice(const MmaArgs& args, int64_t image, int64_t f
   }
 }
 
-// With two rounds of an exchange, weights take the place of the parts.
-template <typename X, bool kChannelsLast, int kStages, int kRounds>
-struct BackwardShared {
-  X* tile[kStages];
-  X *grad_rows, *code_rows, *logit_weights, *weights;
-  float *parts, *squares, *reference, *totals, *tops, *grad_unscale, *grad_dot;
-  PositionFactors* factors;
-  CodeConstants* constants;
-  int64_t bytes;
-
-  __host__ __device__ BackwardShared(unsigned char* memory, int steps) {
-    const int64_t pitch = steps * kStep + 8;
-    int64_t at = 0;
-    const auto take = [&](auto*& pointer, int64_t values) {
-      using V = std::remove_reference_t<decltype(*pointer)>;
-      pointer = reinterpret_cast<V*>(memory + at);
-      at += values * static_cast<int64_t>(sizeof(V));
-    };
-    // Tables of a fixed size first: their places are constants and take no registers.
-    constexpr int64_t kArrays = kSplitGradient<X> ? 3 : 2, kWeights = kSub * kWeightPitch;
-    static_assert((2 + kArrays) * kWeights * 2 <= kWarps * kPart / 2 * 4, "weights take the place of the parts");
-    take(parts, kWarps * kPart / kRounds);
-    take(squares, kWarps * kSub);
-    if constexpr (kRounds == 2) {
-      logit_weights = reinterpret_cast<X*>(parts);
-      weights = logit_weights + 2 * kWeights;
-    } else {
-      take(logit_weights, 2 * kWeights);
-      take(weights, kArrays * kWeights);
-    }
-    take(totals, kMmaCodes);
-    take(tops, kWarps);
-    take(grad_unscale, kMmaCodes);
-    take(grad_dot, kMmaCodes);
-    take(factors, 1);
-    take(constants, 1);
-    RENDSEG_UNROLL
-    for (int i = 0; i < kStages; ++i) {
-      take(tile[i], TileOf<X, kSub, kChannelsLast>::bytes(steps) / static_cast<int64_t>(sizeof(X)));
-    }
-    take(grad_rows, 2 * kMmaCodes * pitch);
-    take(code_rows, kMmaCodes * pitch);
-    take(reference, steps * kStep);
-    bytes = at;
-  }
-};
-
-__device__ inline float sum_of(float a, float b) { return a + b; }
-__device__ inline float larger_of(float a, float b) { return fmaxf(a, b); }
-
-template <typename X, bool kChannelsLast, int kStages, int kRounds>
-__global__ void __launch_bounds__(kThreads, 1) encode_mma_backward_kernel(MmaArgs args) {
-  RENDSEG_DYNAMIC_SHARED(memory);
-  const BackwardShared<X, kChannelsLast, kStages, kRounds> shared(memory, args.steps);
-  const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
-  const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
-  const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
-  const int end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
-  const int tiles = (end - begin + kSub - 1) / kSub;
-  const int channels = args.steps * kStep, pitch = channels + 8;
-  const auto tile_of = [&](int t) { return kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]; };
-  const auto count_of = [&](int t) { return min(kSub, end - begin - t * kSub); };
-  const auto load = [&](int t) {
-    load_tile<X, kSub, kChannelsLast>(args, image, begin + t * kSub, count_of(t), tile_of(t));
-  };
-
-  if (kStages == 2) load(0);
-  const X* const grad_rows = static_cast<const X*>(args.grad_rows) + image * 2 * kMmaCodes * channels;
-  const X* const code_rows = static_cast<const X*>(args.code_rows);
-  for (int i = threadIdx.x; i < 3 * kMmaCodes * channels / 8; i += kThreads) {
-    const int row = i / (channels / 8), d = i % (channels / 8) * 8, code_row = row - 2 * kMmaCodes;
-    if (code_row < 0) {
-      cp_async_16(shared.grad_rows + row * pitch + d, grad_rows + row * channels + d);
-    } else {
-      cp_async_16(shared.code_rows + code_row * pitch + d, code_rows + code_row * channels + d);
-    }
-  }
-  cp_async_commit();
-  for (int d = threadIdx.x; d < channels; d += kThreads) shared.reference[d] = args.reference[d];
-  if (threadIdx.x < kMmaCodes) {
-    const int64_t of_image = image * kMmaCodes + threadIdx.x;
-    copy_constants(*args.constants, *shared.constants);
-    shared.grad_unscale[threadIdx.x] = 1.0f / args.grad_power[of_image];
-    shared.grad_dot[threadIdx.x] = args.grad_dot[of_image];
-  }
-  Codewords<1> codewords;
-  load_codewords<1>(args, codewords);
-
-  const int code = softmax_code(), own = softmax_position();
-  Result result = {};  // sum of dL * x, times `power`
-  float power = static_cast<float>(INFINITY);
-  Vec<float, 4> assigned_sum{}, logit_sum{}, scale_sum{};
-  for (int t = 0; t < tiles; ++t) {
-    if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
-    if (kStages == 1) {
-      load(t);
-    } else if (t + 1 < tiles) {
-      load(t + 1);
-    }
-    cp_async_commit();
-    cp_async_wait<kStages - 1>();
-    __syncthreads();
-    X* const tile = tile_of(t);
-    const int count = count_of(t);
-
-    Vec<float, 4> products;
-    {
-      float product[2][4][4] = {}, square[2][2] = {};
-      contract_slice<X, kSub, kChannelsLast, 1>(args, tile, shared.reference, 0, codewords, shared.code_rows, pitch,
-                                                product, square);
-      put_squares(shared.squares, square);
-      products = exchange<kRounds>(shared.parts, product);
-    }
-    const Softmax softmax = softmax_of(args, *shared.constants, products, shared.squares);
-    Vec<float, 4> logit_grad;
-    {
-      float product[2][4][4] = {};
-      contract_gradient<X, kChannelsLast>(args, tile, shared.grad_rows, pitch, product);
-      __syncthreads();  // the distances have been read
-      logit_grad = exchange<kRounds>(shared.parts, product);
-    }
-    float dot = 0.0f;
-    RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      logit_grad[j] = fmaf(logit_grad[j], shared.grad_unscale[code + j], -shared.grad_dot[code + j]);
-      dot = fmaf(softmax.assigned[j], logit_grad[j], dot);
-    }
-    dot = over_position(dot, sum_of);
-    Vec<float, 4> a, w;
-    float weight_sum = 0.0f, top = 0.0f, logit_top = 0.0f;
-    RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const bool exists = own < count && code + j < args.codes;
-      const float assigned = exists ? softmax.assigned[j] : 0.0f;
-      const float gradient = exists ? softmax.assigned[j] * (logit_grad[j] - dot) : 0.0f;
-      const float weight = 2.0f * shared.constants->scale[code + j] * gradient;
-      logit_grad[j] = gradient;
-      logit_top = fmaxf(logit_top, fabsf(gradient));
-      assigned_sum[j] += assigned;
-      scale_sum[j] += exists ? gradient * softmax.distance[j] : 0.0f;
-      weight_sum += weight;
-      a[j] = assigned * shared.grad_unscale[code + j];
-      w[j] = weight * shared.constants->factor[code + j] * 0.5f;  // the factor is -2 / the power of the codeword
-      top = fmaxf(top, fmaxf(fabsf(a[j]), fabsf(w[j])));
-    }
-    weight_sum = over_position(weight_sum, sum_of);
-    const float scale = power_for(over_position(top, larger_of));
-    if constexpr (kRounds == 2) __syncthreads();  // the products have been read
-    Vec<X, 4> a_high, a_low, w_high;
-    RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      a_high[j] = narrow<X>(a[j] * scale);
-      a_low[j] = narrow<X>(a[j] * scale - widen(a_high[j]));
-      w_high[j] = narrow<X>(w[j] * scale);
-    }
-    X* const to = shared.weights + own * kWeightPitch + code;
-    store_vec(to, a_high);
-    store_vec(to + kSub * kWeightPitch, w_high);
-    if constexpr (kSplitGradient<X>) store_vec(to + 2 * kSub * kWeightPitch, a_low);
-    if (lane_id() % 8 == 0) {
-      shared.factors->unscale[own] = 1.0f / scale;
-      shared.factors->weight_sum[own] = weight_sum;
-    }
-
-    // The gradients of the logits share one power of two over all positions; it shrinks when larger ones come.
-    logit_top = warp_max(logit_top);
-    if (lane_id() == 0) shared.tops[warp_id()] = logit_top;
-    __syncthreads();
-    RENDSEG_UNROLL
-    for (int i = 0; i < kWarps; ++i) logit_top = fmaxf(logit_top, shared.tops[i]);
-    const float fitting = logit_top > 0.0f ? power_for(logit_top) * 256.0f : power;
-    if (fitting < power) {
-      const float change = power < static_cast<float>(INFINITY) ? fitting / power : 1.0f;
-      power = fitting;
-      RENDSEG_UNROLL
-      for (int i = 0; i < kSteps * 16; ++i) result[i / 16][i / 8 % 2][i / 4 % 2][i % 4] *= change;
-      RENDSEG_UNROLL
-      for (int j = 0; j < 4; ++j) logit_sum[j] *= change;
-    }
-    RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) logit_grad[j] = logit_grad[j] == 0.0f ? 0.0f : logit_grad[j] * power;
-    const Vec<float, 4> seen = put_weights(shared.logit_weights, own, code, logit_grad);
-    RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) logit_sum[j] += seen[j];
-    __syncthreads();
-    aggregate_slice<X, kSub, kChannelsLast>(args, tile, shared.logit_weights, 0, result);
-    __syncwarp();
-    replace_by_gradient<X, kChannelsLast>(args, tile, shared.weights, shared.grad_rows, shared.code_rows, pitch,
-                                          shared.reference, *shared.factors);
-    __syncwarp();
-    store_slice<X, kChannelsLast>(args, image, begin + t * kSub, count, tile);
-  }
-
-  const float unscale = power < static_cast<float>(INFINITY) ? 1.0f / power : 0.0f;
-  const auto put_totals = [&](const Vec<float, 4>& sums, float* out) {
-    __syncthreads();
-    sum_positions(sums, shared.parts, shared.totals);
-    if (out != nullptr && threadIdx.x < args.codes) out[threadIdx.x] = shared.totals[threadIdx.x];
-  };
-  put_totals(assigned_sum, args.sum_assigned + chunk * args.padded);
-  put_totals(scale_sum, args.sum_scale + chunk * args.padded);
-  put_totals(logit_sum, nullptr);
-  float* const out = args.sum_residual + chunk * args.channels * args.padded;
-  for_each_result(
-      args, result, [&](int k, int d) { return __ldg(args.packed_codewords + d * args.padded + k); },
-      [&](int k, int d, float sum, float c) { out[d * args.padded + k] = (sum - c * shared.totals[k]) * unscale; });
-}
-
-// --- host ------------------------------------------------------------------------------------------------------------
+// --- host
 
 constexpr int64_t kMmaChunks = 128;  // of all images together: a block for every multiprocessor of the largest GPUs
 
@@ -1105,6 +752,7 @@ inline bool fits_mma(const MmaArgs& args) {
          args.channels <= kMmaChannels;
 }
 
+inline bool is_backward(const MmaArgs& args) { return args.grad.data != nullptr; }
 inline bool is_channels_last(const MmaArgs& args) { return args.x.channel == 1 && args.channels > 1; }
 
 // Whether rows of `view` can be moved in 16 bytes.
@@ -1128,35 +776,26 @@ inline void plan_mma(MmaArgs& args) {
   args.grad_vectors = args.x_grad.data != nullptr && moves_in_vectors(args, args.x_grad, last);
 }
 
-// Places of the scratch memory from `memory` on; returns the bytes that they take.
-inline int64_t lay_out_mma(MmaArgs& args, void* memory) {
-  int64_t bytes = 0;
-  const auto place = [&](int64_t size) {
-    unsigned char* const at = memory == nullptr ? nullptr : static_cast<unsigned char*>(memory) + bytes;
-    bytes += (size + 255) / 256 * 256;
-    return static_cast<void*>(at);
-  };
-  const auto floats = [&](int64_t values) { return static_cast<float*>(place(values * 4)); };
+// The scratch memory.
+inline Scratch lay_out_mma(MmaArgs& args) {
+  Scratch scratch;
   const int64_t channels = args.steps * kStep, width = args.channels * args.padded, chunks = args.batch * args.chunks;
-  if (args.wide) {
-    args.code_rows = place(kMmaCodes * channels * 4);
-  } else {
-    args.fragments = static_cast<uint32_t*>(place(fragment_words(args.steps) * 4));
-  }
-  args.reference = floats(channels);
-  args.constants = static_cast<CodeConstants*>(place(sizeof(CodeConstants)));
-  args.sum_residual = floats(chunks * width);
-  if (args.grad.data == nullptr) return bytes;
-  if (!args.wide) args.code_rows = place(kMmaCodes * channels * 2);
-  args.grad_rows = place(args.batch * 2 * kMmaCodes * channels * 2);
-  args.grad_power = floats(args.batch * kMmaCodes);
-  args.grad_dot = floats(args.batch * kMmaCodes);
-  args.packed_codewords = floats(width);
-  args.packed_scale = floats(args.padded);
-  args.packed_grad = floats(args.batch * width);
-  args.sum_assigned = floats(chunks * args.padded);
-  args.sum_scale = floats(chunks * args.padded);
-  return bytes;
+  const int64_t element = args.wide ? 4 : 2;
+  if (!args.wide) scratch.add(args.fragments, fragment_words(args.steps));
+  if (args.wide || is_backward(args)) scratch.add_bytes(args.code_rows, kMmaCodes * channels * element);
+  scratch.add(args.reference, channels);
+  scratch.add(args.constants, 1);
+  scratch.add(args.sum_residual, chunks * width);
+  if (!is_backward(args)) return scratch;
+  scratch.add_bytes(args.grad_rows, args.batch * kMmaCodes * channels * 4);
+  scratch.add(args.grad_power, args.batch * kMmaCodes);
+  scratch.add(args.grad_dot, args.batch * kMmaCodes);
+  scratch.add(args.packed_codewords, width);
+  scratch.add(args.packed_scale, args.padded);
+  scratch.add(args.packed_grad, args.batch * width);
+  scratch.add(args.sum_assigned, chunks * args.padded);
+  scratch.add(args.sum_scale, chunks * args.padded);
+  return scratch;
 }
 
 // What packing and the last sums want to know.
@@ -1179,90 +818,6 @@ inline Args<float> general_args(const MmaArgs& args) {
   general.sum_assigned = args.sum_assigned;
   general.sum_scale = args.sum_scale;
   return general;
-}
-
-// An address to measure a layout from.
-inline unsigned char* nowhere() { return reinterpret_cast<unsigned char*>(uintptr_t{4096}); }
-
-template <typename X, int kTile, bool kChannelsLast, int kStages, typename Launch>
-bool launch_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = ForwardShared<X, kTile, kChannelsLast, kStages>(nowhere(), args.steps).bytes;
-  if (bytes > launch.shared_limit()) return false;
-  if (!try_only) {
-    launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_kernel<X, kTile, kChannelsLast, kStages>, args);
-  }
-  return true;
-}
-
-// Of float32 features, in encode_tf32.cuh.
-template <bool kChannelsLast, typename Launch>
-bool pick_encode_tf32(Launch& launch, const MmaArgs& args, bool try_only);
-template <bool kChannelsLast, typename Launch>
-bool pick_encode_tf32_backward(Launch& launch, const MmaArgs& args, bool try_only);
-
-// Two tiles under way where the GPU has the shared memory, else one, else a smaller one. The order of all sums is the
-// same in each.
-template <typename X, bool kChannelsLast, typename Launch>
-bool pick_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
-  if constexpr (std::is_same_v<X, float>) {
-    return pick_encode_tf32<kChannelsLast>(launch, args, try_only);
-  } else {
-    return launch_encode_mma<X, 64, kChannelsLast, 2>(launch, args, try_only) ||
-           launch_encode_mma<X, 32, kChannelsLast, 2>(launch, args, try_only) ||
-           launch_encode_mma<X, 32, kChannelsLast, 1>(launch, args, try_only);
-  }
-}
-
-// Whether it was done. With `try_only`: whether it can be, on this GPU.
-template <typename X, typename Launch>
-bool run_encode_mma(Launch& launch, const MmaArgs& args, bool try_only) {
-  if (!try_only) launch({kMmaCodes, kThreads}, prepare_mma_kernel<X>, args);
-  if (!(is_channels_last(args) ? pick_encode_mma<X, true>(launch, args, try_only)
-                               : pick_encode_mma<X, false>(launch, args, try_only))) {
-    return false;
-  }
-  if (!try_only) {
-    run_sum_encodings(launch, general_args(args));
-  }
-  return true;
-}
-
-template <typename X, bool kChannelsLast, int kStages, int kRounds, typename Launch>
-bool launch_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = BackwardShared<X, kChannelsLast, kStages, kRounds>(nowhere(), args.steps).bytes;
-  if (bytes > launch.shared_limit()) return false;
-  if (!try_only) {
-    launch({args.batch * args.chunks, kThreads, bytes}, encode_mma_backward_kernel<X, kChannelsLast, kStages, kRounds>,
-           args);
-  }
-  return true;
-}
-
-// At 512 channels: two tiles and two rounds on sm_90 (202 K), one tile on sm_80 (161 K). Sums are the same in each.
-template <typename X, bool kChannelsLast, typename Launch>
-bool pick_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  if constexpr (std::is_same_v<X, float>) {
-    return pick_encode_tf32_backward<kChannelsLast>(launch, args, try_only);
-  } else {
-    return launch_encode_mma_backward<X, kChannelsLast, 2, 1>(launch, args, try_only) ||
-           launch_encode_mma_backward<X, kChannelsLast, 2, 2>(launch, args, try_only) ||
-           launch_encode_mma_backward<X, kChannelsLast, 1, 2>(launch, args, try_only);
-  }
-}
-
-template <typename X, typename Launch>
-bool run_encode_mma_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  if (!try_only) {
-    run_pack(launch, general_args(args));
-    launch({kMmaCodes, kThreads}, prepare_mma_kernel<X>, args);
-    launch({args.batch * kMmaCodes, kThreads}, prepare_gradient_kernel<X>, args);
-  }
-  if (!(is_channels_last(args) ? pick_encode_mma_backward<X, true>(launch, args, try_only)
-                               : pick_encode_mma_backward<X, false>(launch, args, try_only))) {
-    return false;
-  }
-  if (!try_only) run_sum_gradients(launch, general_args(args));
-  return true;
 }
 
 }  // namespace rendseg::encoding

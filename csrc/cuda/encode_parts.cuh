@@ -9,6 +9,9 @@
 #pragma once
 
 #include "device.cuh"
+#include "scratch.h"
+
+#include "../strided.h"
 
 namespace rendseg::encoding {
 
@@ -16,26 +19,10 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kPad = 4;  // codes move in fours
 
-enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBfloat16 };
-
-template <typename X>
-struct Tag {
-  using Type = X;
-};
-
-// f(Tag<X>): one branch, the same for all threads, around a whole loop.
+// f.operator()<X>(): one branch, the same for all threads, around a whole loop.
 template <typename F>
 __device__ inline void with_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kDouble:
-      return f(Tag<double>{});
-    case Dtype::kHalf:
-      return f(Tag<half_t>{});
-    case Dtype::kBfloat16:
-      return f(Tag<bfloat16_t>{});
-    default:
-      return f(Tag<float>{});
-  }
+  rendseg::with_dtype<half_t, bfloat16_t>(dtype, f);
 }
 
 // A tensor of any strides (in elements), indexed by image, position (or code) and channel (or code).
@@ -122,22 +109,19 @@ __device__ inline void store_four(T* to, const Four<T>& four) {
 template <typename T>
 __device__ inline T read(const View& view, int64_t image, int64_t position, int64_t channel) {
   T value{};
-  with_dtype(view.dtype, [&](auto tag) {
-    using X = typename decltype(tag)::Type;
-    value = static_cast<T>(widen(*address<X>(view, image, position, channel)));
-  });
+  with_dtype(view.dtype,
+             [&]<typename X>() { value = static_cast<T>(widen(*address<X>(view, image, position, channel))); });
   return value;
 }
 
 template <typename T>
 __device__ inline void write(const View& view, int64_t image, int64_t position, int64_t channel, T value) {
-  with_dtype(view.dtype, [&](auto tag) {
-    using X = typename decltype(tag)::Type;
+  with_dtype(view.dtype, [&]<typename X>() {
     *address<X>(view, image, position, channel) = narrow<X>(static_cast<Acc<X>>(value));
   });
 }
 
-// --- packing ---------------------------------------------------------------------------------------------------------
+// --- packing
 
 // Codewords, scale and gradient in the type of the arithmetic, with zeros behind the last code.
 template <typename T>
@@ -157,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Args<T> args) {
   }
 }
 
-// --- sums of partial results -----------------------------------------------------------------------------------------
+// --- sums of partial results
 
 // Of a block of kWarps warps: the sum over `members` of term(member), for the element of this lane, in a fixed order.
 // The result is that of warp 0; all threads must take part.

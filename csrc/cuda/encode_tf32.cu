@@ -1,13 +1,10 @@
 // encode of float32 features on tensor cores: the launches that encode.cu declares; see encode_mma.cu.
 #include "launch.h"
 
-#include "encode.cuh"
-#include "encode_mma.cuh"
-#include "encode_tf32.cuh"
+#include "encode_mma_run.cuh"
 
 namespace rendseg::encoding {
 
-template bool run_encode_mma<float>(CudaLaunch&, const MmaArgs&, bool);
-template bool run_encode_mma_backward<float>(CudaLaunch&, const MmaArgs&, bool);
+template void run_mma<float>(CudaLaunch&, const MmaArgs&, const MmaFit&);
 
 }  // namespace rendseg::encoding

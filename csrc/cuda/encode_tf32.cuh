@@ -27,7 +27,7 @@ constexpr int kGrid = kSub * kMmaCodes;  // weights [32][32] as rows of 32 value
 static_assert(kSub == 32 && kMmaCodes == 32, "weights are square");
 static_assert(6 * kGrid <= kWarps * kPart, "three arrays of weights in two parts take the place of the distances");
 
-// --- operands --------------------------------------------------------------------------------------------------------
+// --- operands
 
 // Operand a of 16 by 8, or two operands b of 8 by 8, in two parts.
 struct TwoParts {
@@ -126,7 +126,7 @@ __device__ inline void features_of_sums(float (&x)[4], const float* tile, int wi
   }
 }
 
-// --- products of a warp ----------------------------------------------------------------------------------------------
+// --- products of a warp
 
 // Products of the 32 positions of a tile with `kTables` tables of rows [32 codes][width], one after the other, over
 // the slice of this warp, and (x - r)^2 summed over it as contract_slice() has it.
@@ -295,31 +295,37 @@ __device__ inline void load_rows(float* to, const void* from, int count, int wid
   }
 }
 
-// --- forward ---------------------------------------------------------------------------------------------------------
+// --- forward
 
+// Forward, per tile, with the barriers of the block by number: [1] [2] load, contract, exchange [3]; softmax, and the
+// code nearest to each position; [4] the distances have been read, weights take their place; [5] the weights are there;
+// aggregate.
+//
+// Shared memory by its offset in bytes, S = 16 * steps channels:
+//
+//        0   parts      float [8 warps][32 positions][32 codes]; then in their place weights float [2 parts][32][32]
+//   32,768   squares    float [8 warps][32 positions]
+//   33,792   nearest    int   [32 positions]
+//   33,920   constants  float [3][32]
+//   34,304   codes      float [32 codes][S]                      c', fours swapped by row
+//     then   tiles      float [stages][32][S], or [stages][S][32]
 template <bool kChannelsLast, int kStages>
-struct WideForwardShared {
-  float *parts, *weights, *squares, *codes, *tile[kStages];
-  int* nearest;
-  CodeConstants* constants;
+struct WideForwardMap {
+  Part<float> parts, squares, codes, tile[kStages];
+  Part<int> nearest;
+  Part<CodeConstants> constants;
   int64_t bytes;
 
-  __host__ __device__ WideForwardShared(unsigned char* memory, int steps) {
-    int64_t at = 0;
-    const auto take = [&](auto*& pointer, int64_t values) {
-      using V = std::remove_reference_t<decltype(*pointer)>;
-      pointer = reinterpret_cast<V*>(memory + at);
-      at += values * static_cast<int64_t>(sizeof(V));
-    };
-    take(parts, kWarps * kPart);
-    weights = parts;
-    take(squares, kWarps * kSub);
-    take(nearest, kSub);
-    take(constants, 1);
-    take(codes, kMmaCodes * steps * kStep);
+  RENDSEG_HD explicit WideForwardMap(int steps) {
+    Layout<1> layout;
+    parts = layout.add<float>(kWarps * kPart);
+    squares = layout.add<float>(kWarps * kSub);
+    nearest = layout.add<int>(kSub);
+    constants = layout.add<CodeConstants>(1);
+    codes = layout.add<float>(kMmaCodes * steps * kStep);
     RENDSEG_UNROLL
-    for (int i = 0; i < kStages; ++i) take(tile[i], kSub * steps * kStep);
-    bytes = at;
+    for (int i = 0; i < kStages; ++i) tile[i] = layout.add<float>(kSub * steps * kStep);
+    bytes = layout.bytes();
   }
 };
 
@@ -390,118 +396,116 @@ __device__ inline void add_differences(const MmaArgs& args, const Counts& counts
 template <bool kChannelsLast, int kStages>
 __global__ void __launch_bounds__(kThreads, 1) encode_tf32_kernel(MmaArgs args) {
   RENDSEG_DYNAMIC_SHARED(memory);
-  const WideForwardShared<kChannelsLast, kStages> shared(memory, args.steps);
-  const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
-  const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
-  const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
-  const int end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
-  const int tiles = (end - begin + kSub - 1) / kSub;
-  const auto tile_of = [&](int t) { return kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]; };
-  const auto count_of = [&](int t) { return min(kSub, end - begin - t * kSub); };
-  const auto load = [&](int t) {
-    load_tile<float, kSub, kChannelsLast>(args, image, begin + t * kSub, count_of(t), tile_of(t));
-  };
+  const WideForwardMap<kChannelsLast, kStages> map(args.steps);
+  float* const parts = map.parts.in(memory);
+  float* const weights = parts;
+  float* const squares = map.squares.in(memory);
+  float* const codes = map.codes.in(memory);
+  int* const nearest_of = map.nearest.in(memory);
+  CodeConstants* const constants = map.constants.in(memory);
+  const ChunkWalk<float, kSub, kChannelsLast, kStages> walk(args, map.tile, memory);
 
-  load_rows(shared.codes, args.code_rows, kMmaCodes, args.steps * kStep);
-  if (kStages == 2) load(0);
+  load_rows(codes, args.code_rows, kMmaCodes, args.steps * kStep);
+  walk.load_first();
   cp_async_commit();
-  if (threadIdx.x < kMmaCodes) copy_constants(*args.constants, *shared.constants);
+  if (threadIdx.x < kMmaCodes) copy_constants(*args.constants, *constants);
 
   Result result = {};
   Counts counts = {};
-  for (int t = 0; t < tiles; ++t) {
-    if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
-    if (kStages == 1) {
-      load(t);
-    } else if (t + 1 < tiles) {
-      load(t + 1);
-    }
-    cp_async_commit();
-    cp_async_wait<kStages - 1>();
-    __syncthreads();
-    const float* const tile = tile_of(t);
+  for (int t = 0; t < walk.tiles; ++t) {
+    walk.arrive(t);  // 1, 2
+    const float* const tile = walk.tile(t);
     Vec<float, 4> products;
     {
       float product[1][2][4][4] = {}, square[2][2] = {};
-      contract_rows<kChannelsLast, 1>(args, tile, shared.codes, product, square);
-      put_squares(shared.squares, square);
-      products = exchange<1>(shared.parts, product[0]);
+      contract_rows<kChannelsLast, 1>(args, tile, codes, product, square);
+      put_squares(squares, square);
+      products = exchange<1>(parts, product[0]);  // 3
     }
-    const Softmax softmax = softmax_of(args, *shared.constants, products, shared.squares);
+    const Softmax softmax = softmax_of(args, *constants, products, squares);
     const int nearest = nearest_code(args, softmax.distance), own = softmax_position();
-    __syncthreads();  // the distances have been read, weights take their place
-    const bool exists = own < count_of(t);
+    __syncthreads();  // 4: the distances have been read, weights take their place
+    const bool exists = own < walk.count(t);
     RENDSEG_UNROLL
     for (int j = 0; j < 4; ++j) {
-      put_weight_parts(shared.weights, softmax_code() + j, own, exists ? softmax.assigned[j] : 0.0f);
+      put_weight_parts(weights, softmax_code() + j, own, exists ? softmax.assigned[j] : 0.0f);
     }
-    if (lane_id() % 8 == 0) shared.nearest[own] = nearest;
-    __syncthreads();
-    aggregate_rows<kChannelsLast, true>(args, tile, shared.weights, shared.codes, shared.nearest, result, counts);
+    if (lane_id() % 8 == 0) nearest_of[own] = nearest;
+    __syncthreads();  // 5: the weights are there
+    aggregate_rows<kChannelsLast, true>(args, tile, weights, codes, nearest_of, result, counts);
   }
   __syncthreads();
-  add_differences(args, counts, shared.parts, shared.parts + kGrid, shared.codes, result);
+  add_differences(args, counts, parts, parts + kGrid, codes, result);
 
-  float* const out = args.sum_residual + chunk * args.channels * args.padded;
+  float* const out = args.sum_residual + walk.chunk * args.channels * args.padded;
   for_each_result(
       args, result, [](int, int) { return 0.0f; },
       [&](int k, int d, float sum, float) { out[d * args.padded + k] = sum; });
   // A codeword that is not finite took no part; its residuals are not finite either, at any weight.
-  if (!__any_sync(kAllLanes, !is_finite(shared.constants->constant[lane_id()]))) return;  // the same in all warps
+  if (!__any_sync(kAllLanes, !is_finite(constants->constant[lane_id()]))) return;  // the same in all warps
   __syncthreads();
   for (int i = threadIdx.x; i < args.codes * args.channels; i += kThreads) {
     const int k = static_cast<int>(i % args.codes), d = static_cast<int>(i / args.codes);
-    if (!is_finite(shared.constants->constant[k]))
-      out[d * args.padded + k] += 0.0f * read<float>(args.codewords, 0, k, d);
+    if (!is_finite(constants->constant[k])) out[d * args.padded + k] += 0.0f * read<float>(args.codewords, 0, k, d);
   }
 }
 
-// --- backward --------------------------------------------------------------------------------------------------------
+// --- backward
 //
 // As in encode_mma.cuh. Distances and products with the gradient g of the result are made together; dA is
 // (x - c).g = x'.g - c'.g. The gradient of x replaces the tile:
 //   sum_k A_k g_k - W_k c'_k + (x - r) sum_k W_k.
 
+// Per tile: [1] [2] load, contract with both tables, exchange [3]: distances, softmax; [4] they have been read;
+// exchange [5]: dA, dL; [6] the products have been read, weights take their place; [7] the weights are there;
+// aggregate, replace the slice of each warp, store it.
+//
+// Shared memory by its offset in bytes, S = 16 * steps channels:
+//
+//        0   parts       float [8 warps][32 positions][32 codes]; then in their place, each float [2 parts][32][32]:
+//            assigned    A [position][code]; 8,192 negative: -W [position][code]; 16,384 logits: dL [code][position]
+//   32,768   squares     float [8 warps][32 positions]
+//   33,792   weight_sum  float [32 positions]
+//   33,920   grad_dot    float [32]
+//   34,048   totals      float [32]
+//   34,176   constants   float [3][32]
+//   34,560   rows        float [c'; g][32 codes][S]
+//     then   tiles       float [stages][32][S], or [stages][S][32]
 template <bool kChannelsLast, int kStages>
-struct WideBackwardShared {
-  float *parts, *squares, *weight_sum, *grad_dot, *totals, *rows, *tile[kStages];
-  CodeConstants* constants;
+struct WideBackwardMap {
+  Part<float> parts, assigned, negative, logits, squares, weight_sum, grad_dot, totals, rows, tile[kStages];
+  Part<CodeConstants> constants;
   int64_t bytes;
 
-  __host__ __device__ WideBackwardShared(unsigned char* memory, int steps) {
-    int64_t at = 0;
-    const auto take = [&](auto*& pointer, int64_t values) {
-      using V = std::remove_reference_t<decltype(*pointer)>;
-      pointer = reinterpret_cast<V*>(memory + at);
-      at += values * static_cast<int64_t>(sizeof(V));
-    };
-    take(parts, kWarps * kPart);
-    take(squares, kWarps * kSub);
-    take(weight_sum, kSub);
-    take(grad_dot, kMmaCodes);
-    take(totals, kMmaCodes);
-    take(constants, 1);
-    take(rows, 2 * kMmaCodes * steps * kStep);  // c', then g
+  RENDSEG_HD explicit WideBackwardMap(int steps) {
+    Layout<1> layout, over_parts;
+    parts = layout.add<float>(kWarps * kPart);
+    assigned = over_parts.add<float>(2 * kGrid);
+    negative = over_parts.add<float>(2 * kGrid);
+    logits = over_parts.add<float>(2 * kGrid);
+    squares = layout.add<float>(kWarps * kSub);
+    weight_sum = layout.add<float>(kSub);
+    grad_dot = layout.add<float>(kMmaCodes);
+    totals = layout.add<float>(kMmaCodes);
+    constants = layout.add<CodeConstants>(1);
+    rows = layout.add<float>(2 * kMmaCodes * steps * kStep);
     RENDSEG_UNROLL
-    for (int i = 0; i < kStages; ++i) take(tile[i], kSub * steps * kStep);
-    bytes = at;
+    for (int i = 0; i < kStages; ++i) tile[i] = layout.add<float>(kSub * steps * kStep);
+    bytes = layout.bytes();
   }
-  // In the place of the parts, each in two parts: A and -W as [position][code], dL as [code][position].
-  __device__ float* assigned() const { return parts; }
-  __device__ float* negative() const { return parts + 2 * kGrid; }
-  __device__ float* logits() const { return parts + 4 * kGrid; }
 };
 
 // tile = gradient of x, for the slice of this warp.
-template <bool kChannelsLast, typename Shared>
-__device__ inline void replace_by_wide_gradient(const MmaArgs& args, const Shared& shared, float* tile) {
+template <bool kChannelsLast>
+__device__ inline void replace_by_wide_gradient(const MmaArgs& args, const float* assigned, const float* negative,
+                                                const float* rows, const float* weight_sum, float* tile) {
   using Tile = TileOf<float, kSub, kChannelsLast>;
   const int width = args.steps * kStep, group = lane_id() / 4, in_group = lane_id() % 4;
   RENDSEG_NO_UNROLL
   for (int step = warp_id(); step < args.steps; step += kWarps) {
     float sum[2][2][4] = {};
-    multiply_rows(sum, shared.assigned(), shared.rows + kMmaCodes * width, width, step * kStep);
-    multiply_rows(sum, shared.negative(), shared.rows, width, step * kStep);
+    multiply_rows(sum, assigned, rows + kMmaCodes * width, width, step * kStep);
+    multiply_rows(sum, negative, rows, width, step * kStep);
     RENDSEG_UNROLL
     for (int n = 0; n < 2; ++n) {
       const int channel = step * kStep + n * 8 + 2 * in_group;
@@ -512,7 +516,7 @@ __device__ inline void replace_by_wide_gradient(const MmaArgs& args, const Share
         for (int j = 0; j < 4; ++j) {
           const int position = m * 16 + j / 2 * 8 + group;
           float& x = tile[Tile::at(args.steps, position, channel + j % 2)];
-          x = fmaf(x - r[j % 2], shared.weight_sum[position], sum[m][n][j]);
+          x = fmaf(x - r[j % 2], weight_sum[position], sum[m][n][j]);
         }
       }
     }
@@ -522,58 +526,53 @@ __device__ inline void replace_by_wide_gradient(const MmaArgs& args, const Share
 template <bool kChannelsLast, int kStages>
 __global__ void __launch_bounds__(kThreads, 1) encode_tf32_backward_kernel(MmaArgs args) {
   RENDSEG_DYNAMIC_SHARED(memory);
-  const WideBackwardShared<kChannelsLast, kStages> shared(memory, args.steps);
-  const int64_t chunk = blockIdx.x, image = chunk / args.chunks;
-  const int64_t first_of_chunk = chunk % args.chunks * args.chunk_positions;
-  const int begin = static_cast<int>(first_of_chunk);  // fits_mma() has seen to it
-  const int end = static_cast<int>(min(first_of_chunk + args.chunk_positions, args.positions));
-  const int tiles = (end - begin + kSub - 1) / kSub, width = args.steps * kStep;
-  const auto tile_of = [&](int t) { return kStages == 1 || t % 2 == 0 ? shared.tile[0] : shared.tile[kStages - 1]; };
-  const auto count_of = [&](int t) { return min(kSub, end - begin - t * kSub); };
-  const auto load = [&](int t) {
-    load_tile<float, kSub, kChannelsLast>(args, image, begin + t * kSub, count_of(t), tile_of(t));
-  };
+  const WideBackwardMap<kChannelsLast, kStages> map(args.steps);
+  float* const parts = map.parts.in(memory);
+  float* const assigned_weights = map.assigned.in(memory);
+  float* const negative_weights = map.negative.in(memory);
+  float* const logit_weights = map.logits.in(memory);
+  float* const squares = map.squares.in(memory);
+  float* const weight_sums = map.weight_sum.in(memory);
+  float* const grad_dot = map.grad_dot.in(memory);
+  float* const totals = map.totals.in(memory);
+  float* const rows = map.rows.in(memory);
+  CodeConstants* const constants = map.constants.in(memory);
+  const ChunkWalk<float, kSub, kChannelsLast, kStages> walk(args, map.tile, memory);
+  const int width = args.steps * kStep;
 
-  load_rows(shared.rows, args.code_rows, kMmaCodes, width);
-  load_rows(shared.rows + kMmaCodes * width, static_cast<const float*>(args.grad_rows) + image * kMmaCodes * width,
+  load_rows(rows, args.code_rows, kMmaCodes, width);
+  load_rows(rows + kMmaCodes * width, static_cast<const float*>(args.grad_rows) + walk.image * kMmaCodes * width,
             kMmaCodes, width);
-  if (kStages == 2) load(0);
+  walk.load_first();
   cp_async_commit();
   if (threadIdx.x < kMmaCodes) {
-    copy_constants(*args.constants, *shared.constants);
-    shared.grad_dot[threadIdx.x] = args.grad_dot[image * kMmaCodes + threadIdx.x];
+    copy_constants(*args.constants, *constants);
+    grad_dot[threadIdx.x] = args.grad_dot[walk.image * kMmaCodes + threadIdx.x];
   }
 
   const int code = softmax_code(), own = softmax_position();
   Result result = {};  // sum of dL * (x - r)
   Vec<float, 4> assigned_sum{}, logit_sum{}, scale_sum{};
-  for (int t = 0; t < tiles; ++t) {
-    if (t > 0) __syncthreads();  // the tile that comes goes where the one before was
-    if (kStages == 1) {
-      load(t);
-    } else if (t + 1 < tiles) {
-      load(t + 1);
-    }
-    cp_async_commit();
-    cp_async_wait<kStages - 1>();
-    __syncthreads();
-    float* const tile = tile_of(t);
-    const int count = count_of(t);
+  for (int t = 0; t < walk.tiles; ++t) {
+    walk.arrive(t);  // 1, 2
+    float* const tile = walk.tile(t);
+    const int count = walk.count(t);
 
     float product[2][2][4][4] = {};
     {
       float square[2][2] = {};
-      contract_rows<kChannelsLast, 2>(args, tile, shared.rows, product, square);
-      put_squares(shared.squares, square);
+      contract_rows<kChannelsLast, 2>(args, tile, rows, product, square);
+      put_squares(squares, square);
     }
-    const Vec<float, 4> products = exchange<1>(shared.parts, product[0]);
-    const Softmax softmax = softmax_of(args, *shared.constants, products, shared.squares);
-    __syncthreads();  // the distances have been read
-    Vec<float, 4> logit_grad = exchange<1>(shared.parts, product[1]), assigned, negative;
+    const Vec<float, 4> products = exchange<1>(parts, product[0]);  // 3
+    const Softmax softmax = softmax_of(args, *constants, products, squares);
+    __syncthreads();                                            // 4: the distances have been read
+    Vec<float, 4> logit_grad = exchange<1>(parts, product[1]);  // 5
+    Vec<float, 4> assigned, negative;
     float dot = 0.0f, weight_sum = 0.0f;
     RENDSEG_UNROLL
     for (int j = 0; j < 4; ++j) {
-      logit_grad[j] -= shared.grad_dot[code + j];
+      logit_grad[j] -= grad_dot[code + j];
       dot = fmaf(softmax.assigned[j], logit_grad[j], dot);
     }
     dot = over_position(dot, sum_of);
@@ -582,74 +581,35 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tf32_backward_kernel(MmaAr
       const bool exists = own < count && code + j < args.codes;
       assigned[j] = exists ? softmax.assigned[j] : 0.0f;
       logit_grad[j] = exists ? softmax.assigned[j] * (logit_grad[j] - dot) : 0.0f;
-      negative[j] = -2.0f * shared.constants->scale[code + j] * logit_grad[j];
+      negative[j] = -2.0f * constants->scale[code + j] * logit_grad[j];
       weight_sum -= negative[j];
       assigned_sum[j] += assigned[j];
       logit_sum[j] += logit_grad[j];
       scale_sum[j] += exists ? logit_grad[j] * softmax.distance[j] : 0.0f;
     }
     weight_sum = over_position(weight_sum, sum_of);
-    __syncthreads();  // the products have been read, weights take their place
-    put_weight_parts(shared.assigned(), own, code, assigned);
-    put_weight_parts(shared.negative(), own, code, negative);
+    __syncthreads();  // 6: the products have been read, weights take their place
+    put_weight_parts(assigned_weights, own, code, assigned);
+    put_weight_parts(negative_weights, own, code, negative);
     RENDSEG_UNROLL
-    for (int j = 0; j < 4; ++j) put_weight_parts(shared.logits(), code + j, own, logit_grad[j]);
-    if (lane_id() % 8 == 0) shared.weight_sum[own] = weight_sum;
-    __syncthreads();
+    for (int j = 0; j < 4; ++j) put_weight_parts(logit_weights, code + j, own, logit_grad[j]);
+    if (lane_id() % 8 == 0) weight_sums[own] = weight_sum;
+    __syncthreads();  // 7: the weights are there
     Counts unused;
-    aggregate_rows<kChannelsLast, false>(args, tile, shared.logits(), nullptr, nullptr, result, unused);
+    aggregate_rows<kChannelsLast, false>(args, tile, logit_weights, nullptr, nullptr, result, unused);
     __syncwarp();
-    replace_by_wide_gradient<kChannelsLast>(args, shared, tile);
+    replace_by_wide_gradient<kChannelsLast>(args, assigned_weights, negative_weights, rows, weight_sums, tile);
     __syncwarp();
-    store_slice<float, kChannelsLast>(args, image, begin + t * kSub, count, tile);
+    store_slice<float, kChannelsLast>(args, walk.image, walk.first(t), count, tile);
   }
 
-  const auto put_totals = [&](const Vec<float, 4>& sums, float* out) {
-    __syncthreads();
-    sum_positions(sums, shared.parts, shared.totals);
-    if (out != nullptr && threadIdx.x < args.codes) out[threadIdx.x] = shared.totals[threadIdx.x];
-  };
-  put_totals(assigned_sum, args.sum_assigned + chunk * args.padded);
-  put_totals(scale_sum, args.sum_scale + chunk * args.padded);
-  put_totals(logit_sum, nullptr);
-  float* const out = args.sum_residual + chunk * args.channels * args.padded;
+  put_totals(args, assigned_sum, parts, totals, args.sum_assigned + walk.chunk * args.padded);
+  put_totals(args, scale_sum, parts, totals, args.sum_scale + walk.chunk * args.padded);
+  put_totals(args, logit_sum, parts, totals, nullptr);
+  float* const out = args.sum_residual + walk.chunk * args.channels * args.padded;
   for_each_result(
-      args, result, [&](int k, int d) { return shared.rows[k * width + swapped(k, d)]; },
-      [&](int k, int d, float sum, float c) { out[d * args.padded + k] = fmaf(-c, shared.totals[k], sum); });
-}
-
-// --- host ------------------------------------------------------------------------------------------------------------
-
-template <bool kChannelsLast, int kStages, typename Launch>
-bool launch_encode_tf32(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = WideForwardShared<kChannelsLast, kStages>(nowhere(), args.steps).bytes;
-  if (bytes > launch.shared_limit()) return false;
-  if (!try_only) {
-    launch({args.batch * args.chunks, kThreads, bytes}, encode_tf32_kernel<kChannelsLast, kStages>, args);
-  }
-  return true;
-}
-
-template <bool kChannelsLast, int kStages, typename Launch>
-bool launch_encode_tf32_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  const int64_t bytes = WideBackwardShared<kChannelsLast, kStages>(nowhere(), args.steps).bytes;
-  if (bytes > launch.shared_limit()) return false;
-  if (!try_only) {
-    launch({args.batch * args.chunks, kThreads, bytes}, encode_tf32_backward_kernel<kChannelsLast, kStages>, args);
-  }
-  return true;
-}
-
-// Two tiles under way where the GPU has the shared memory, else one. The order of all sums is the same in both.
-template <bool kChannelsLast, typename Launch>
-bool pick_encode_tf32(Launch& launch, const MmaArgs& args, bool try_only) {
-  return launch_encode_tf32<kChannelsLast, 2>(launch, args, try_only) ||
-         launch_encode_tf32<kChannelsLast, 1>(launch, args, try_only);
-}
-template <bool kChannelsLast, typename Launch>
-bool pick_encode_tf32_backward(Launch& launch, const MmaArgs& args, bool try_only) {
-  return launch_encode_tf32_backward<kChannelsLast, 2>(launch, args, try_only) ||
-         launch_encode_tf32_backward<kChannelsLast, 1>(launch, args, try_only);
+      args, result, [&](int k, int d) { return rows[k * width + swapped(k, d)]; },
+      [&](int k, int d, float sum, float c) { out[d * args.padded + k] = fmaf(-c, totals[k], sum); });
 }
 
 }  // namespace rendseg::encoding

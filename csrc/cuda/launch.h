@@ -7,12 +7,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include "device.cuh"
+#include "scratch.h"
 #include "shared_limits.h"
 
 #if defined(__CUDACC__)
@@ -116,6 +118,17 @@ const T* data(const at::Tensor& tensor) {
 template <typename T>
 T* mutable_data(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Memory on the device of `like`.
+inline at::Tensor allocate_bytes(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+}
+// The memory of all parts, to which their pointers now point.
+inline at::Tensor allocate(const Scratch& scratch, const at::Tensor& like) {
+  at::Tensor memory = allocate_bytes(scratch.bytes(), like);
+  scratch.place(memory.mutable_data_ptr());
+  return memory;
 }
 
 }  // namespace rendseg

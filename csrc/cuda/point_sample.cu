@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <span>
 #include <vector>
 
 #include "../point_sample_common.h"
@@ -32,38 +33,24 @@ int64_t bytes_of(const at::Tensor& t) { return t.numel() * t.element_size(); }
 // Memory for the kernels of one gradient: the upstream gradient with its channels adjacent, and points filed under
 // tiles.
 template <typename T>
-void make_scratch(CudaLaunch& launch, GradArgs<T>& args, const at::Tensor& like, std::vector<at::Tensor>& keep) {
-  const auto wants_rows = [](const GradMap<T>& map) {
-    return map.map.channels >= kGroup<T> && (map.result != nullptr || map.map.stride_c == 1);
-  };
+at::Tensor make_scratch(CudaLaunch& launch, GradArgs<T>& args, const at::Tensor& like) {
+  const auto maps = std::span(args.map, args.maps);
   const auto wants_filing = [&](const GradMap<T>& map) { return map.result != nullptr && args.points > kWindow; };
-  int64_t row = 0, tiles = 0;
-  for (int i = 0; i < args.maps; ++i) {
-    GradMap<T>& map = args.map[i];
+  Scratch scratch;
+  for (GradMap<T>& map : maps) {
+    if (wants_filing(map)) scratch.add(map.counts, args.images * tiles_of(map.map));
+  }
+  const int64_t counts = scratch.bytes();
+  for (GradMap<T>& map : maps) {
     map.pitch = (map.map.channels + kGroup<T> - 1) / kGroup<T> * kGroup<T>;
-    if (wants_rows(map)) row += map.pitch;
-    if (wants_filing(map)) tiles += tiles_of(map.map);
-  }
-  keep.push_back(at::empty({args.images * args.points * row}, like.options()));
-  T* rows = mutable_data<T>(keep.back());
-  // Counters first, then kWindow places to each.
-  keep.push_back(at::empty({args.images * tiles * (1 + kWindow)}, like.options().dtype(at::kInt)));
-  unsigned* counts = mutable_data<unsigned>(keep.back());
-  unsigned* filed = counts + args.images * tiles;
-  launch.fill_zero(counts, args.images * tiles * static_cast<int64_t>(sizeof(unsigned)));
-  for (int i = 0; i < args.maps; ++i) {
-    GradMap<T>& map = args.map[i];
-    if (wants_rows(map)) {
-      map.rows = rows;
-      rows += args.images * args.points * map.pitch;
-    }
-    if (wants_filing(map)) {
-      map.counts = counts;
-      map.filed = filed;
-      counts += args.images * tiles_of(map.map);
-      filed += args.images * tiles_of(map.map) * kWindow;
+    if (wants_filing(map)) scratch.add(map.filed, args.images * tiles_of(map.map) * kWindow);
+    if (map.map.channels >= kGroup<T> && (map.result != nullptr || map.map.stride_c == 1)) {
+      scratch.add(map.rows, args.images * args.points * map.pitch);
     }
   }
+  at::Tensor memory = allocate(scratch, like);
+  launch.fill_zero(memory.mutable_data_ptr(), counts);
+  return memory;
 }
 
 template <typename L, typename A>
@@ -156,7 +143,7 @@ std::vector<at::Tensor> point_sample_backward_cuda(const at::Tensor& grad,  // a
       map.adjacent = gradient_format(input[i]) == at::MemoryFormat::ChannelsLast;
       upstream += input[i].size(1) * args.grad_c;
       if (args.maps < kSampleMaps && i + 1 < input.size()) continue;
-      make_scratch(launch, args, grad, scratch);
+      scratch.push_back(make_scratch(launch, args, grad));
       run_point_sample_backward(launch, args);
       args.maps = 0;
       args.add_slope = true;

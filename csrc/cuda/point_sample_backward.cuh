@@ -1,13 +1,24 @@
 // CUDA kernels of the gradient of point_sample, the same bits from run to run.
 //
+//   grad[N,C,P], coords[N,P,2] -> the gradient of each map[N,C,H,W], of coords[N,P,2]
+//
 // Into the maps: every cell of the dense gradient is written once, zero or the sum of its taps in the order of points
 // (the order of the CPU kernels, so the same bits). No floating-point atomics, and no pass that fills with zeros.
-//   1. prepare: points are filed under the tiles of 1024 cells that their taps touch, in any order and only up to 512
-//   in
-//      a tile; the upstream gradient is transposed, [N,C,P] to [N,P,C], so that a tap reads adjacent channels.
-//   2. gather: a block lists the taps of each cell of its tile in shared memory, in the order of points, and sums them.
-//      A tile with more points than it can list at once walks over all points in windows, in order.
-// Into the coordinates: four dot products over channels per point, summed in a fixed order.
+//
+//   tile    1,024 adjacent cells of a map in row-major order, four to a thread of a block. A tap is one of the four
+//           cells around a point; a point belongs to each tile that one of its taps touches
+//   window  up to 512 points of a tile, whose taps are listed at once in shared memory: 2,048 taps with their cell and
+//           weight, and for each cell the taps on it, in the order of points (26 KB, 34 KB in float64)
+//
+//   point_sample_prepare_kernel  Files each point under its tiles, in any order and only as many as a window holds:
+//                                4 bytes for each of 512 places, and a count, for each tile. Transposes the upstream
+//                                gradient to [N,P,C], so that a tap reads adjacent channels. Where one window holds
+//                                all points, or a map has few channels, the one or the other is not needed
+//   point_sample_gather_kernel   A block lists the taps of its tile and sums those of each cell, for 128 bytes of
+//                                channels. A tile with more points than a window (crowded) goes through all points of
+//                                the image in order, window by window
+//   point_sample_slope_kernel    Into the coordinates: four dot products over channels per point, summed in a fixed
+//                                order. A block takes 32 points
 #pragma once
 
 #include "point_sample.cuh"

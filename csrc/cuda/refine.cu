@@ -19,25 +19,13 @@
 #include <vector>
 
 #include "../refine_common.h"
+#include "../strided_tensors.h"
 #include "point_sample.h"
 #include "refine.cuh"
 #include "subdivide.h"
 
 namespace rendseg {
 namespace {
-
-MapDtype map_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kHalf:
-      return MapDtype::kHalf;
-    case at::kBFloat16:
-      return MapDtype::kBFloat16;
-    case at::kDouble:
-      return MapDtype::kDouble;
-    default:
-      return MapDtype::kFloat;
-  }
-}
 
 // The flag that governs torch.nn.Conv1d, of which stock heads are made. Asked with the name of the operation it neither
 // warns nor minds which of PyTorch's two interfaces set it.
@@ -49,16 +37,7 @@ RefineMap refine_map(const at::Tensor& map, int64_t width) {
   const auto steps_of = [&](int64_t dim) { return map.stride(dim) * map.element_size() % bytes == 0; };
   const bool vectors = (map.stride(1) == 1 || map.size(1) == 1) && map.size(1) % width == 0 &&
                        is_aligned(map.const_data_ptr(), bytes) && steps_of(0) && steps_of(2) && steps_of(3);
-  return {map.const_data_ptr(),
-          map.stride(0),
-          map.stride(1),
-          map.stride(2),
-          map.stride(3),
-          static_cast<int32_t>(map.size(1)),
-          static_cast<int32_t>(map.size(2)),
-          static_cast<int32_t>(map.size(3)),
-          map_dtype(map.scalar_type()),
-          vectors};
+  return {map_view(map), vectors};
 }
 
 // Sizes that the fused kernel holds in 32 bits.
@@ -67,8 +46,8 @@ bool has_small_sizes(const at::Tensor& map) {
 }
 
 RefineTarget refine_target(const at::Tensor& out /*[N,C,H,W] or [N,H,W]*/, at::ScalarType logits, bool labels) {
-  if (labels) return {out.mutable_data_ptr(), map_dtype(logits), int32_t(out.element_size()), out.stride(0), 0, 1};
-  return {out.mutable_data_ptr(), map_dtype(logits), 0, out.stride(0), out.stride(1), cell_stride(out)};
+  if (labels) return {out.mutable_data_ptr(), dtype_of(logits), int32_t(out.element_size()), out.stride(0), 0, 1};
+  return {out.mutable_data_ptr(), dtype_of(logits), 0, out.stride(0), out.stride(1), cell_stride(out)};
 }
 
 class Refiner {
@@ -100,8 +79,7 @@ class Refiner {
       }
       const Cells cells{indices, coords, std::min(options_.num_points, height * width), height, width};
       const RefineTarget target = refine_target(next, coarse_.scalar_type(), labels);
-      const at::Tensor& source = options_.current_source ? current : coarse_;
-      if (next.numel() > 0) fused ? run_fused(source, cells, target) : run_aten(source, cells, target);
+      if (next.numel() > 0) fused ? run_fused(current, cells, target) : run_aten(current, cells, target);
       current = std::move(next);
     }
     return current;
@@ -120,8 +98,7 @@ class Refiner {
         bytes += subdivide_zeroed_bytes(coarse_.size(0), coarse_.size(1), height * width, labels);
       }
     }
-    at::Tensor zeros =
-        at::empty({bytes}, coarse_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    at::Tensor zeros = allocate_bytes(bytes, coarse_);
     launch_.fill_zero(zeros.mutable_data_ptr(), bytes);
     return zeros;
   }
@@ -161,10 +138,10 @@ class Refiner {
     if (grown > INT32_MAX) return false;
     if (refine_points_per_block(head_, maps(), 1, launch_.processors(), launch_.shared_limit()) == 0) return false;
     if (coarse_.size(0) == 0) return true;
-    packed_ = at::empty({head_.words * int64_t{sizeof(uint2)} + head_.bias_words * int64_t{sizeof(float)}},
-                        coarse_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
-    head_.packed = reinterpret_cast<uint2*>(packed_.mutable_data_ptr<uint8_t>());
-    head_.biases = reinterpret_cast<float*>(head_.packed + head_.words);
+    Scratch scratch;
+    scratch.add(head_.packed, head_.words);
+    scratch.add(head_.biases, head_.bias_words);
+    packed_ = allocate(scratch, coarse_);
     for (size_t l = 0; l < weights_.size(); ++l) {
       head_.layers[l].weight = weights_[l].const_data_ptr();
       head_.layers[l].bias = biases_[l].const_data_ptr();
@@ -175,16 +152,21 @@ class Refiner {
 
   int64_t maps() const { return static_cast<int64_t>(features_.size()) + 1; }
 
-  void run_fused(const at::Tensor& source, const Cells& cells, const RefineTarget& target) {
+  // Where the coarse logits come from: the original map, or the one that this step upsamples.
+  const at::Tensor& source_of(const at::Tensor& current) const { return options_.current_source ? current : coarse_; }
+
+  void run_fused(const at::Tensor& current, const Cells& cells, const RefineTarget& target) {
     const int64_t width = kChunkBytes / static_cast<int64_t>(c10::elementSize(dtype_));
     const at::Tensor indices = cells.indices.defined() ? cells.indices.contiguous() : at::Tensor();
     RefineStep step{};
-    step.maps[0] = refine_map(source, width);
+    step.maps[0] = refine_map(source_of(current), width);
     for (size_t m = 0; m < features_.size(); ++m) step.maps[m + 1] = refine_map(features_[m], width);
     step.map_count = static_cast<int32_t>(maps());
     step.border = options_.border;
+    step.scale = options_.current_source ? options_.scale_factor : 0;
+    step.align_corners = options_.align_corners;
     step.indices = indices.defined() ? data<int64_t>(indices) : nullptr;
-    step.images = source.size(0);
+    step.images = coarse_.size(0);
     step.count = cells.count;
     step.height = cells.height;
     step.width = cells.width;
@@ -193,48 +175,60 @@ class Refiner {
   }
 
   // In parts whose activations stay within 32 MB, and which thus never hold the logits of a large map.
-  void run_aten(const at::Tensor& source, const Cells& cells, const RefineTarget& target) {
+  void run_aten(const at::Tensor& current, const Cells& cells, const RefineTarget& target) {
     std::optional<at::NoTF32Guard> ieee;
     if (dtype_ == at::kFloat && !head_may_use_tf32()) ieee.emplace();
     int64_t widest = 1;
     for (const at::Tensor& weight : weights_) widest = std::max({widest, weight.size(0), weight.size(1)});
     const int64_t budget = (int64_t{32} << 20) / static_cast<int64_t>(c10::elementSize(dtype_)) / widest;
     const int64_t points = std::clamp<int64_t>(budget, 1, cells.count);
-    const int64_t images = std::clamp<int64_t>(budget / cells.count, 1, source.size(0));
-    for (int64_t image = 0; image < source.size(0); image += images) {
+    const int64_t images = std::clamp<int64_t>(budget / cells.count, 1, coarse_.size(0));
+    for (int64_t image = 0; image < coarse_.size(0); image += images) {
       for (int64_t first = 0; first < cells.count; first += points) {
-        run_part(source, cells, target, image, std::min(images, source.size(0) - image), first,
+        run_part(current, cells, target, image, std::min(images, coarse_.size(0) - image), first,
                  std::min(points, cells.count - first));
       }
     }
   }
 
   // `points` points from `first` on of `images` images from `image` on.
-  void run_part(const at::Tensor& source, const Cells& cells, RefineTarget target, int64_t image, int64_t images,
+  void run_part(const at::Tensor& current, const Cells& cells, RefineTarget target, int64_t image, int64_t images,
                 int64_t first, int64_t points) {
+    const at::TensorOptions options = coarse_.options().memory_format(at::MemoryFormat::Contiguous);
+    const at::Tensor indices = cells.indices.defined() ? cells.indices.contiguous() : at::Tensor();
+    RefineValues values{nullptr, images, coarse_.size(1), points, nullptr, 0, first};
+    if (indices.defined()) {
+      values.indices = data<int64_t>(indices) + image * cells.count + first;
+      values.index_stride = cells.count;
+    }
     at::Tensor coords;  // [images,points,2]
     if (cells.coords.defined()) {
       coords = cells.coords.narrow(0, image, images).narrow(1, first, points);
     } else {
-      coords = at::empty({images, points, 2},
-                         source.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+      coords = at::empty({images, points, 2}, options.dtype(at::kFloat));
       run_cell_centres(launch_, mutable_data<float>(coords), images, points, first, cells.height, cells.width);
     }
     const auto sample = [&](std::vector<at::Tensor> maps) {
       for (at::Tensor& map : maps) map = map.narrow(0, image, images);
       return point_sample_cuda(maps, coords, "bilinear", options_.border ? "border" : "zeros", false).to(dtype_);
     };
-    const at::Tensor values = run_layers(sample(features_.vec()), sample({source}));
-    const at::Tensor indices = cells.indices.defined() ? cells.indices.contiguous() : at::Tensor();
-    RefineValues from{values.const_data_ptr(), images, values.size(1), points, nullptr, 0, first};
-    if (indices.defined()) {
-      from.indices = data<int64_t>(indices) + image * cells.count + first;
-      from.index_stride = cells.count;
-    }
-    const int64_t bytes =
-        target.label_bytes != 0 ? target.label_bytes : static_cast<int64_t>(c10::elementSize(coarse_.scalar_type()));
-    target.data = static_cast<char*>(target.data) + image * target.stride_n * bytes;
-    dispatch_floating(dtype_, "weights", [&]<typename V>() { run_write_values<V>(launch_, from, target); });
+    const auto read_upsampled = [&] {
+      const at::Tensor samples = at::empty({images, coarse_.size(1), points}, options);
+      values.data = samples.mutable_data_ptr();
+      const UpsampledMap map{map_view(current.narrow(0, image, images)), options_.scale_factor, options_.align_corners};
+      dispatch_floating(samples.scalar_type(), "coarse",
+                        [&]<typename S>() { run_read_upsampled<S>(launch_, map, values); });
+      return samples.to(dtype_);
+    };
+    const at::Tensor coarse = options_.current_source ? read_upsampled() : sample({coarse_});
+    const at::Tensor logits = run_layers(sample(features_.vec()), coarse);
+    values.data = logits.mutable_data_ptr();
+    target.data = static_cast<char*>(target.data) + image * target.stride_n * bytes_of_value(target);
+    dispatch_floating(dtype_, "weights", [&]<typename V>() { run_write_values<V>(launch_, values, target); });
+  }
+
+  static int64_t bytes_of_value(const RefineTarget& target) {
+    return target.label_bytes != 0 ? target.label_bytes : element_size(target.dtype);
   }
 
   // fine[N,Cf,P], coarse[N,C,P] -> [N,C,P]

@@ -17,8 +17,10 @@
 
 #include "device.cuh"
 #include "mma.cuh"
+#include "upsample.cuh"
 
 #include "../math/bilinear.h"
+#include "../strided.h"
 
 #if defined(__CUDACC__)
 #define RENDSEG_GRID_CONSTANT __grid_constant__  // indexed where it lies, never copied
@@ -36,8 +38,6 @@ constexpr int kRefineWarpTiles = 4;  // tiles of eight outputs that a warp sums 
 constexpr int kRefineTiles = kRefineWarps * kRefineWarpTiles;
 constexpr int kRefineHidden = 8 * kRefineTiles;  // widest hidden layer: written over the layer's own input, so at once
 constexpr int kSliceBytes = 32, kChunkBytes = 16;
-
-enum class MapDtype : int32_t { kFloat, kHalf, kBFloat16, kDouble };
 
 // Columns [column, column + count) of the rows are the inputs [source, source + count) of a layer as its weights have
 // them; every other column is zero.
@@ -71,19 +71,15 @@ struct RefineHead {
   float* biases;
 };
 
-// A map[N,channels,height,width] to gather from, strides in elements.
-struct RefineMap {
-  const void* data;
-  int64_t stride_n, stride_c, stride_y, stride_x;
-  int32_t channels, height, width;
-  MapDtype dtype;
-  bool vectors;  // channels are adjacent, and 16 bytes of a row come from aligned vectors of them
+// A map[N,channels,height,width] to gather from.
+struct RefineMap : MapView {
+  bool vectors = false;  // channels are adjacent, and 16 bytes of a row come from aligned vectors of them
 };
 
 // Where the values go: logits[N,C,H,W], or labels[N,H,W].
 struct RefineTarget {
   void* data;
-  MapDtype dtype;       // of the logits, also where labels are written
+  Dtype dtype;          // of the logits, also where labels are written
   int32_t label_bytes;  // 0: logits
   int64_t stride_n, stride_c, stride_cell;
 };
@@ -92,13 +88,15 @@ struct RefineStep {
   RefineMap maps[kRefineMaps + 1];  // the coarse logits, then the fine features
   int32_t map_count;
   bool border;
+  // Not 0: the coarse logits are the cells themselves of the map that maps[0] is upsampled to by this factor.
+  int64_t scale;
+  bool align_corners;
   const int64_t* indices;  // [images, count], null: every cell in order
   int64_t images, count, height, width;
   RefineTarget target;
 };
 
 // --- planning on the host
-// ---------------------------------------------------------------------------------------------
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -169,12 +167,14 @@ inline bool plan_refine(RefineHead& head, int64_t element_bytes, int64_t classes
   return true;
 }
 
-// A point of the block at one map: the cell at its upper left and the weights of the four cells around it.
+// A point of the block at one map: the cell at its upper left and the weights of the four cells around it. At an
+// upsampled map: the nearest source cell, the weights of the near and the far one along y, then along x, and which way
+// the far ones are.
 struct alignas(16) RefineTaps {
   float weight[4];
   int64_t offset;   // of the cell, in elements; may lie outside the map
   uint32_t inside;  // bit t: cell (row t / 2, column t % 2) lies on the map
-  uint32_t unused;
+  int16_t down, right;
 };
 
 inline int64_t refine_shared_bytes(const RefineHead& head, int64_t maps, int64_t points) {
@@ -209,7 +209,6 @@ inline int refine_points_per_block(const RefineHead& head, int64_t maps, int64_t
 }
 
 // --- packing the weights
-// ----------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t operand_bits(float x) { return to_tf32(x); }
 __device__ inline uint32_t operand_bits(half_t x) {
@@ -277,7 +276,6 @@ __global__ void __launch_bounds__(256) pack_head_kernel(const RENDSEG_GRID_CONST
 }
 
 // --- gathering
-// --------------------------------------------------------------------------------------------------------
 
 // Centre of cell i of `size` along one axis, as uncertain_points gives it.
 __device__ inline float cell_centre(int64_t i, int64_t size) {
@@ -306,7 +304,7 @@ struct GatheredChunk {
   Vec<S, kPart> cells[4][kParts];
 
   __device__ void load(const RefineMap& map, const RefineTaps& taps, int channel) {
-    const bool some = channel < map.channels;
+    const bool some = channel < static_cast<int>(map.channels);
     const S* from = static_cast<const S*>(map.data) + taps.offset + channel;
     RENDSEG_UNROLL
     for (int t = 0; t < 4; ++t) {
@@ -366,7 +364,7 @@ __device__ void gather_values(const RefineMap& map, int chunks, const RefineTaps
     float sum[kWidth];
     RENDSEG_UNROLL
     for (int j = 0; j < kWidth; ++j) {
-      const bool some = chunk * kWidth + j < map.channels;
+      const bool some = chunk * kWidth + j < static_cast<int>(map.channels);
       float value[4];
       RENDSEG_UNROLL
       for (int t = 0; t < 4; ++t) {
@@ -381,14 +379,71 @@ __device__ void gather_values(const RefineMap& map, int chunks, const RefineTaps
   }
 }
 
+// The same for cells of the map that `map` is upsampled to, as subdivide stores them. They are made here: the upsampled
+// map is not there in steps that recompute every cell or give labels, and where it is, other blocks may have replaced
+// values in it by now.
 template <typename H, typename S, int kPoints>
-__device__ inline void gather_map(const RefineMap& map, int chunks, const RefineTaps* taps, unsigned char* rows,
-                                  int row_bytes) {
-  if (map.vectors) {
-    gather_vectors<H, S, kPoints>(map, chunks, taps, rows, row_bytes);
-  } else {
-    gather_values<H, S, kPoints>(map, chunks, taps, rows, row_bytes);
+__device__ void gather_upsampled(const RefineMap& map, bool quarters, int chunks, const RefineTaps* taps /*[kPoints]*/,
+                                 unsigned char* rows, int row_bytes) {
+  constexpr int kWidth = kChunkBytes / static_cast<int>(sizeof(H));
+  const int items = chunks * kPoints;
+  for (int i = static_cast<int>(threadIdx.x); i < items; i += kRefineThreads) {
+    const bool adjacent = map.stride_c == 1;
+    const int point = adjacent ? i / chunks : i % kPoints, chunk = adjacent ? i % chunks : i / kPoints;
+    const RefineTaps at = taps[point];
+    const S* near = static_cast<const S*>(map.data) + at.offset + chunk * kWidth * map.stride_c;
+    const S* far = near + at.down * map.stride_y;
+    const int64_t aside = at.right * map.stride_x;
+    float values[kWidth];
+    RENDSEG_UNROLL
+    for (int j = 0; j < kWidth; ++j) {
+      values[j] = 0.0f;
+      if (chunk * kWidth + j < static_cast<int>(map.channels)) {
+        const int64_t c = j * map.stride_c;
+        const float corner[4] = {widen(near[c]), widen(near[c + aside]), widen(far[c]), widen(far[c + aside])};
+        values[j] = subdivision::interpolate(corner, {0, 0, at.weight[0], at.weight[1]},
+                                             {0, 0, at.weight[2], at.weight[3]}, quarters);
+      }
+    }
+    *reinterpret_cast<uint4*>(rows + point * row_bytes + chunk * kChunkBytes) = round_chunk<H, S>(values);
   }
+}
+
+// f.operator()<S>() with the type of a map. The fused kernel takes no doubles.
+template <typename F>
+__device__ inline void with_map_type(Dtype dtype, F&& f) {
+  if (dtype == Dtype::kFloat) {
+    f.template operator()<float>();
+  } else if (dtype == Dtype::kHalf) {
+    f.template operator()<half_t>();
+  } else {
+    f.template operator()<bfloat16_t>();
+  }
+}
+
+// Fills the columns of map m: `rows` points at its first one.
+template <typename H, typename S, int kPoints>
+__device__ inline void gather_map(const RefineStep& step, int m, int chunks, const RefineTaps* taps,
+                                  unsigned char* rows, int row_bytes) {
+  if (m == 0 && step.scale != 0) {
+    gather_upsampled<H, S, kPoints>(step.maps[0], subdivision::by_gaps(step), chunks, taps, rows, row_bytes);
+  } else if (step.maps[m].vectors) {
+    gather_vectors<H, S, kPoints>(step.maps[m], chunks, taps, rows, row_bytes);
+  } else {
+    gather_values<H, S, kPoints>(step.maps[m], chunks, taps, rows, row_bytes);
+  }
+}
+
+__device__ inline void locate_upsampled(const RefineStep& step, int64_t image, int64_t row, int64_t column,
+                                        RefineTaps& point) {
+  const RefineMap& map = step.maps[0];
+  const auto y = subdivision::neighbours<float>(row, map.height, step.scale, step.align_corners);
+  const auto x = subdivision::neighbours<float>(column, map.width, step.scale, step.align_corners);
+  point.weight[0] = y.near_weight, point.weight[1] = y.far_weight;
+  point.weight[2] = x.near_weight, point.weight[3] = x.far_weight;
+  point.offset = image * map.stride_n + y.near * map.stride_y + x.near * map.stride_x;
+  point.down = static_cast<int16_t>(y.far - y.near);
+  point.right = static_cast<int16_t>(x.far - x.near);
 }
 
 // Taps of every point of the block, from the first, at every map, and where its values go. Points past the last one
@@ -404,10 +459,15 @@ __device__ inline void locate_points(const RefineStep& step, int64_t first, Refi
     if (i < kPoints) targets[i] = image * step.target.stride_n + cell * step.target.stride_cell;
     const int64_t row = cell / step.width;
     const RefineMap& map = step.maps[i / kPoints];
-    const AxisTaps<float> x =
-        axis_taps(cell_centre(cell - row * step.width, step.width), map.width, step.border, false);
-    const AxisTaps<float> y = axis_taps(cell_centre(row, step.height), map.height, step.border, false);
     RefineTaps& point = taps[i];
+    if (i < kPoints && step.scale != 0) {
+      locate_upsampled(step, image, row, cell - row * step.width, point);
+      continue;
+    }
+    const AxisTaps<float> x = axis_taps(cell_centre(cell - row * step.width, step.width),
+                                        static_cast<int32_t>(map.width), step.border, false);
+    const AxisTaps<float> y =
+        axis_taps(cell_centre(row, step.height), static_cast<int32_t>(map.height), step.border, false);
     point.weight[0] = x.near * y.near;
     point.weight[1] = x.far * y.near;
     point.weight[2] = x.near * y.far;
@@ -419,7 +479,6 @@ __device__ inline void locate_points(const RefineStep& step, int64_t first, Refi
 }
 
 // --- one layer
-// --------------------------------------------------------------------------------------------------------
 
 __device__ inline void multiply_slice(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half_t tag) {
   mma_m16n8k16(d, a, b, tag);
@@ -533,19 +592,18 @@ __device__ inline void store_hidden(const float (&d)[kRows][kRefineWarpTiles][4]
 }
 
 // --- answers
-// ----------------------------------------------------------------------------------------------------------
 
 // As a map of the dtype stores it.
-__device__ inline float round_to(float x, MapDtype dtype) {
-  if (dtype == MapDtype::kHalf) return widen(narrow<half_t>(x));
-  if (dtype == MapDtype::kBFloat16) return widen(narrow<bfloat16_t>(x));
+__device__ inline float round_to(float x, Dtype dtype) {
+  if (dtype == Dtype::kHalf) return widen(narrow<half_t>(x));
+  if (dtype == Dtype::kBFloat16) return widen(narrow<bfloat16_t>(x));
   return x;
 }
 
-__device__ inline void store_rounded(void* data, int64_t at, float x, MapDtype dtype) {
-  if (dtype == MapDtype::kFloat) {
+__device__ inline void store_rounded(void* data, int64_t at, float x, Dtype dtype) {
+  if (dtype == Dtype::kFloat) {
     static_cast<float*>(data)[at] = x;
-  } else if (dtype == MapDtype::kHalf) {
+  } else if (dtype == Dtype::kHalf) {
     static_cast<half_t*>(data)[at] = narrow<half_t>(x);
   } else {
     static_cast<bfloat16_t*>(data)[at] = narrow<bfloat16_t>(x);
@@ -590,8 +648,8 @@ __device__ inline void write_logits(const float (&d)[kRows][kRefineWarpTiles][4]
 
 // The best class so far of every point, over the tiles of this warp, into keys[kPoints] in shared memory.
 template <typename H, int kRows>
-__device__ inline void vote_labels(const float (&d)[kRows][kRefineWarpTiles][4], const RefineLayer& layer,
-                                   MapDtype dtype, unsigned long long* keys, int first, int tiles) {
+__device__ inline void vote_labels(const float (&d)[kRows][kRefineWarpTiles][4], const RefineLayer& layer, Dtype dtype,
+                                   unsigned long long* keys, int first, int tiles) {
   const int group = lane_id() / 4, in_group = lane_id() % 4;
   RENDSEG_UNROLL
   for (int m = 0; m < kRows; ++m) {
@@ -626,7 +684,6 @@ __device__ inline void store_label(const RefineTarget& target, int64_t at, uint3
 }
 
 // --- the fused step
-// ---------------------------------------------------------------------------------------------------
 
 template <typename H, int kRows>
 __global__ void __launch_bounds__(kRefineThreads, kRows > 4 ? 1 : 2)
@@ -646,16 +703,11 @@ __global__ void __launch_bounds__(kRefineThreads, kRows > 4 ? 1 : 2)
   if (threadIdx.x < kPoints) keys[threadIdx.x] = 0;
   __syncthreads();
   for (int m = 0; m < step.map_count; ++m) {
-    const RefineMap& map = step.maps[m];
     unsigned char* const to = rows + head.map_columns[m] * static_cast<int>(sizeof(H));
     const RefineTaps* const at = taps + m * kPoints;
-    if (map.dtype == MapDtype::kFloat) {
-      gather_map<H, float, kPoints>(map, head.map_chunks[m], at, to, head.row_bytes);
-    } else if (map.dtype == MapDtype::kHalf) {
-      gather_map<H, half_t, kPoints>(map, head.map_chunks[m], at, to, head.row_bytes);
-    } else {
-      gather_map<H, bfloat16_t, kPoints>(map, head.map_chunks[m], at, to, head.row_bytes);
-    }
+    with_map_type(step.maps[m].dtype, [&]<typename S>() {
+      gather_map<H, S, kPoints>(step, m, head.map_chunks[m], at, to, head.row_bytes);
+    });
   }
   __syncthreads();
 
@@ -687,7 +739,6 @@ __global__ void __launch_bounds__(kRefineThreads, kRows > 4 ? 1 : 2)
 }
 
 // --- the two ends of a step whose middle runs through ATen
-// ------------------------------------------------------------
 
 // coords[images, count, 2]: centres of the cells from `first` on.
 __global__ void __launch_bounds__(256)
@@ -701,7 +752,7 @@ __global__ void __launch_bounds__(256)
 // values[images, channels, count] of some points of each image: their cells are indices[image * index_stride + p], or
 // `first` + p where `indices` is null.
 struct RefineValues {
-  const void* data;
+  void* data;
   int64_t images, channels, count;
   const int64_t* indices;
   int64_t index_stride, first;
@@ -709,6 +760,32 @@ struct RefineValues {
 
 __device__ inline int64_t cell_of(const RefineValues& values, int64_t image, int64_t p) {
   return values.indices != nullptr ? values.indices[image * values.index_stride + p] : values.first + p;
+}
+
+// The map that `source` is upsampled to by `scale`.
+struct UpsampledMap {
+  MapView source;
+  int64_t scale;
+  bool align_corners;
+};
+
+// values = the cells of the upsampled map. See gather_upsampled().
+template <typename S>
+__global__ void __launch_bounds__(256) read_upsampled_kernel(UpsampledMap map, RefineValues values) {
+  using A = Acc<S>;
+  const int64_t of_image = values.channels * values.count, width = map.source.width * map.scale;
+  const bool quarters = subdivision::by_gaps(map);
+  for (int64_t i = global_thread(); i < values.images * of_image; i += global_threads()) {
+    const int64_t image = i / of_image, c = i % of_image / values.count;
+    const int64_t cell = cell_of(values, image, i % values.count), row = cell / width;
+    const auto y = subdivision::neighbours<A>(row, map.source.height, map.scale, map.align_corners);
+    const auto x = subdivision::neighbours<A>(cell - row * width, map.source.width, map.scale, map.align_corners);
+    const S* const near = map.source.at<const S>(image, c, y.near);
+    const S* const far = map.source.at<const S>(image, c, y.far);
+    const int64_t left = x.near * map.source.stride_x, right = x.far * map.source.stride_x;
+    const A corner[4] = {widen(near[left]), widen(near[right]), widen(far[left]), widen(far[right])};
+    static_cast<S*>(values.data)[i] = narrow<S>(subdivision::interpolate(corner, y, x, quarters));
+  }
 }
 
 template <typename V>
@@ -745,7 +822,6 @@ __global__ void __launch_bounds__(256) write_labels_kernel(RefineValues values, 
 }
 
 // --- launches
-// ---------------------------------------------------------------------------------------------------------
 
 template <typename H, typename Launch>
 void run_pack_head(Launch& launch, const RefineHead& head) {
@@ -779,6 +855,11 @@ template <typename Launch>
 void run_cell_centres(Launch& launch, float* coords, int64_t images, int64_t count, int64_t first, int64_t height,
                       int64_t width) {
   launch({blocks_for(images * count), 256}, cell_centres_kernel, coords, images, count, first, height, width);
+}
+
+template <typename S, typename Launch>
+void run_read_upsampled(Launch& launch, const UpsampledMap& map, const RefineValues& values) {
+  launch({blocks_for(values.images * values.channels * values.count), 256}, read_upsampled_kernel<S>, map, values);
 }
 
 template <typename V, typename Launch>

@@ -50,13 +50,13 @@ at::Tensor sample_uncertain_points_cuda(const at::Tensor& logits, int64_t num_po
     args.uniform = counts.uniform;
     args.out = mutable_data<float>(coords);
     const SamplePlan plan = plan_samples(launch, args);
-    at::Tensor workspace;
+    Scratch scratch;
     uint32_t* keys = nullptr;
-    if (plan.workspace_keys > 0) {
-      workspace = at::empty({plan.workspace_keys + plan.counters}, logits.options().dtype(at::kInt));
-      keys = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(workspace));
-    }
-    run_sample_uncertain_points(launch, args, plan, keys);
+    unsigned* arrived = nullptr;
+    scratch.add(keys, plan.workspace_keys);
+    scratch.add(arrived, plan.counters);
+    const at::Tensor workspace = allocate(scratch, logits);
+    run_sample_uncertain_points(launch, args, plan, keys, arrived);
   });
   return coords;
 }

@@ -45,7 +45,7 @@ struct DrawnPair {
   DrawnPoint at[2];
 };
 
-// --- draws -----------------------------------------------------------------------------------------------------------
+// --- draws
 
 // The draws 2 * pair and 2 * pair + 1 of image n: the four words of one counter, whose upper half numbers the pairs of
 // the batch. (Where an odd number of given points ends, the last one stands in for the one after it.)
@@ -90,7 +90,7 @@ __device__ inline void write_uniform(const SampleArgs<T>& args, const PhiloxKey&
   }
 }
 
-// --- keys ------------------------------------------------------------------------------------------------------------
+// --- keys
 
 // The four cells around a point: near and far in x, the same a row down. Absent ones lie off the map and count as zero.
 template <typename A>
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kSampleKeysThreads, 3)
   write_keys(args, n, part * blockDim.x + threadIdx.x, parts * blockDim.x, group, keys + n * args.candidates);
 }
 
-// --- selection -------------------------------------------------------------------------------------------------------
+// --- selection
 
 constexpr int kSamplePointsThreads = 768;  // 1024 would leave each 64 registers, too few on some GPUs
 
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kSamplePointsThreads)
   }
 }
 
-// --- host ------------------------------------------------------------------------------------------------------------
+// --- host
 
 // How the work is shared out.
 struct SamplePlan {
@@ -318,11 +318,10 @@ SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
           copied ? bytes : 0};
 }
 
-// workspace[plan.workspace_keys + plan.counters]
+// workspace[plan.workspace_keys], arrived[plan.counters]
 template <typename Launch, typename T>
-void run_sample_uncertain_points(Launch& launch, const SampleArgs<T>& args, const SamplePlan& plan,
-                                 uint32_t* workspace) {
-  unsigned* const arrived = plan.counters > 0 ? workspace + plan.workspace_keys : nullptr;
+void run_sample_uncertain_points(Launch& launch, const SampleArgs<T>& args, const SamplePlan& plan, uint32_t* workspace,
+                                 unsigned* arrived) {
   launch.fill_zero(arrived, plan.counters * int64_t{sizeof(unsigned)});
   if (plan.parts > 0) {
     launch({args.images * plan.parts, kSampleKeysThreads}, sample_keys_kernel<T>, args, plan.parts, plan.group,

@@ -1,22 +1,36 @@
 // Selection of the k smallest keys of each map: exact, ascending in index, ties at the threshold to the smallest
 // indices, the same bits in every run. Shared by uncertain_points, subdivide and refine.
 //
-// A small map is selected by one block, straight from its keys. A large one is cut into chunks of kChunkKeys, one to a
-// block. The first pass finds the bin of the threshold in the ready histogram, counts the keys below it in each chunk
-// and gathers the few that lie in it; the last block of the image to arrive searches these for the threshold itself and
-// turns the counts into the position of every chunk in the output. The emitting kernel reads the keys once more, by
-// then from L2, and writes in order.
+//   keys[images, cells] uint32 below 2^31 -> indices[images, k] int64, coords[images, k, 2] float
 //
-// Where too many keys share the bin to be gathered, the first pass counts them by their next digit instead, and a
-// second pass does as the first with that histogram; else it returns at once. A bin whose keys are all equal (flat
-// maps) is recognised and needs neither. Only where that many keys agree in 22 bits and are not equal does the last
-// block go through the map alone.
+// A map of up to 16,384 cells is selected by one block, which holds its keys in shared memory (64 KB). A larger one is
+// cut into chunks of 8,192 keys, a block of 512 threads to each, 16 keys to a thread:
+//
+//   key    30        20 19         9 8        0     the bin of a histogram is made of 11 bits of the key
+//          | 1st digit | 2nd digit  |  rest  |
+//
+//   select_histogram_kernel   only if the maker of the keys has not counted their first digits
+//   select_threshold_kernel   first pass. The bin of the threshold is found in the histogram of the first digits. Each
+//                             block counts its keys below that bin and gathers those in it, the candidates. The last
+//                             block of the image to arrive searches these for the threshold and turns the counts into
+//                             the place of every chunk in the output
+//   select_threshold_kernel   second pass, from 65,536 cells on; where the threshold is known, it returns at once.
+//                             Where too many keys shared the bin, the first pass counted them by their second digit
+//                             instead, and this one does the same with that histogram
+//   select_emit_kernel        reads the keys once more, by then from L2, and writes in order
+//
+// A bin whose keys are all equal (flat maps) is recognised and needs neither search nor second pass. Only where too
+// many keys agree in 22 bits and are not equal does the last block go through the map alone.
+//
+// Memory of an image, bytes: two histograms of 8,192 and a state of 40, all zero at first; 8 for each chunk and one
+// more; 8 for each candidate, of which there are at most cells / 8 and 32,768.
 #pragma once
 
 #include "device.cuh"
 
 #include "../math/radix_key.h"
 #include "block_select.cuh"
+#include "scratch.h"
 
 namespace rendseg {
 
@@ -63,32 +77,35 @@ struct SelectState {
 using SelectCount = unsigned long long;
 constexpr SelectCount kOneBelow = SelectCount{1} << 32;
 
-// Where things lie: the first three in the zeroed part, the others in the workspace.
+// Where things lie: the first three in the zeroed part, the others in the workspace. A small map needs none of it.
 struct SelectPlan {
-  int64_t images, chunks, capacity;                         // chunks per image, candidates per image
-  int64_t states, second_digits, first_digits, zeroed_end;  // offsets in bytes
-  int64_t counts, candidate_keys, candidate_chunks, end;
+  int64_t chunks = 0, capacity = 0;  // chunks per image, candidates per image
+  Part<SelectState> states;
+  Part<uint32_t> second_digits, first_digits;
+  Part<SelectCount> counts;
+  Part<uint32_t> candidate_keys, candidate_chunks;
+  int64_t zeroed_bytes = 0, workspace_bytes = 0;
 
-  SelectPlan(int64_t images, int64_t cells) : images(images) {
-    const bool small = cells <= kSmallMap;
-    chunks = small ? 0 : (cells + kChunkKeys - 1) / kChunkKeys;
-    const int64_t eighth = cells / 8;
-    capacity = small ? 0 : eighth < 32768 ? eighth : 32768;
-    const int64_t histograms = small ? 0 : images * kHistogramBins * int64_t{sizeof(uint32_t)};
-    states = 0;
-    second_digits = padded(small ? 0 : images * int64_t{sizeof(SelectState)});
-    first_digits = second_digits + histograms;
-    zeroed_end = first_digits + histograms;
-    counts = 0;
-    candidate_keys = padded(images * (small ? 0 : chunks + 1) * int64_t{sizeof(SelectCount)});
-    candidate_chunks = padded(candidate_keys + images * capacity * int64_t{sizeof(uint32_t)});
-    end = candidate_chunks + images * capacity * int64_t{sizeof(uint32_t)};
+  SelectPlan(int64_t images, int64_t cells) {
+    if (cells <= kSmallMap) return;
+    chunks = (cells + kChunkKeys - 1) / kChunkKeys;
+    capacity = cells / 8 < 32768 ? cells / 8 : 32768;
+    Layout<128> zeroed, workspace;
+    states = zeroed.add<SelectState>(images);
+    second_digits = zeroed.add<uint32_t>(images * kHistogramBins);
+    first_digits = zeroed.add<uint32_t>(images * kHistogramBins);
+    counts = workspace.add<SelectCount>(images * (chunks + 1));
+    candidate_keys = workspace.add<uint32_t>(images * capacity);
+    candidate_chunks = workspace.add<uint32_t>(images * capacity);
+    zeroed_bytes = zeroed.bytes();
+    workspace_bytes = workspace.bytes();
   }
-  static int64_t padded(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
-inline int64_t select_zeroed_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).zeroed_end; }
-inline int64_t select_workspace_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).end; }
+inline int64_t select_zeroed_bytes(int64_t images, int64_t cells) { return SelectPlan(images, cells).zeroed_bytes; }
+inline int64_t select_workspace_bytes(int64_t images, int64_t cells) {
+  return SelectPlan(images, cells).workspace_bytes;
+}
 
 // What the kernels see.
 struct SelectMaps {
@@ -262,6 +279,58 @@ __device__ inline void scan_counts(SelectCount* counts, uint32_t chunks) {
   if (threadIdx.x == 0) counts[chunks] = before;
 }
 
+// Keys [low, low + width).
+struct KeyRange {
+  uint32_t low, width;
+  __device__ bool has(uint32_t key) const { return key - low < width; }
+};
+
+// This thread's keys in the bin of the threshold, with their chunk, from `place` on.
+__device__ inline void put_candidates(const ChunkKeys& mine, const KeyRange& bin, uint32_t chunk, uint32_t place,
+                                      uint32_t capacity, uint32_t* keys, uint32_t* chunks) {
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    if (bin.has(mine.key[row]) && place < capacity) {
+      keys[place] = mine.key[row];
+      chunks[place] = chunk;
+      ++place;
+    }
+  }
+}
+
+// Of keys that are too many to gather: the largest and the smallest, and, unless this is the last pass, the histogram
+// of their next digits.
+__device__ inline void count_crowded(const ChunkKeys& mine, const KeyRange& bin, bool last, BlockSelectScratch& scratch,
+                                     uint32_t* next_digits, SelectState& state) {
+  clear_histogram(scratch.histogram);
+  if (threadIdx.x == 0) scratch.warp_below[0] = scratch.warp_equal[0] = 0;
+  __syncthreads();
+  uint32_t largest = 0, largest_flipped = 0;
+  RENDSEG_UNROLL
+  for (int row = 0; row < kRowsPerWarp; ++row) {
+    const uint32_t key = mine.key[row];
+    if (!last) {
+      add_to_histogram(scratch.histogram, (key >> (kHistogramShift - 11)) % kHistogramBins, bin.has(key));
+    }
+    if (bin.has(key)) {
+      largest = max(largest, key);
+      largest_flipped = max(largest_flipped, 0x7fffffffu - key);
+    }
+  }
+  largest = __reduce_max_sync(kAllLanes, largest);
+  largest_flipped = __reduce_max_sync(kAllLanes, largest_flipped);
+  if (lane_id() == 0) {
+    atomicMax(&scratch.warp_below[0], largest);
+    atomicMax(&scratch.warp_equal[0], largest_flipped);
+  }
+  __syncthreads();
+  if (!last) flush_histogram(scratch.histogram, next_digits);
+  if (threadIdx.x == 0) {
+    atomicMax(&state.largest, scratch.warp_below[0]);
+    atomicMax(&state.largest_flipped, scratch.warp_equal[0]);
+  }
+}
+
 // One block per chunk. `pass` is 0 or 1; after the `last` one the threshold and the counts before each chunk are known.
 static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel(SelectMaps maps, int pass, bool last) {
   RENDSEG_SHARED(BlockSelectScratch, scratch);
@@ -301,45 +370,11 @@ static __global__ void __launch_bounds__(kSelectThreads) select_threshold_kernel
   }
   if (gather && inside > 0) {
     __syncthreads();
-    uint32_t place = first_place + (before >> 16);
-    RENDSEG_UNROLL
-    for (int row = 0; row < kRowsPerWarp; ++row) {
-      if (mine.key[row] - low < width && place < maps.capacity) {
-        candidate_keys[place] = mine.key[row];
-        candidate_chunks[place] = chunk;
-        ++place;
-      }
-    }
+    put_candidates(mine, {low, width}, chunk, first_place + (before >> 16), maps.capacity, candidate_keys,
+                   candidate_chunks);
   }
   if (crowded && inside > 0) {
-    clear_histogram(scratch.histogram);
-    if (threadIdx.x == 0) scratch.warp_below[0] = scratch.warp_equal[0] = 0;
-    __syncthreads();
-    uint32_t largest = 0, largest_flipped = 0;
-    RENDSEG_UNROLL
-    for (int row = 0; row < kRowsPerWarp; ++row) {
-      const uint32_t key = mine.key[row];
-      const bool in_bin = key - low < width;
-      if (!last) {
-        add_to_histogram(scratch.histogram, (key >> (kHistogramShift - 11)) % kHistogramBins, in_bin);
-      }
-      if (in_bin) {
-        largest = max(largest, key);
-        largest_flipped = max(largest_flipped, 0x7fffffffu - key);
-      }
-    }
-    largest = __reduce_max_sync(kAllLanes, largest);
-    largest_flipped = __reduce_max_sync(kAllLanes, largest_flipped);
-    if (lane_id() == 0) {
-      atomicMax(&scratch.warp_below[0], largest);
-      atomicMax(&scratch.warp_equal[0], largest_flipped);
-    }
-    __syncthreads();
-    if (!last) flush_histogram(scratch.histogram, maps.second_digits + int64_t{image} * kHistogramBins);
-    if (threadIdx.x == 0) {
-      atomicMax(&state.largest, scratch.warp_below[0]);
-      atomicMax(&state.largest_flipped, scratch.warp_equal[0]);
-    }
+    count_crowded(mine, {low, width}, last, scratch, maps.second_digits + int64_t{image} * kHistogramBins, state);
   }
   if (!last_block_to_arrive(&state.arrived, maps.chunks)) return;
 
@@ -433,19 +468,14 @@ void run_select(Launch& launch, const SelectArgs& args) {
     return;
   }
   const SelectPlan plan(args.images, args.cells);
-  const auto at = []<typename T>(T*, void* base, int64_t offset) {
-    return reinterpret_cast<T*>(static_cast<unsigned char*>(base) + offset);
-  };
-  uint32_t* const uint32 = nullptr;
-  uint32_t* const first_digits =
-      args.histograms != nullptr ? args.histograms : at(uint32, args.zeroed, plan.first_digits);
+  uint32_t* const first_digits = args.histograms != nullptr ? args.histograms : plan.first_digits.in(args.zeroed);
   const SelectMaps maps{args.keys,
                         first_digits,
-                        at(uint32, args.zeroed, plan.second_digits),
-                        at(static_cast<SelectState*>(nullptr), args.zeroed, plan.states),
-                        at(static_cast<SelectCount*>(nullptr), args.workspace, plan.counts),
-                        at(uint32, args.workspace, plan.candidate_keys),
-                        at(uint32, args.workspace, plan.candidate_chunks),
+                        plan.second_digits.in(args.zeroed),
+                        plan.states.in(args.zeroed),
+                        plan.counts.in(args.workspace),
+                        plan.candidate_keys.in(args.workspace),
+                        plan.candidate_chunks.in(args.workspace),
                         cells,
                         static_cast<uint32_t>(args.k),
                         static_cast<uint32_t>(plan.chunks),

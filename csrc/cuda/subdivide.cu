@@ -22,36 +22,20 @@ using subdivision::UpsampleArgs;
 
 constexpr int64_t kStreamBytes = int64_t{32} << 20;  // from here on the output does not stay in L2
 
-// Parts of one buffer, at multiples of 256 bytes.
-class Scratch {
- public:
-  int64_t reserve(int64_t bytes) {
-    const int64_t at = bytes_;
-    bytes_ += (bytes + 255) / 256 * 256;
-    return at;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_ = 0;
-};
-
-template <typename T>
-T* part(const at::Tensor& buffer, int64_t offset) {
-  return reinterpret_cast<T*>(mutable_data<unsigned char>(buffer) + offset);
-}
-
-// What must be zero at first, in this order.
+// What must be zero at first.
 struct Zeroed {
-  int64_t histograms, counters, select, bytes;
+  Part<uint32_t> histograms;
+  Part<unsigned> counters;
+  Part<unsigned char> select;
+  int64_t bytes;
 
   Zeroed(int64_t images, int64_t cells, bool labels) {
     const bool counted = labels || select_reads_histogram(cells);
-    Scratch scratch;
-    histograms = scratch.reserve(counted ? images * kHistogramBins * int64_t{sizeof(uint32_t)} : 0);
-    counters = scratch.reserve(labels ? images * int64_t{sizeof(unsigned)} : 0);
-    select = scratch.reserve(select_zeroed_bytes(images, cells));
-    bytes = scratch.bytes();
+    Layout<256> layout;
+    histograms = layout.add<uint32_t>(counted ? images * kHistogramBins : 0);
+    counters = layout.add<unsigned>(labels ? images : 0);
+    select = layout.add<unsigned char>(select_zeroed_bytes(images, cells));
+    bytes = layout.bytes();
   }
 };
 
@@ -88,11 +72,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
 
   const Zeroed zeroed(n, cells, labels);
   Scratch scratch;
-  const int64_t zeros = scratch.reserve(cleared == nullptr ? zeroed.bytes : 0);
-  const int64_t workspace = scratch.reserve(select_workspace_bytes(n, cells));
-  const at::Tensor buffer = at::empty({scratch.bytes()}, options.dtype(at::kByte));
-  if (cleared == nullptr && zeroed.bytes > 0) {
-    cleared = part<unsigned char>(buffer, zeros);
+  unsigned char *zeros = nullptr, *workspace = nullptr;
+  scratch.add(zeros, cleared == nullptr ? zeroed.bytes : 0);
+  scratch.add(workspace, select_workspace_bytes(n, cells));
+  const at::Tensor buffer = allocate(scratch, logits);
+  if (cleared == nullptr) {
+    cleared = zeros;
     launch.fill_zero(cleared, zeroed.bytes);
   }
 
@@ -109,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
     a.channel = channel.defined() ? data<int64_t>(channel) : nullptr;
     a.images = n, a.channels = c, a.h = h, a.w = w, a.scale = scale, a.height = height, a.width = width;
     a.keys = mutable_data<uint32_t>(keys);
-    a.histograms = counted ? reinterpret_cast<uint32_t*>(cleared + zeroed.histograms) : nullptr;
+    a.histograms = counted ? zeroed.histograms.in(cleared) : nullptr;
     if (!labels) {
       if (wanted == SubdivideWanted::kLabels) {  // one channel has one label
         launch.fill_zero(mutable_data<unsigned char>(result), static_cast<int64_t>(result.nbytes()));
@@ -121,26 +106,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide(const at::Tensor& logit
     a.wide_labels = result.scalar_type() == at::kShort;
     a.k = k;
     Scratch parts;
-    const int64_t largest = parts.reserve(n * h * w * 2 * int64_t{sizeof(T)});
-    const int64_t owner = parts.reserve(n * h * w * int64_t{sizeof(uint16_t)});
-    const int64_t bound = parts.reserve(n * units_along(a, h) * units_along(a, w) * int64_t{sizeof(uint16_t)});
-    const int64_t limit = parts.reserve(n * int64_t{sizeof(uint32_t)});
-    known = at::empty({parts.bytes()}, options.dtype(at::kByte));
-    a.largest = part<Vec<T, 2>>(known, largest);
-    a.owner = part<uint16_t>(known, owner);
-    a.bound = part<uint16_t>(known, bound);
-    a.limit = part<uint32_t>(known, limit);
+    parts.add(a.largest, n * h * w);
+    parts.add(a.owner, n * h * w);
+    parts.add(a.bound, n * units_along(a, h) * units_along(a, w));
+    parts.add(a.limit, n);
+    known = allocate(parts, logits);
     a.fills_keys = !(by_gaps(a) && select_reads_histogram(cells));
     if (!a.fills_keys) select.bounds = a.bound, select.limits = a.limit;
-    a.counters = reinterpret_cast<unsigned*>(cleared + zeroed.counters);
+    a.counters = zeroed.counters.in(cleared);
     subdivision::run_subdivide_labels(launch, a);
   });
 
   select.keys = data<uint32_t>(keys);
   if (select_reads_histogram(cells)) {
-    select.histograms = reinterpret_cast<uint32_t*>(cleared + zeroed.histograms);
-    select.zeroed = cleared + zeroed.select;
-    select.workspace = part<unsigned char>(buffer, workspace);
+    select.histograms = zeroed.histograms.in(cleared);
+    select.zeroed = zeroed.select.in(cleared);
+    select.workspace = workspace;
   }
   select.images = n, select.cells = cells, select.k = k, select.height = height, select.width = width;
   select.indices = mutable_data<int64_t>(indices);
@@ -200,11 +181,10 @@ at::Tensor subdivide_backward_cuda(const at::Tensor& grad, int64_t height, int64
     a.align_corners = align_corners;
     a.images = n, a.channels = c, a.h = height, a.w = width;
     a.scale = grad.size(2) / height, a.height = grad.size(2), a.width = grad.size(3);
-    const at::Tensor table = at::empty({neighbours_bytes(a)}, grad.options().dtype(at::kByte));
-    if (table.numel() > 0) {
-      a.rows = part<subdivision::Neighbours<Acc<T>>>(table, 0);
-      a.columns = a.rows + a.height;
-    }
+    Scratch scratch;
+    scratch.add(a.rows, by_gaps(a) ? 0 : a.height);
+    scratch.add(a.columns, by_gaps(a) ? 0 : a.width);
+    const at::Tensor tables = allocate(scratch, grad);
     run_subdivide_backward(launch, a);
   });
   return out;

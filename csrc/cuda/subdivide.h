@@ -18,7 +18,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_step(const at::Tensor& 
                                                               int64_t scale_factor, bool align_corners, bool labels,
                                                               unsigned char* zeroed);
 
-// grad[N,C,H,W] -> [N,C,height,width]
-at::Tensor subdivide_backward_cuda(const at::Tensor& grad, int64_t height, int64_t width, bool align_corners);
-
 }  // namespace rendseg

@@ -52,7 +52,6 @@ __device__ inline void store_label(const LabelArgs<T>& a, int64_t at, int32_t la
 }
 
 // --- pass 1
-// -----------------------------------------------------------------------------------------------------------
 
 template <typename A>
 struct SourceCell {
@@ -199,7 +198,6 @@ __global__ void __launch_bounds__(kLastThreads) label_sources_last_kernel(LabelA
 }
 
 // --- passes 2 and 3
-// ---------------------------------------------------------------------------------------------------
 
 // A thread looks at kLookRows units of a tile; those to be computed go into a list, so that full warps compute.
 constexpr int kLookRows = 4;
@@ -370,7 +368,6 @@ __global__ void __launch_bounds__(kSubdivideThreads)
 }
 
 // --- host
-// -------------------------------------------------------------------------------------------------------------
 
 // Labels, keys (kNeverSelected where an output cannot be among the k most uncertain) and histograms of the other keys:
 // three launches. Needs C >= 2.

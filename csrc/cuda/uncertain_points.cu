@@ -65,19 +65,19 @@ std::tuple<at::Tensor, at::Tensor> uncertain_points_cuda(const at::Tensor& logit
   const at::Tensor maps = readable_maps(logits);
   const at::Tensor keys = at::empty({images, cells}, logits.options().dtype(at::kInt));
   // What must be zero comes first, so that one call clears it.
-  const bool histograms = select_reads_histogram(cells);
-  const int64_t histogram_bytes = histograms ? images * kHistogramBins * int64_t{sizeof(uint32_t)} : 0;
-  const int64_t zeroed_bytes = histogram_bytes + select_zeroed_bytes(images, cells);
-  const at::Tensor memory =
-      at::empty({zeroed_bytes + select_workspace_bytes(images, cells)}, logits.options().dtype(at::kByte));
-  unsigned char* const base = mutable_data<unsigned char>(memory);
-  launch.fill_zero(base, zeroed_bytes);
+  Layout<256> layout;
+  const auto histograms = layout.add<uint32_t>(select_reads_histogram(cells) ? images * kHistogramBins : 0);
+  const auto zeroed = layout.add<unsigned char>(select_zeroed_bytes(images, cells));
+  const auto workspace = layout.add<unsigned char>(select_workspace_bytes(images, cells));
+  const at::Tensor memory = allocate_bytes(layout.bytes(), logits);
+  void* const base = memory.mutable_data_ptr();
+  launch.fill_zero(base, workspace.offset);
 
   SelectArgs select{};
   select.keys = data<uint32_t>(keys);
-  select.histograms = histograms ? reinterpret_cast<uint32_t*>(base) : nullptr;
-  select.zeroed = base + histogram_bytes;
-  select.workspace = base + zeroed_bytes;
+  select.histograms = histograms.count > 0 ? histograms.in(base) : nullptr;
+  select.zeroed = zeroed.in(base);
+  select.workspace = workspace.in(base);
   select.images = images;
   select.cells = cells;
   select.k = k;

@@ -74,7 +74,7 @@ class PointRendOptions(Options):
     oversample_ratio: AtLeastOne = 3.0
     importance_ratio: Share = 0.75
     coarse_source: Literal["original", "current"] = "original"
-    """Coarse features at inference: from the coarse logits, or from the map refined so far."""
+    """Coarse features at inference: from the coarse logits, or from the map refined so far and upsampled."""
     coarse_first: Flag = False
     """Concatenate (coarse, fine) instead of (fine, coarse)."""
     coarse_each_layer: Flag = True

@@ -21,7 +21,6 @@
 #endif
 
 // --- switching stacks
-// -------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves the registers that a call must keep on the stack in use, leaves its address at *from, goes on with `to`.
@@ -126,7 +125,6 @@ void switch_context(Context& from, Context& to) {
 }
 
 // --- the block that runs
-// ----------------------------------------------------------------------------------------------
 
 // Lanes of one warp on their way through one shuffle, vote or warp barrier.
 struct Exchange {
@@ -451,7 +449,6 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
 }  // namespace emulation
 
 // --- half
-// -------------------------------------------------------------------------------------------------------------
 
 float __half2float(rendseg::half_t x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 0x1fu, mantissa = x.bits & 0x3ffu;

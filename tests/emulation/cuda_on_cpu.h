@@ -40,7 +40,6 @@
   } while (false)
 
 // --- indices and vector types
-// -----------------------------------------------------------------------------------------
 
 struct uint3 {
   unsigned x, y, z;
@@ -70,7 +69,6 @@ RENDSEG_VECTOR_TYPES(uchar, unsigned char)
 #undef RENDSEG_VECTOR_TYPES
 
 // --- the machine
-// ------------------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -146,7 +144,6 @@ T reduce(unsigned mask, T value, const char* name, Place place, F&& combine) {
 }  // namespace emulation
 
 // --- barriers, shuffles, votes
-// ----------------------------------------------------------------------------------------
 
 using EmulatedPlace = emulation::Place;
 
@@ -227,7 +224,6 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // --- atomics
-// ----------------------------------------------------------------------------------------------------------
 
 #define RENDSEG_ATOMIC(name, type, expression)  \
   inline type name(type* address, type value) { \
@@ -261,7 +257,6 @@ T atomicCAS(T* address, T expected, T value) {
 }
 
 // --- arithmetic
-// -------------------------------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -331,7 +326,6 @@ void __stcg(T* to, T value) {
 }
 
 // --- half types
-// -------------------------------------------------------------------------------------------------------
 
 namespace rendseg {
 
@@ -354,7 +348,6 @@ inline rendseg::bfloat16_t __float2bfloat16_rn(float x) {
 }
 
 // --- asynchronous copies
-// ----------------------------------------------------------------------------------------------
 
 namespace emulation {
 

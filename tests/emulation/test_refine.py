@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rendseg import reference
 from rendseg.reference.refine import every_cell
+from rendseg.reference.subdivide import upsample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import cases_refine as cases  # noqa: E402
@@ -94,7 +95,9 @@ class Call:
                 fine, indices, coords = self.ops.subdivide(previous, self.num_points, self.factor, self.align)
                 kept = torch.ones(n, height * width, dtype=torch.bool, device=got.device).scatter(1, indices, False)
             with torch.no_grad():
-                source = self.coarse if self.source == "original" else previous
+                source = self.coarse
+                if self.source == "current":
+                    source = upsample(previous, self.factor, self.align) if fine is None else fine
                 exact = copy.deepcopy(self.head).double()(
                     reference.point_sample([f.double() for f in self.features], coords, padding_mode=self.padding),
                     reference.point_sample(source.double(), coords, padding_mode=self.padding),
@@ -171,6 +174,34 @@ def test_many_classes(emulated, dtype: torch.dtype) -> None:
     made = {"n": 2, "classes": 301, "h": 3, "w": 4}
     for layers in ({"hidden": (20,)}, {"hidden": (), "coarse_first": True}):
         Call(emulated.ops, made, layers, {"steps": 1, "num_points": 33}, [dtype] * 3).check(tolerance([dtype] * 3))
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtypes", [(F64, F64, F64), (F32, F32, F32), (F16, F16, F16), (BF16, F16, F32)], ids=str)
+def test_current_reads_the_upsampled_map(emulated, dtypes: Sequence[torch.dtype], how: str) -> None:
+    """A head that hands the coarse logits back, times -1024: the bits of the upsampled map, before any value of it is
+    replaced, in logits and in labels, where some cells and where all are recomputed."""
+    for seed, (factor, align, num_points) in enumerate([(2, False, 101), (3, False, 333), (2, True, 10_000)]):
+        emulated.seed(seed)
+        kwargs = {"steps": 1, "num_points": num_points, "coarse_source": "current", "scale_factor": factor}
+        made, layers = {"n": 2, "classes": 5, "h": 7, "w": 11}, {"hidden": (), "coarse_first": True}
+        call = Call(emulated.ops, made, layers, kwargs | {"align_corners": align}, dtypes, how)
+        with torch.no_grad():
+            call.head.weights[0].copy_(-1024 * torch.eye(5, call.head.weights[0].shape[1]))
+            call.head.biases[0].zero_()
+        fine, indices, _ = emulated.ops.subdivide(call.coarse, num_points, factor, align)
+        at = indices.unsqueeze(1).expand(-1, 5, -1)
+        values = fine.flatten(2).gather(2, at)
+        if dtypes[2] == F32:
+            values = tf32(values.float()).to(dtypes[0])
+        wanted = fine.flatten(2).scatter(2, at, -1024 * values).view_as(fine)
+        assert torch.equal(call.run(), wanted)
+        assert torch.equal(call.run(labels=True).long(), wanted.argmax(1))
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, halves away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(F32)
 
 
 def test_ties_and_not_a_number(emulated) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -204,23 +205,24 @@ def test_launches() -> None:
         if output == "logits":
             # Steps of 128 x 192 = 24,576 and of 256 x 384 = 98,304 cells, for which one call clears the memory.
             assert len(names) == 1 + 2 + subdivision(128 * 192) + subdivision(256 * 384) - 1 == 11, names
-    every = launches(lambda: refine(coarse, features, head, steps=1, num_points=10**6))
-    assert len(every) == 2, every
+    for source in ("original", "current"):
+        every = launches(lambda s=source: refine(coarse, features, head, steps=1, num_points=10**6, coarse_source=s))
+        assert len(every) == 2, every
 
 
 def test_labels_allocate_no_full_logits() -> None:
     coarse, features, head = network(F16, h=128, w=256)
     peaks = {}
-    for output in ("logits", "labels"):
-        for num_points in (2000, 10**7):
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            refine(coarse, features, head, steps=1, num_points=num_points, output=output)
-            torch.cuda.synchronize()
-            peaks[output, num_points] = torch.cuda.max_memory_allocated() - before
+    for case in itertools.product(("logits", "labels"), (2000, 10**7), ("original", "current")):
+        output, num_points, source = case
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        refine(coarse, features, head, steps=1, num_points=num_points, coarse_source=source, output=output)
+        torch.cuda.synchronize()
+        peaks[case] = torch.cuda.max_memory_allocated() - before
     full = 19 * 256 * 512 * 2
-    assert all(peaks["logits", p] >= full and peaks["labels", p] < full for p in (2000, 10**7)), peaks
+    assert all(peak >= full if case[0] == "logits" else peak < full for case, peak in peaks.items()), peaks
 
 
 def test_empty_batch() -> None:
