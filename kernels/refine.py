@@ -1,8 +1,9 @@
 """The inference loop with a stock point head: PointRend (Kirillov et al. 2020), section 3.1.
 
 Shapes: N images, C classes, P points of an image, ``I`` inputs and ``O`` outputs of a layer. A step is ``subdivide``,
-one ``point_sample`` of the features and one of the coarse logits, then a launch per layer of the head: a program makes
-``BLOCK_P`` points by ``BLOCK_O`` outputs in chunks of ``BLOCK_K`` inputs, and the last layer writes into the map.
+one ``point_sample`` of the features and one of the coarse logits (``"current"``: the selected cells, interpolated once
+more), then a launch per layer of the head: a program makes ``BLOCK_P`` points by ``BLOCK_O`` outputs in chunks of
+``BLOCK_K`` inputs, and the last layer writes into the map.
 
 Triton cannot index registers, so what lies between two layers goes through memory. It is small (points times width,
 which a GPU's L2 mostly holds) and written by one launch and read by the next, which orders the two on every GPU without
@@ -42,7 +43,7 @@ from ._common import (
     wins,
 )
 from .point_sample import point_sample_triton
-from .subdivide import subdivide_labels_triton, subdivide_triton
+from .subdivide import subdivide_labels_triton, subdivide_triton, upsample_cells_triton
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
@@ -469,13 +470,14 @@ def refine_mlp_triton(
                     current = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
             if images == 0:
                 continue
-            source = coarse if coarse_source == "original" else previous
-            head(
-                point_sample_triton(features, coords, padding_mode=padding_mode),
-                point_sample_triton([source], coords, padding_mode=padding_mode),
-                indices,
-                current,
-            )
+            if coarse_source == "original":
+                points = point_sample_triton([coarse], coords, padding_mode=padding_mode)
+            else:
+                cells = indices
+                if cells is None:
+                    cells = torch.arange(height * width, device=coarse.device).expand(images, -1)
+                points = upsample_cells_triton(previous, cells, scale_factor, align_corners)
+            head(point_sample_triton(features, coords, padding_mode=padding_mode), points, indices, current)
     return current
 
 

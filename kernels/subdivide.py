@@ -177,6 +177,59 @@ def _subdivide_kernel(
 
 
 @triton.jit
+def _upsample_cells_kernel(
+    source,
+    indices,
+    out,
+    channels,
+    in_height,
+    in_width,
+    count,
+    s_n,
+    s_c,
+    s_h,
+    s_w,
+    o_n,
+    o_c,
+    o_p,
+    tiles,
+    groups,
+    SCALE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Cells of the upsampled map, with the bits that ``_subdivide_kernel`` stores.
+
+    source: [N, C, h, w] float32, float16 or bfloat16, any strides.
+    indices: [N, P] int64 contiguous, cells of the upsampled map. out: [N, C, P] of the dtype of source, any strides,
+    written.
+    """
+    T: tl.constexpr = source.dtype.element_ty
+    ACC: tl.constexpr = tl.float32
+    program = tl.program_id(0)
+    n = (program // (tiles * groups)).to(tl.int64)
+    p = program // groups % tiles * BLOCK + tl.arange(0, BLOCK)
+    c = program % groups * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    cell = tl.load(indices + n * count + p, mask=p < count, other=0)
+    y = cell // (in_width * SCALE)
+    x = cell - y * (in_width * SCALE)
+    top, bottom, top_weight, bottom_weight = upsample_taps(y[:, None], in_height, SCALE, ALIGN_CORNERS, ACC)
+    left, right, left_weight, right_weight = upsample_taps(x[:, None], in_width, SCALE, ALIGN_CORNERS, ACC)
+    mask = (p < count)[:, None] & (c < channels)
+    c = c.to(tl.int64)
+    plane = source + n * s_n + c * s_c
+    value00 = tl.load(plane + top * s_h + left * s_w, mask=mask, other=0.0).to(ACC)
+    value01 = tl.load(plane + top * s_h + right * s_w, mask=mask, other=0.0).to(ACC)
+    value10 = tl.load(plane + bottom * s_h + left * s_w, mask=mask, other=0.0).to(ACC)
+    value11 = tl.load(plane + bottom * s_h + right * s_w, mask=mask, other=0.0).to(ACC)
+    upper = value00 * left_weight + value01 * right_weight
+    lower = value10 * left_weight + value11 * right_weight
+    at = n * o_n + c * o_c + p.to(tl.int64)[:, None] * o_p
+    tl.store(out + at, narrow(upper * top_weight + lower * bottom_weight, T), mask=mask)
+
+
+@triton.jit
 def _subdivide_backward_kernel(
     grad,
     out,
@@ -371,6 +424,44 @@ def subdivide_labels_triton(
     return labels, indices, coords
 
 
+def _cells_tile(inside: bool) -> dict[str, Any]:
+    """Configuration of :func:`upsample_cells_triton`: cells and channels of a tile, and warps."""
+    return {"BLOCK": 32, "BLOCK_C": 16, "num_warps": 4} if inside else {"BLOCK": 128, "BLOCK_C": 1, "num_warps": 4}
+
+
+def upsample_cells_triton(logits: Tensor, indices: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
+    """Cells ``indices [N, P]`` of the upsampled map, ``[N, C, P]``, with the bits of :func:`subdivide_triton`."""
+    n, channels, height, width = logits.shape
+    count, inside = indices.shape[1], channels_inside(logits)
+    indices = indices.contiguous()
+    shape = (n, count, channels) if inside else (n, channels, count)
+    out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    if inside:
+        out = out.transpose(1, 2)
+    if out.numel() == 0:
+        return out
+    tile = _cells_tile(inside)
+    tiles, groups = triton.cdiv(count, tile["BLOCK"]), triton.cdiv(channels, tile["BLOCK_C"])
+    _upsample_cells_kernel[(check_grid(n * tiles * groups),)](
+        logits,
+        indices,
+        out,
+        channels,
+        height,
+        width,
+        count,
+        *strides(logits),
+        *out.stride(),
+        tiles,
+        groups,
+        SCALE=scale_factor,
+        ALIGN_CORNERS=align_corners,
+        **tile,
+        **EXACT,
+    )
+    return out
+
+
 def _backward_span(size: int, scale_factor: int, align_corners: bool) -> int:
     """How many fine cells along one axis can reach one of ``size`` coarse cells, from the first on."""
     if not align_corners:
@@ -472,6 +563,13 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 name = f"subdivide {kind} {mode} {tile_name(tile, 'BLOCK_Y', 'BLOCK_X', 'BLOCK_C')}"
                 ones = ("s_c", "f_c") if inside else ("s_w", "f_w")
                 cases.append(compile_case(_subdivide_kernel, name, pointer, options | tile, ones))
+        for inside in (False, True) if kind != "fp64" else ():  # in float64 refine runs the reference
+            tile = _cells_tile(inside)
+            name = f"upsample_cells {kind} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
+            pointer = {"source": f"*{kind}", "indices": "*i64", "out": f"*{kind}"}
+            ones = ("s_c", "o_c") if inside else ("s_w", "o_p")
+            options = {"SCALE": 2, "ALIGN_CORNERS": True}
+            cases.append(compile_case(_upsample_cells_kernel, name, pointer, options | tile, ones))
         for inside in (False, True):
             for aligned in (False, True) if kind == "fp32" else (True,):
                 tile = _backward_tile(19, inside)

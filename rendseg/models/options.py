@@ -77,7 +77,7 @@ class PointRendOptions:
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
     coarse_source: Literal["original", "current"] = "original"
-    """Coarse features at inference: from the coarse logits, or from the map refined so far."""
+    """Coarse features at inference: from the coarse logits, or from the map refined so far and upsampled."""
     coarse_first: bool = False
     """Concatenate (coarse, fine) instead of (fine, coarse)."""
     coarse_each_layer: bool = True

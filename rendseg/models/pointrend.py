@@ -189,9 +189,9 @@ class PointRend(Segmenter):
         for."""
         current, points = coarse, []
         for _ in range(self.steps):
-            source = coarse if self.options.coarse_source == "original" else current
             enlarged, indices, coords = ops.subdivide(current, count, SCALE, self.options.upsample_align_corners)
             assert enlarged is not None
+            source = coarse if self.options.coarse_source == "original" else enlarged
             values = self._point_logits(fine, source, coords)
             current = ops.scatter_points(enlarged, indices, values.to(enlarged.dtype))
             points.append(coords)

@@ -190,17 +190,20 @@ def refine_mlp(
         height, width = current.shape[2] * scale_factor, current.shape[3] * scale_factor
         # A symbolic size is never asked: selecting all cells of a small image gives the same answer.
         every = isinstance(height, int) and isinstance(width, int) and num_points >= height * width
+        if not every or coarse_source == "current":
+            fine = _upsample(current, scale_factor, align_corners)
         if every:
             coords = _every_cell(n, height, width, coarse.device)
         else:
-            fine = _upsample(current, scale_factor, align_corners)
             indices = _select(fine, num_points)
             coords = _centres(indices, height, width)
-        source = coarse if coarse_source == "original" else current
-        values = head(
-            point_sample(features, coords, padding_mode=padding_mode),
-            point_sample([source], coords, padding_mode=padding_mode),
-        ).to(coarse.dtype)
+        if coarse_source == "original":
+            points = point_sample([coarse], coords, padding_mode=padding_mode)
+        elif every:
+            points = fine.flatten(2)
+        else:
+            points = fine.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, classes, -1))
+        values = head(point_sample(features, coords, padding_mode=padding_mode), points).to(coarse.dtype)
         if labels and step + 1 == steps:
             picked = values.argmax(1).to(_label_dtype(classes))
             if every:

@@ -12,7 +12,7 @@ from ..reference import _checks as check
 from ..reference.refine import Head, check_head_output, check_refine, check_refine_mlp, every_cell, resolve_steps
 from ..reference.refine import refine as reference
 from ..reference.refine import refine_mlp as reference_mlp
-from ..reference.subdivide import label_dtype
+from ..reference.subdivide import label_dtype, upsample_cells
 from ._register import has_kernel, register, use_reference
 from .point_sample import point_sample
 from .scatter_points import scatter_points, scatter_points_
@@ -45,8 +45,9 @@ def refine(
         steps: the number of steps. Give this or ``output_size``, not both.
         output_size: the size ``(H, W)`` that whole steps must reach.
         num_points: cells to predict again per step and image. If a step has at most ``num_points`` cells, the head
-            predicts all of them; nothing is upsampled or selected.
-        coarse_source: which logits the head sees: ``"original"`` (``coarse``) or ``"current"`` (those before the step).
+            predicts all of them and nothing is selected.
+        coarse_source: which logits the head sees: ``"original"`` (``coarse``, sampled at the points) or ``"current"``
+            (the selected cells of the step's upsampled map, before they are replaced).
         scale_factor: factor of each step, at least 2.
         align_corners: for the upsampling only. Points are cell centres in the half-pixel convention, and features are
             always sampled with ``align_corners=False``.
@@ -148,10 +149,13 @@ def _loop(
             )
         else:
             fine, indices, coords = torch.ops.rendseg.subdivide(previous, num_points, scale_factor, align_corners)
-        values = head(
-            point_sample(maps, coords, padding_mode=padding_mode),
-            point_sample(coarse if coarse_source == "original" else previous, coords, padding_mode=padding_mode),
-        )
+        if coarse_source == "original":
+            points = point_sample(coarse, coords, padding_mode=padding_mode)
+        else:  # not read from the upsampled map, which labels never have; the bits are those of that map
+            if every:
+                indices = torch.arange(height * width, device=coarse.device).expand(n, -1)
+            points = upsample_cells(previous, indices, scale_factor, align_corners)
+        values = head(point_sample(maps, coords, padding_mode=padding_mode), points)
         check_head_output(values, coarse, coords.shape[1])
         values = values.to(coarse.dtype)
         if last:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _checks as check
 from .point_sample import PADDING_MODES, point_sample
 from .scatter_points import scatter_points
-from .subdivide import label_dtype, subdivide
+from .subdivide import label_dtype, subdivide, upsample
 from .uncertain_points import cell_centres
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -97,7 +97,12 @@ def refine(
     padding_mode: str = "zeros",
     output: str = "logits",
 ) -> Tensor:
-    """Subdivide, gather, ``head(fine [N, Cf, P], coarse [N, C, P]) -> [N, C, P]``, scatter, repeat."""
+    """Subdivide, gather, ``head(fine [N, Cf, P], coarse [N, C, P]) -> [N, C, P]``, scatter, repeat.
+
+    With ``coarse_source="current"`` the coarse values are the selected cells of the step's upsampled map, before the
+    scatter. Sampling that map at the points reads these cells, since the points are their centres; reading them
+    directly leaves no rounded position between, so a kernel that interpolates as ``subdivide`` does has the same bits.
+    """
     maps = [features] if isinstance(features, Tensor) else list(features)
     check.option(output, "output", ("logits", "labels"))
     check_refine(coarse, maps, num_points, coarse_source, padding_mode, output == "labels")
@@ -111,11 +116,14 @@ def refine(
             coords = every_cell(coarse, height, width)
         else:
             fine, indices, coords = subdivide(previous, num_points, scale_factor, align_corners)
-        source = coarse if coarse_source == "original" else previous
-        values = head(
-            point_sample(maps, coords, padding_mode=padding_mode),
-            point_sample(source, coords, padding_mode=padding_mode),
-        )
+        if coarse_source == "original":
+            points = point_sample(coarse, coords, padding_mode=padding_mode)
+        elif every:
+            points = upsample(previous, scale_factor, align_corners).flatten(2)
+        else:
+            assert fine is not None
+            points = fine.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, fine.shape[1], -1))
+        values = head(point_sample(maps, coords, padding_mode=padding_mode), points)
         check_head_output(values, coarse, coords.shape[1])
         values = values.to(coarse.dtype)
         if every:

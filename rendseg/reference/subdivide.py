@@ -41,6 +41,40 @@ def upsample(logits: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
     return fine.to(logits.dtype).contiguous(memory_format=layout)
 
 
+def _taps(position: Tensor, size: int, scale_factor: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of upsampled cells along one axis: the cells below and above, and the weight of the upper one as a fraction."""
+    if align_corners:
+        numerator, denominator = position * (size - 1), max(size * scale_factor - 1, 1)
+    else:
+        numerator, denominator = (2 * position + (1 - scale_factor)).clamp(min=0), 2 * scale_factor
+    lower = torch.div(numerator, denominator, rounding_mode="floor")
+    rest = (numerator - lower * denominator).double()
+    return lower, (lower + 1).clamp(max=size - 1), rest / torch.full_like(rest, denominator)
+
+
+def upsample_cells(logits: Tensor, indices: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
+    """Cells ``indices [N, P]`` of the upsampled map, ``[N, C, P]``, without the map.
+
+    The bits are those of the kernels of ``subdivide`` (``csrc/math/upsample.h``): ``lower_weight * a + upper_weight *
+    b`` along x, then along y, every product and sum rounded, in float32 for halves, and rounded to the dtype at last.
+    """
+    height, width = logits.shape[2:]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    y = torch.div(indices, width * scale_factor, rounding_mode="floor")
+    top, bottom, down = _taps(y, height, scale_factor, align_corners)
+    left, right, across = _taps(indices - y * (width * scale_factor), width, scale_factor, align_corners)
+    down, across = down.to(dtype).unsqueeze(1), across.to(dtype).unsqueeze(1)
+    flat = logits.flatten(2)
+
+    def row(y: Tensor) -> Tensor:
+        a, b = (
+            flat.gather(2, (y * width + x).unsqueeze(1).expand(-1, flat.shape[1], -1)).to(dtype) for x in (left, right)
+        )
+        return a * (1 - across) + b * across
+
+    return (row(top) * (1 - down) + row(bottom) * down).to(logits.dtype)
+
+
 def subdivide(
     logits: Tensor,
     num_points: int,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rendseg import reference
 from rendseg.reference.refine import every_cell
+from rendseg.reference.subdivide import upsample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import cases_refine as cases  # noqa: E402
@@ -94,7 +95,9 @@ class Call:
                 fine, indices, coords = self.ops.subdivide(previous, self.num_points, self.factor, self.align)
                 kept = torch.ones(n, height * width, dtype=torch.bool, device=got.device).scatter(1, indices, False)
             with torch.no_grad():
-                source = self.coarse if self.source == "original" else previous
+                source = self.coarse
+                if self.source == "current":
+                    source = upsample(previous, self.factor, self.align) if fine is None else fine
                 exact = copy.deepcopy(self.head).double()(
                     reference.point_sample([f.double() for f in self.features], coords, padding_mode=self.padding),
                     reference.point_sample(source.double(), coords, padding_mode=self.padding),

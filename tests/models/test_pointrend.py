@@ -191,7 +191,7 @@ def test_inference_switches_against_plain_torch(source, align, padding):
         with torch.no_grad():
             values = head(
                 F.grid_sample(fine, grid, **sample).squeeze(3),
-                F.grid_sample(coarse if source == "original" else current, grid, **sample).squeeze(3),
+                F.grid_sample(coarse if source == "original" else upsampled, grid, **sample).squeeze(3),
             )
         current = upsampled.clone()
         current.flatten(2)[:, :, index] = values

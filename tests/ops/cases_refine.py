@@ -76,6 +76,9 @@ def refine_cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[s
     plain = {"steps": 2, "num_points": 30}
     yield "plain", {}, {}, plain
     yield "current coarse", {}, {}, plain | {"coarse_source": "current"}
+    yield "current coarse, every cell", {}, {}, {"steps": 2, "num_points": 300, "coarse_source": "current"}
+    odd = {"scale_factor": 3, "align_corners": True, "coarse_source": "current"}
+    yield "current coarse, factor 3, aligned", {"h": 3, "w": 4}, {}, plain | odd
     yield "border padding", {}, {}, plain | {"padding_mode": "border"}
     yield "aligned corners", {}, {}, plain | {"align_corners": True}
     yield "coarse only at first", {}, {"each": False}, plain

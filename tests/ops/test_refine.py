@@ -14,6 +14,7 @@ from torch import Tensor
 import rendseg
 from rendseg import _extension, reference
 from rendseg.ops import refine
+from rendseg.reference.subdivide import upsample_cells
 
 CASES = list(cases.refine_cases())
 IDS = [case[0] for case in CASES]
@@ -56,13 +57,50 @@ def test_dtypes(dtype: torch.dtype, source: str, stock: bool, isa: str) -> None:
         # The cells are those that subdivide selects; their values are those of the head in float64.
         fine, indices, coords = rendseg.ops.subdivide(coarse, 40)
         points = reference.point_sample([f.double() for f in features], coords)
-        exact = head.double()(points, reference.point_sample(coarse.double(), coords))
         assert fine is not None
+        seen = coarse if source == "original" else fine
+        exact = head.double()(points, reference.point_sample(seen.double(), coords))
     assert got.dtype == dtype and torch.equal(labels.long(), got.argmax(1))
     at = indices.unsqueeze(1).expand(-1, 7, -1)
     torch.testing.assert_close(got.flatten(2).gather(2, at).double(), exact, rtol=LOOSE[dtype], atol=LOOSE[dtype])
     kept = torch.ones(2, fine[0, 0].numel(), dtype=torch.bool).scatter(1, indices, False).unsqueeze(1).expand(-1, 7, -1)
     assert torch.equal(got.flatten(2)[kept], fine.flatten(2)[kept])
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
+def test_current_is_the_loop_of_the_deeplab_write_ups(stock: bool) -> None:
+    """Written out: upsample with aligned corners, sample the upsampled map at its most uncertain points, replace."""
+    coarse, features, head = build({}, {"coarse_first": True, "hidden": ()}, stock)
+    wanted = coarse
+    with torch.no_grad():
+        for _ in range(2):
+            wanted = F.interpolate(wanted, scale_factor=2, mode="bilinear", align_corners=True)
+            height, width = wanted.shape[2:]
+            largest = wanted.sort(1, descending=True).values
+            uncertain = (largest[:, 1] - largest[:, 0]).flatten(1).topk(30).indices
+            x, y = uncertain % width, uncertain // width
+            grid = torch.stack(((2 * x + 1.0).double() / width - 1, (2 * y + 1.0).double() / height - 1), -1)
+            seen, fine = (F.grid_sample(m, grid.unsqueeze(2), align_corners=False)[..., 0] for m in (wanted, *features))
+            wanted = wanted.flatten(2).scatter(2, uncertain.unsqueeze(1).expand_as(seen), head(fine, seen))
+            wanted = wanted.view(2, 5, height, width)
+        for function in (reference.refine, refine):
+            options = {"num_points": 30, "coarse_source": "current", "align_corners": True}
+            got = function(coarse, features, head, steps=2, **options)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # the features' points are float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor, align", [(2, False), (3, False), (2, True), (3, True)])
+def test_upsampled_cells_have_the_bits_of_subdivide(dtype: torch.dtype, factor: int, align: bool, isa: str) -> None:  # noqa: F811
+    coarse = cases.inputs(h=7, w=11)[0].to(dtype)
+    for logits in (coarse, coarse.contiguous(memory_format=torch.channels_last), coarse[..., ::2], coarse[:, :, :1]):
+        fine, indices, _ = rendseg.ops.subdivide(logits, 50, factor, align)
+        assert fine is not None
+        got = upsample_cells(logits, indices, factor, align)
+        wanted = fine.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, 5, -1))
+        if _extension.LOADED:
+            assert torch.equal(got, wanted)
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])

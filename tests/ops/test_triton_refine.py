@@ -14,6 +14,7 @@ import rendseg
 from rendseg import reference
 from rendseg.ops import refine
 from rendseg.reference.refine import every_cell, resolve_steps
+from rendseg.reference.subdivide import upsample, upsample_cells
 
 pytestmark = TRITON
 
@@ -68,7 +69,9 @@ def check_step(got: Tensor, previous: Tensor, coarse: Tensor, features: list[Ten
         subdivide = implementation("subdivide", "subdivide")
         parts = subdivide(to_device(previous), num_points, factor, options.get("align_corners", False))
         fine, indices, coords = (part.cpu() for part in parts)
-    source = previous if options.get("coarse_source") == "current" else coarse
+    source = coarse
+    if options.get("coarse_source") == "current":
+        source = fine if fine is not None else upsample(previous, factor, options.get("align_corners", False))
     with torch.no_grad():
         dtype = head.weights[0].dtype
         exact = head.double()(
@@ -124,6 +127,21 @@ def test_dtypes(maps: torch.dtype, layers: torch.dtype, source: str) -> None:
     got = run(coarse, features, head, steps=1, **options)
     check_step(got, coarse, coarse, features, head, **options)
     assert torch.equal(run(coarse, features, head, labels=True, steps=1, **options).long(), got.argmax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_upsampled_cells_have_the_bits_of_subdivide(dtype: torch.dtype) -> None:
+    from rendseg.kernels.subdivide import upsample_cells_triton
+
+    logits = cases.inputs(n=2, classes=19, h=5, w=6)[0].to(dtype)
+    for factor, align in ((2, False), (3, True)):
+        for x in (logits, logits.contiguous(memory_format=torch.channels_last), logits[..., ::2]):
+            fine, indices, _ = (
+                t.cpu() for t in implementation("subdivide", "subdivide")(to_device(x), 60, factor, align)
+            )
+            got = upsample_cells_triton(to_device(x), to_device(indices), factor, align).cpu()
+            assert torch.equal(got, fine.flatten(2).gather(2, indices.unsqueeze(1).expand_as(got)))
+            assert torch.equal(got, upsample_cells(x, indices, factor, align))
 
 
 def test_layouts_and_strides() -> None:
