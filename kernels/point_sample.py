@@ -449,9 +449,9 @@ def _launch(
 def point_sample_triton(
     input: Sequence[Tensor],
     coords: Tensor,
-    mode: str = "bilinear",
-    padding_mode: str = "zeros",
-    align_corners: bool = False,
+    mode: str,
+    padding_mode: str,
+    align_corners: bool,
 ) -> Tensor:
     """``rendseg::point_sample``: one launch per map, each into its slice of the channels."""
     check_point_sample(input, coords, mode, padding_mode)
@@ -623,7 +623,7 @@ def _coords_gradient(
     launch_tuned("point_sample_coords", key, tile, _TUNED, feature.device, launch, changed=() if first else (out,))
 
 
-def point_labels_triton(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
+def point_labels_triton(labels: Tensor, coords: Tensor, ignore_index: int) -> Tensor:
     """``rendseg::point_labels``: integers are moved, never computed with."""
     check_point_labels(labels, coords)
     images, height, width = labels.shape

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rendseg.reference.refine import check_refine_mlp, every_cell, refine_mlp
+from rendseg._refine_loop import Operators, Step, refine_loop
+from rendseg.reference.refine import HeadLayers, RefineOptions, refine_steps, with_flat_arguments
 from rendseg.reference.subdivide import label_dtype
 
 from ._common import (
@@ -343,14 +344,8 @@ def _launch(
 class _Head:
     """The layers, and how they are launched."""
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        classes: int,
-        coarse_each_layer: bool,
-        coarse_first: bool,
-    ) -> None:
+    def __init__(self, head: HeadLayers, classes: int) -> None:
+        weights, biases, coarse_each_layer, coarse_first = head
         self.classes = classes
         self.half = weights[0].dtype != torch.float32
         self.arch = arch_of(weights[0].device)
@@ -406,79 +401,42 @@ def _cell_stride(logits: Tensor) -> int:
     return logits.stride(3) if width > 1 else logits.stride(2) if height > 1 else 1
 
 
-def refine_mlp_triton(
-    coarse: Tensor,
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    steps: int,
-    num_points: int,
-    coarse_source: str,
-    scale_factor: int,
-    align_corners: bool,
-    padding_mode: str,
-    coarse_each_layer: bool,
-    coarse_first: bool,
-    labels: bool,
-) -> Tensor:
+_OPERATORS = Operators(
+    subdivide=subdivide_triton,
+    subdivide_labels=subdivide_labels_triton,
+    upsample_cells=upsample_cells_triton,
+    point_sample=point_sample_triton,
+)
+
+
+@with_flat_arguments
+def refine_mlp_triton(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
     """``rendseg::_refine_mlp``: logits ``[N, C, H, W]`` in the layout of ``coarse``, or labels ``[N, H, W]``.
 
     For labels the logits of the last step are never stored. float64 runs the reference, operator by operator.
     """
-    layers = (coarse_source, scale_factor, padding_mode, coarse_each_layer, labels)
-    check_refine_mlp(coarse, features, weights, biases, steps, num_points, *layers)
-    classes = coarse.shape[1]
     coarse = coarse.detach()
     features = [feature.detach() for feature in features]
-    if steps == 0:
-        return coarse.argmax(1).to(label_dtype(classes)) if labels else coarse.clone()
     layout = torch._prims_common.suggest_memory_format(coarse)
     if coarse.dtype == torch.float64:
-        out = refine_mlp(
-            coarse,
-            features,
-            weights,
-            biases,
-            steps,
-            num_points,
-            coarse_source,
-            scale_factor,
-            align_corners,
-            padding_mode,
-            coarse_each_layer,
-            coarse_first,
-            labels,
-        )
-        return out if labels else out.contiguous(memory_format=layout)
-    images = coarse.shape[0]
+        out = refine_steps(coarse, features, head.predict, options)
+        return out if options.labels or not options.steps else out.contiguous(memory_format=layout)
     with on_device(coarse):
-        head = _Head(weights, biases, classes, coarse_each_layer, coarse_first)
-        current = coarse
-        for step in range(steps):
-            want_labels = labels and step + 1 == steps
-            previous, indices = current, None
-            height, width = previous.shape[2] * scale_factor, previous.shape[3] * scale_factor
-            if num_points < height * width:
-                function = subdivide_labels_triton if want_labels else subdivide_triton
-                current, indices, coords = function(previous, num_points, scale_factor, align_corners)
-            else:  # every cell is recomputed: nothing is upsampled or selected
-                coords = every_cell(coarse, height, width)
-                if want_labels:
-                    current = coarse.new_empty((images, height, width), dtype=label_dtype(classes))
-                else:
-                    size = (images, classes, height, width)
-                    current = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
-            if images == 0:
-                continue
-            if coarse_source == "original":
-                points = point_sample_triton([coarse], coords, padding_mode=padding_mode)
-            else:
-                cells = indices
-                if cells is None:
-                    cells = torch.arange(height * width, device=coarse.device).expand(images, -1)
-                points = upsample_cells_triton(previous, cells, scale_factor, align_corners)
-            head(point_sample_triton(features, coords, padding_mode=padding_mode), points, indices, current)
-    return current
+        layers = _Head(head, coarse.shape[1])
+
+        def predict(step: Step) -> Tensor:
+            out, size = step.map, (coarse.shape[0], *step.size)
+            if out is None and step.labels:
+                out = coarse.new_empty(size, dtype=label_dtype(coarse.shape[1]))
+            elif out is None:
+                size = (*coarse.shape[:2], *step.size)
+                out = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
+            if coarse.shape[0] > 0:
+                fine = point_sample_triton(features, step.coords, "bilinear", options.padding_mode, False)
+                layers(fine, step.coarse, step.indices, out)
+            return out
+
+        return refine_loop(coarse, options, _OPERATORS, predict)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_triton}

@@ -387,10 +387,10 @@ def _run(
 def subdivide_triton(
     logits: Tensor,
     num_points: int,
-    scale_factor: int = 2,
-    align_corners: bool = False,
-    class_index: Tensor | None = None,
-    return_logits: bool = True,
+    scale_factor: int,
+    align_corners: bool,
+    class_index: Tensor | None,
+    return_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(fine [N, C, s*h, s*w], indices [N, k], coords [N, k, 2])``; ``fine`` is empty without ``return_logits``.
 
@@ -411,7 +411,7 @@ def subdivide_triton(
 
 
 def subdivide_labels_triton(
-    logits: Tensor, num_points: int, scale_factor: int = 2, align_corners: bool = False
+    logits: Tensor, num_points: int, scale_factor: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`subdivide_triton` with labels for logits: ``(labels [N, s*h, s*w] uint8 or int16, indices, coords)``."""
     check_subdivide(logits, num_points, None, scale_factor)

@@ -315,7 +315,7 @@ def _margins(
     launch_tuned("margin", key, tile, ("BLOCK",), logits.device, launch, changed)
 
 
-def uncertainty_triton(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
+def uncertainty_triton(logits: Tensor, class_index: Tensor | None) -> Tensor:
     """Negative margin between the two largest logits: ``[N, C, H, W] -> [N, H, W]`` float32."""
     check.logits(logits)
     check_class_index(class_index, logits)
@@ -329,9 +329,7 @@ def uncertainty_triton(logits: Tensor, class_index: Tensor | None = None) -> Ten
     return out
 
 
-def uncertain_points_triton(
-    logits: Tensor, num_points: int, class_index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def uncertain_points_triton(logits: Tensor, num_points: int, class_index: Tensor | None) -> tuple[Tensor, Tensor]:
     """The ``k = min(num_points, H*W)`` most uncertain cells: ascending ``indices [N, k]``, their centres.
 
     On a GPU a class outside ``[0, C)`` makes its image uncertain everywhere; nothing outside the map is read.
@@ -353,14 +351,14 @@ def uncertain_points_triton(
 def sample_uncertain_points_triton(
     logits: Tensor,
     num_points: int,
-    oversample_ratio: float = 3.0,
-    importance_ratio: float = 0.75,
+    oversample_ratio: float,
+    importance_ratio: float,
     *,
-    class_index: Tensor | None = None,
-    padding_mode: str = "zeros",
-    align_corners: bool = False,
-    generator: torch.Generator | None = None,
-    random_coords: Tensor | None = None,
+    class_index: Tensor | None,
+    padding_mode: str,
+    align_corners: bool,
+    generator: torch.Generator | None,
+    random_coords: Tensor | None,
 ) -> Tensor:
     """Training-time selection, ``-> coords [N, num_points, 2]`` float32: the uncertain candidates, then uniform points.
 

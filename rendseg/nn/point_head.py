@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from ..reference import HeadLayers
+
 INITS = ("detectron2", "mmseg", "paddleseg", "torch")
 
 _HOOKS = (
@@ -120,7 +122,7 @@ class PointHead(nn.Module):
     def _join(self, x: Tensor, coarse: Tensor) -> Tensor:
         return torch.cat((coarse, x) if self.coarse_first else (x, coarse), dim=1)
 
-    def refine_parameters(self) -> dict[str, Any] | None:
+    def refine_parameters(self) -> HeadLayers | None:
         """What the one-call form of ``rendseg.ops.refine`` needs, or ``None`` if calling the module could give another
         result.
 
@@ -150,12 +152,8 @@ class PointHead(nn.Module):
                 return None
         if any(getattr(module, name, None) for module in (self, *layers) for name in _HOOKS):
             return None
-        return {
-            "weights": [layer.weight.squeeze(-1) for layer in layers],
-            "biases": [layer.bias for layer in layers],
-            "coarse_each_layer": self.coarse_each_layer,
-            "coarse_first": self.coarse_first,
-        }
+        weights, biases = [layer.weight.squeeze(-1) for layer in layers], [layer.bias for layer in layers]
+        return HeadLayers(weights, biases, self.coarse_each_layer, self.coarse_first)
 
     def extra_repr(self) -> str:
         return f"coarse_each_layer={self.coarse_each_layer}, coarse_first={self.coarse_first}, init={self.init!r}"

@@ -22,6 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._refine_loop import Operators, call_head, refine_loop
+from ..ops.schemas import with_defaults
+from ..reference.refine import HeadLayers, RefineOptions, every_index, with_flat_arguments
+from ..reference.subdivide import label_dtype
+
 # ---- uncertainty and selection
 
 
@@ -29,7 +34,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _scores(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
+def _scores(logits: Tensor, class_index: Tensor | None) -> Tensor:
     """:func:`uncertainty` ``[N, H, W]``, at least float32, with infinity for NaN: it lies above every margin."""
     wide = _wide(logits)
     if class_index is not None:
@@ -46,12 +51,12 @@ def _scores(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     return torch.where(unknown, torch.full_like(margin, torch.inf), margin)
 
 
-def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
+def uncertainty(logits: Tensor, class_index: Tensor | None) -> Tensor:
     scores = _scores(logits, class_index)
     return torch.where(scores == torch.inf, torch.full_like(scores, torch.nan), scores).float()
 
 
-def _select(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> Tensor:
+def _select(logits: Tensor, num_points: int, class_index: Tensor | None) -> Tensor:
     """Indices ``[N, k]`` of the most uncertain cells, in no order."""
     # float32, as the operators store it: rounding makes ties of what float64 tells apart
     scores = _scores(logits, class_index).float().flatten(1)
@@ -70,14 +75,19 @@ def _centres(indices: Tensor, height: int, width: int) -> Tensor:
     return torch.stack(((x.float() + 0.5) / across.float(), (y.float() + 0.5) / down.float()), dim=-1)
 
 
-def _every_cell(images: int, height: int, width: int, device: torch.device) -> Tensor:
-    centres = _centres(torch.arange(height * width, device=device), height, width)
-    return centres.unsqueeze(0).expand(images, -1, -1)
+def _every_cell(coarse: Tensor, height: int, width: int) -> Tensor:
+    return _centres(every_index(coarse, height * width), height, width)
 
 
-def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None) -> tuple[Tensor, Tensor]:
     indices = _select(logits, num_points, class_index).sort(dim=1).values
     return indices, _centres(indices, logits.shape[2], logits.shape[3])
+
+
+def _upsample_cells(logits: Tensor, indices: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
+    """Read from the upsampled map, of which onnxruntime keeps one of two that are equal."""
+    fine = _upsample(logits, scale_factor, align_corners).flatten(2)
+    return fine.gather(2, indices.unsqueeze(1).expand(-1, fine.shape[1], -1))
 
 
 def _upsample(logits: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
@@ -87,27 +97,23 @@ def _upsample(logits: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
     return F.interpolate(_wide(logits), size=size, mode="bilinear", align_corners=align_corners).to(logits.dtype)
 
 
-def _label_dtype(classes: int) -> torch.dtype:
-    return torch.uint8 if classes <= 256 else torch.int16
-
-
 def subdivide(
     logits: Tensor,
     num_points: int,
-    scale_factor: int = 2,
-    align_corners: bool = False,
-    class_index: Tensor | None = None,
-    return_logits: bool = True,
+    scale_factor: int,
+    align_corners: bool,
+    class_index: Tensor | None,
+    return_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fine = _upsample(logits, scale_factor, align_corners)
     return fine if return_logits else logits.new_empty(0), *uncertain_points(fine, num_points, class_index)
 
 
 def subdivide_labels(
-    logits: Tensor, num_points: int, scale_factor: int = 2, align_corners: bool = False
+    logits: Tensor, num_points: int, scale_factor: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     fine = _upsample(logits, scale_factor, align_corners)
-    return fine.argmax(1).to(_label_dtype(logits.shape[1])), *uncertain_points(fine, num_points)
+    return fine.argmax(1).to(label_dtype(logits.shape[1])), *uncertain_points(fine, num_points, None)
 
 
 # ---- points
@@ -116,9 +122,9 @@ def subdivide_labels(
 def point_sample(
     input: Sequence[Tensor],
     coords: Tensor,
-    mode: str = "bilinear",
-    padding_mode: str = "zeros",
-    align_corners: bool = False,
+    mode: str,
+    padding_mode: str,
+    align_corners: bool,
 ) -> Tensor:
     dtype = torch.float64 if input[0].dtype == torch.float64 else torch.float32
     grid = 2 * coords.to(dtype) - 1
@@ -144,7 +150,7 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> None:
     logits.copy_(scatter_points(logits, indices, values))
 
 
-def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
+def point_labels(labels: Tensor, coords: Tensor, ignore_index: int) -> Tensor:
     height, width = labels.shape[1:]
     wide = coords.to(torch.float64)
     inside = ((wide >= 0) & (wide <= 1)).all(-1)
@@ -155,63 +161,33 @@ def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Ten
     return torch.where(inside, found, torch.full_like(found, ignore_index))
 
 
-def refine_mlp(
-    coarse: Tensor,
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    steps: int,
-    num_points: int,
-    coarse_source: str,
-    scale_factor: int,
-    align_corners: bool,
-    padding_mode: str,
-    coarse_each_layer: bool,
-    coarse_first: bool,
-    labels: bool,
-) -> Tensor:
-    n, classes = coarse.shape[:2]
-    dtype = weights[0].dtype
+def _unordered(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``function`` of the upsampled map with a selection in no order, which has no effect inside refine."""
 
-    def join(x: Tensor, points: Tensor) -> Tensor:
-        return torch.cat((points, x) if coarse_first else (x, points), dim=1)
+    def call(
+        logits: Tensor, num_points: int, scale_factor: int, align_corners: bool, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fine = _upsample(logits, scale_factor, align_corners)
+        indices = _select(fine, num_points, None)
+        return function(fine), indices, _centres(indices, fine.shape[2], fine.shape[3])
 
-    def head(fine: Tensor, points: Tensor) -> Tensor:
-        points = points.to(dtype)
-        x = join(fine.to(dtype), points)
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            x = F.conv1d(x, weight.unsqueeze(-1), bias).relu()
-            if coarse_each_layer:
-                x = join(x, points)
-        return F.conv1d(x, weights[-1].unsqueeze(-1), biases[-1])
+    return call
 
-    current = coarse
-    for step in range(steps):
-        height, width = current.shape[2] * scale_factor, current.shape[3] * scale_factor
-        # A symbolic size is never asked: selecting all cells of a small image gives the same answer.
-        every = isinstance(height, int) and isinstance(width, int) and num_points >= height * width
-        if not every or coarse_source == "current":
-            fine = _upsample(current, scale_factor, align_corners)
-        if every:
-            coords = _every_cell(n, height, width, coarse.device)
-        else:
-            indices = _select(fine, num_points)
-            coords = _centres(indices, height, width)
-        if coarse_source == "original":
-            points = point_sample([coarse], coords, padding_mode=padding_mode)
-        elif every:
-            points = fine.flatten(2)
-        else:
-            points = fine.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, classes, -1))
-        values = head(point_sample(features, coords, padding_mode=padding_mode), points).to(coarse.dtype)
-        if labels and step + 1 == steps:
-            picked = values.argmax(1).to(_label_dtype(classes))
-            if every:
-                return picked.view(n, height, width)
-            of_cells = fine.argmax(1).to(picked.dtype).flatten(1)
-            return of_cells.scatter(1, indices, picked).view(n, height, width)
-        current = values.view(n, classes, height, width) if every else scatter_points(fine, indices, values)
-    return current.argmax(1).to(_label_dtype(classes)) if labels else current.clone() if steps == 0 else current
+
+_OPERATORS = Operators(
+    subdivide=_unordered(lambda fine: fine),
+    subdivide_labels=_unordered(lambda fine: fine.argmax(1).to(label_dtype(fine.shape[1]))),
+    upsample_cells=_upsample_cells,
+    point_sample=point_sample,
+    every_cell=_every_cell,
+)
+
+
+@with_flat_arguments
+def refine_mlp(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
+    return refine_loop(
+        coarse, options, _OPERATORS, call_head(head.predict, coarse, features, options, _OPERATORS, scatter_points)
+    )
 
 
 # ---- encoding
@@ -308,7 +284,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
 
 # ---- the substitution
 
-OPERATORS: dict[str, Callable[..., Any]] = {
+_FORMS: dict[str, Callable[..., Any]] = {
     "uncertainty": uncertainty,
     "uncertain_points": uncertain_points,
     "subdivide": subdivide,
@@ -322,6 +298,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "encode": encode,
     "_refine_mlp": refine_mlp,
 }
+OPERATORS = {name: with_defaults(name, form) for name, form in _FORMS.items()}
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,
     F.adaptive_max_pool2d: adaptive_max_pool2d,

@@ -11,7 +11,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from .. import _backends, _extension
 from . import _triton
-from .schemas import SCHEMAS
+from .schemas import SCHEMAS, with_defaults
 
 # The library that declared the operators lives as long as this object, so it is never collected.
 _LIBRARY = Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
@@ -39,9 +39,10 @@ def register(
     """Register the Python side of ``rendseg::<name>``.
 
     ``reference`` serves every device for which neither a compiled nor a Triton kernel exists; ``fake`` gives shapes and
-    dtypes and makes the same checks; ``backward`` and ``setup_context`` are those of
-    PyTorch's ``register_autograd``.
+    dtypes and makes the same checks; both are called with every argument of the schema. ``backward`` and
+    ``setup_context`` are those of PyTorch's ``register_autograd``.
     """
+    reference, fake = with_defaults(name, reference), with_defaults(name, fake)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
     if backward is not None:
@@ -56,8 +57,8 @@ def register(
 
 
 def impl(name: str, function: Callable[..., Any], key: str) -> None:
-    """Register ``function`` for one dispatch key (autocast, in-place autograd)."""
-    _LIBRARY.impl(name, function, key)
+    """Register ``function`` of every argument of the schema for one dispatch key (autocast, in-place autograd)."""
+    _LIBRARY.impl(name, with_defaults(name, function), key)
 
 
 def use_reference(name: str, tensor: Tensor) -> bool:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import _backends
+from .schemas import with_defaults
 
 
 @cache
 def launcher(op: str) -> Callable[..., Any]:
-    """The launcher of ``rendseg::<op>``: ``IMPLEMENTATIONS[op]`` of its file in ``kernels/``."""
+    """The launcher of ``rendseg::<op>``: ``IMPLEMENTATIONS[op]`` of its file in ``kernels/``, with defaults."""
     module = importlib.import_module(f"rendseg.kernels.{_backends.triton_ops()[op]}")
-    return module.IMPLEMENTATIONS[op]
+    return with_defaults(op, module.IMPLEMENTATIONS[op])
 
 
 @cache

@@ -105,13 +105,7 @@ def _promote(maps: Sequence[Tensor]) -> list[Tensor]:
     return [m.to(widest) for m in maps]
 
 
-def _fake(
-    input: Sequence[Tensor],
-    coords: Tensor,
-    mode: str = "bilinear",
-    padding_mode: str = "zeros",
-    align_corners: bool = False,
-) -> Tensor:
+def _fake(input: Sequence[Tensor], coords: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor:
     check_point_sample(input, coords, mode, padding_mode)
     channels = sum(m.shape[1] for m in input)
     return input[0].new_empty((coords.shape[0], channels, *coords.shape[1:-1]))
@@ -161,7 +155,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("point_sample can be differentiated once only: its gradient has no gradient")
 
 
-def _fake_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
+def _fake_labels(labels: Tensor, coords: Tensor, ignore_index: int) -> Tensor:
     check_point_labels(labels, coords)
     return labels.new_empty(coords.shape[:2], dtype=torch.int64)
 
@@ -178,15 +172,9 @@ register("point_labels", reference=reference_labels, fake=_fake_labels)
 
 
 def _autocast(key: torch._C.DispatchKey) -> Any:
-    def kernel(
-        input: Sequence[Tensor],
-        coords: Tensor,
-        mode: str = "bilinear",
-        padding_mode: str = "zeros",
-        align_corners: bool = False,
-    ) -> Tensor:
+    def kernel(input: Sequence[Tensor], *rest: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return torch.ops.rendseg.point_sample(_promote(input), coords, mode, padding_mode, align_corners)
+            return torch.ops.rendseg.point_sample(_promote(input), *rest)
 
     return kernel
 

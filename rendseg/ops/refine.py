@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import _checks as check
-from ..reference.refine import Head, check_head_output, check_refine, check_refine_mlp, every_cell, resolve_steps
-from ..reference.refine import refine as reference
-from ..reference.refine import refine_mlp as reference_mlp
+from .._refine_loop import Operators, call_head, refine_loop
+from ..reference.refine import (
+    Head,
+    HeadLayers,
+    RefineOptions,
+    flat_arguments,
+    refine_steps,
+    resolve_options,
+    with_flat_arguments,
+)
 from ..reference.subdivide import label_dtype, upsample_cells
 from ._register import has_kernel, register, use_reference
 from .point_sample import point_sample
@@ -40,8 +45,9 @@ def refine(
         coarse: coarse logits ``[N, C, h, w]``; contiguous and channels_last are read in place.
         features: fine feature map ``[N, Cf, Hf, Wf]``, or a list of maps. A list is concatenated over channels.
         head: ``head(fine [N, Cf, P], coarse [N, C, P]) -> logits [N, C, P]``, any callable. With a
-            ``rendseg.nn.PointHead`` (or another object whose ``refine_parameters()`` gives its layers) the whole loop
-            is one call into the compiled library, if that has a kernel for the device and no gradient is wanted.
+            ``rendseg.nn.PointHead`` (or another object whose ``refine_parameters()`` returns
+            ``rendseg.reference.HeadLayers``) the whole loop is one call into the compiled library, if that has a kernel
+            for the device and no gradient is wanted.
         steps: the number of steps. Give this or ``output_size``, not both.
         output_size: the size ``(H, W)`` that whole steps must reach.
         num_points: cells to predict again per step and image. If a step has at most ``num_points`` cells, the head
@@ -75,174 +81,87 @@ def refine(
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
-    maps = [features] if isinstance(features, Tensor) else list(features)
-    check.option(output, "output", ("logits", "labels"))
-    labels = output == "labels"
-    check_refine(coarse, maps, num_points, coarse_source, padding_mode, labels)
-    count = resolve_steps(coarse, steps, output_size, scale_factor)
+    maps, options = resolve_options(
+        coarse,
+        features,
+        steps,
+        output_size,
+        num_points,
+        coarse_source,
+        scale_factor,
+        align_corners,
+        padding_mode,
+        output,
+    )
     if use_reference("subdivide", coarse):
-        return reference(
-            coarse,
-            maps,
-            head,
-            steps=count,
-            num_points=num_points,
-            coarse_source=coarse_source,
-            scale_factor=scale_factor,
-            align_corners=align_corners,
-            padding_mode=padding_mode,
-            output=output,
-        )
-    stock = _stock_head(head, coarse, maps, labels)
-    if stock is not None:
+        return refine_steps(coarse, maps, head, options)
+    layers = _stock_layers(head, coarse, maps, options.labels)
+    if layers is not None:
         with torch.no_grad():
-            return torch.ops.rendseg._refine_mlp(
-                coarse,
-                maps,
-                stock["weights"],
-                stock["biases"],
-                count,
-                num_points,
-                coarse_source,
-                scale_factor,
-                align_corners,
-                padding_mode,
-                stock["coarse_each_layer"],
-                stock["coarse_first"],
-                labels,
-            )
-    if labels:
+            return torch.ops.rendseg._refine_mlp(*flat_arguments(coarse, maps, layers, options))
+    predict = call_head(head, coarse, maps, options, _OPERATORS, _scatter)
+    if options.labels:
         with torch.no_grad():
-            return _loop(
-                coarse, maps, head, count, num_points, coarse_source, scale_factor, align_corners, padding_mode, True
-            )
-    return _loop(coarse, maps, head, count, num_points, coarse_source, scale_factor, align_corners, padding_mode, False)
+            return refine_loop(coarse, options, _OPERATORS, predict)
+    return refine_loop(coarse, options, _OPERATORS, predict)
 
 
-def _loop(
-    coarse: Tensor,
-    maps: list[Tensor],
-    head: Head,
-    steps: int,
-    num_points: int,
-    coarse_source: str,
-    scale_factor: int,
-    align_corners: bool,
-    padding_mode: str,
-    labels: bool,
-) -> Tensor:
-    """The loop over the operators, for any head."""
-    n, classes = coarse.shape[:2]
-    if steps == 0:
-        return coarse.argmax(1).to(label_dtype(classes)) if labels else coarse.clone()
-    current = coarse
-    for step in range(steps):
-        last = labels and step + 1 == steps
-        previous = current
-        height, width = previous.shape[2] * scale_factor, previous.shape[3] * scale_factor
-        every = num_points >= height * width
-        if every:
-            coords = every_cell(coarse, height, width)
-        elif last:
-            label_map, indices, coords = torch.ops.rendseg._subdivide_labels(
-                previous, num_points, scale_factor, align_corners
-            )
-        else:
-            fine, indices, coords = torch.ops.rendseg.subdivide(previous, num_points, scale_factor, align_corners)
-        if coarse_source == "original":
-            points = point_sample(coarse, coords, padding_mode=padding_mode)
-        else:  # not read from the upsampled map, which labels never have; the bits are those of that map
-            if every:
-                indices = torch.arange(height * width, device=coarse.device).expand(n, -1)
-            points = upsample_cells(previous, indices, scale_factor, align_corners)
-        values = head(point_sample(maps, coords, padding_mode=padding_mode), points)
-        check_head_output(values, coarse, coords.shape[1])
-        values = values.to(coarse.dtype)
-        if last:
-            picked = values.argmax(1).to(label_dtype(classes))
-            if every:
-                return picked.reshape(n, height, width)
-            label_map.flatten(1).scatter_(1, indices, picked)
-            return label_map
-        if every:
-            current = values.reshape(n, classes, height, width)
-        elif torch.is_grad_enabled() and (fine.requires_grad or values.requires_grad):
-            current = scatter_points(fine, indices, values)
-        else:
-            scatter_points_(fine, indices, values)
-            current = fine
-    return current
+_OPERATORS = Operators(
+    subdivide=torch.ops.rendseg.subdivide,
+    subdivide_labels=torch.ops.rendseg._subdivide_labels,
+    upsample_cells=upsample_cells,
+    point_sample=point_sample,
+)
 
 
-def _stock_head(head: Head, coarse: Tensor, maps: list[Tensor], labels: bool) -> dict[str, Any] | None:
+def _scatter(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """In place, unless a gradient is wanted."""
+    if torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad):
+        return scatter_points(logits, indices, values)
+    return scatter_points_(logits, indices, values)
+
+
+def _stock_layers(head: Head, coarse: Tensor, maps: list[Tensor], labels: bool) -> HeadLayers | None:
     """The layers of a head that the one-call form can run exactly as calling it would, else ``None``."""
     describe = getattr(head, "refine_parameters", None)
-    if describe is None or not has_kernel("_refine_mlp", coarse):
+    layers: HeadLayers | None = None if describe is None or not has_kernel("_refine_mlp", coarse) else describe()
+    if layers is None:
         return None
-    stock = describe()
-    if stock is None:
-        return None
-    tensors = [*stock["weights"], *stock["biases"]]
+    tensors = [*layers.weights, *layers.biases]
     if not labels and torch.is_grad_enabled() and any(t.requires_grad for t in (coarse, *maps, *tensors)):
         return None
-    dtype = tensors[0].dtype
+    dtype, wide = tensors[0].dtype, torch.float64
     if any(t.dtype != dtype for t in tensors):
         return None
-    wide = torch.float64
     if torch.is_autocast_enabled(coarse.device.type):
         if wide in (dtype, coarse.dtype, maps[0].dtype):  # autocast leaves float64 alone
             return None
         dtype = torch.get_autocast_dtype(coarse.device.type)
-        return stock | {key: [t.to(dtype) for t in stock[key]] for key in ("weights", "biases")}
+        return layers._replace(
+            weights=[t.to(dtype) for t in layers.weights], biases=[t.to(dtype) for t in layers.biases]
+        )
     if maps[0].dtype != dtype or (coarse.dtype == wide) != (dtype == wide):
         return None
-    return stock
+    return layers
 
 
-def _fake(
-    coarse: Tensor,
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    steps: int,
-    num_points: int,
-    coarse_source: str,
-    scale_factor: int,
-    align_corners: bool,
-    padding_mode: str,
-    coarse_each_layer: bool,
-    coarse_first: bool,
-    labels: bool,
-) -> Tensor:
-    check_refine_mlp(
-        coarse,
-        features,
-        weights,
-        biases,
-        steps,
-        num_points,
-        coarse_source,
-        scale_factor,
-        padding_mode,
-        coarse_each_layer,
-        labels,
-    )
+def _fake(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
     n, classes, height, width = coarse.shape
-    if steps == 0:
-        return coarse.new_empty((n, height, width), dtype=label_dtype(classes)) if labels else torch.empty_like(coarse)
-    height, width = height * scale_factor**steps, width * scale_factor**steps
-    if labels:
-        return coarse.new_empty((n, height, width), dtype=label_dtype(classes))
+    scale = options.scale_factor**options.steps
+    if options.labels:
+        return coarse.new_empty((n, height * scale, width * scale), dtype=label_dtype(classes))
+    if options.steps == 0:
+        return torch.empty_like(coarse)
     layout = torch._prims_common.suggest_memory_format(coarse)
-    size = (n, classes, height, width)
+    size = (n, classes, height * scale, width * scale)
     return torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
 
 
-def _reference_kernel(coarse: Tensor, *rest: Any) -> Tensor:
-    out = reference_mlp(coarse, *rest)
-    if out.dim() == 3 or rest[3] == 0:
+def _reference(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
+    out = refine_steps(coarse, features, head.predict, options)
+    if options.labels or options.steps == 0:
         return out
     return out.contiguous(memory_format=torch._prims_common.suggest_memory_format(coarse))
 
 
-register("_refine_mlp", reference=_reference_kernel, fake=_fake)
+register("_refine_mlp", reference=with_flat_arguments(_reference), fake=with_flat_arguments(_fake))

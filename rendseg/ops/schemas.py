@@ -6,6 +6,11 @@ for word. Names that begin with an underscore are private: gradients and steps o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 SCHEMAS: tuple[str, ...] = (
     # uncertain_points
     "uncertainty(Tensor logits, Tensor? class_index=None) -> Tensor",
@@ -41,3 +46,21 @@ SCHEMAS: tuple[str, ...] = (
     "str coarse_source, int scale_factor, bool align_corners, str padding_mode, bool coarse_each_layer, "
     "bool coarse_first, bool labels) -> Tensor",
 )
+
+
+def with_defaults(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, called with every argument of ``rendseg::<name>``, so that its defaults stand in the schema alone.
+
+    The dispatcher leaves out trailing arguments that are at their defaults.
+    """
+    (schema,) = (schema for schema in SCHEMAS if schema.startswith(f"{name}("))
+    arguments = torch._C.parse_schema(f"rendseg::{schema}").arguments
+    order = [a.name for a in arguments if not a.kwarg_only]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    named = {key: value for key, value in defaults.items() if key not in order}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        rest = [kwargs.pop(key) if key in kwargs else defaults[key] for key in order[len(args) :]]
+        return function(*args, *rest, **named | kwargs)
+
+    return call

@@ -62,16 +62,9 @@ def subdivide(
     return (fine if return_logits else None), indices, coords
 
 
-def _reference_kernel(
-    logits: Tensor,
-    num_points: int,
-    scale_factor: int = 2,
-    align_corners: bool = False,
-    class_index: Tensor | None = None,
-    return_logits: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_kernel(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """An op returns tensors: an empty one stands for the logits that were not wanted."""
-    fine, indices, coords = reference(logits, num_points, scale_factor, align_corners, class_index, return_logits)
+    fine, indices, coords = reference(logits, *options)
     if fine is None:
         return logits.new_empty(0), indices, coords
     return (fine.clone() if fine.data_ptr() == logits.data_ptr() else fine), indices, coords
@@ -84,14 +77,8 @@ def _selection(logits: Tensor, num_points: int, scale_factor: int) -> tuple[Tens
     return indices, logits.new_empty((logits.shape[0], count, 2), dtype=torch.float32)
 
 
-def _fake(
-    logits: Tensor,
-    num_points: int,
-    scale_factor: int = 2,
-    align_corners: bool = False,
-    class_index: Tensor | None = None,
-    return_logits: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_points, scale_factor, _, class_index, return_logits = options
     check_subdivide(logits, num_points, class_index, scale_factor)
     indices, coords = _selection(logits, num_points, scale_factor)
     if not return_logits:
@@ -105,7 +92,7 @@ def _fake(
 
 
 def _fake_labels(
-    logits: Tensor, num_points: int, scale_factor: int = 2, align_corners: bool = False
+    logits: Tensor, num_points: int, scale_factor: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_subdivide(logits, num_points, None, scale_factor)
     n, c, h, w = logits.shape

@@ -7,6 +7,8 @@ on the logits in the dtype they have.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
@@ -136,14 +138,14 @@ def sample_uncertain_points(
     )
 
 
-def _uncertainty_fake(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
+def _uncertainty_fake(logits: Tensor, class_index: Tensor | None) -> Tensor:
     check.logits(logits)
     check.class_index(class_index, logits)
     n, _, height, width = logits.shape
     return logits.new_empty((n, height, width), dtype=torch.float32)
 
 
-def _uncertain_points_fake(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _uncertain_points_fake(logits: Tensor, num_points: int, class_index: Tensor | None) -> tuple[Tensor, Tensor]:
     check.logits(logits)
     check.num_points(num_points)
     check.class_index(class_index, logits)
@@ -155,14 +157,13 @@ def _uncertain_points_fake(logits: Tensor, num_points: int, class_index: Tensor 
 def _sample_uncertain_points_fake(
     logits: Tensor,
     num_points: int,
-    oversample_ratio: float = 3.0,
-    importance_ratio: float = 0.75,
+    oversample_ratio: float,
+    importance_ratio: float,
     *,
-    class_index: Tensor | None = None,
-    padding_mode: str = "zeros",
-    align_corners: bool = False,
-    generator: Generator | None = None,
-    random_coords: Tensor | None = None,
+    class_index: Tensor | None,
+    padding_mode: str,
+    random_coords: Tensor | None,
+    **rest: Any,
 ) -> Tensor:
     check.logits(logits)
     check.class_index(class_index, logits)

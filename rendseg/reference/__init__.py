@@ -5,12 +5,13 @@ Importable without any binary; float64 where differentiable.
 
 from .encode import aggregate, encode, scaled_l2
 from .point_sample import point_labels, point_sample
-from .refine import refine
+from .refine import HeadLayers, refine
 from .scatter_points import scatter_points, scatter_points_
 from .subdivide import subdivide
 from .uncertain_points import sample_uncertain_points, uncertain_points, uncertainty
 
 __all__ = [
+    "HeadLayers",
     "aggregate",
     "encode",
     "point_labels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,27 +45,98 @@ def resolve_steps(coarse: Tensor, steps: int | None, output_size: Sequence[int] 
     return count
 
 
-def check_refine(
-    coarse: Tensor, features: Sequence[Tensor], num_points: int, coarse_source: str, padding_mode: str, labels: bool
-) -> None:
-    check.logits(coarse, "coarse")
-    check.num_points(num_points)
-    check.option(coarse_source, "coarse_source", ("original", "current"))
-    check.option(padding_mode, "padding_mode", PADDING_MODES)
-    if labels:
-        label_dtype(coarse.shape[1])
-    if not features:
-        raise ValueError("features must hold at least one tensor, got an empty list")
-    for i, feature in enumerate(features):
-        name = f"features[{i}]"
-        check.logits(feature, name)
-        if feature.shape[0] != coarse.shape[0]:
-            raise ValueError(
-                f"{name} must have N = {coarse.shape[0]} as in coarse, got shape {check.shape_of(feature)}"
+class RefineOptions(NamedTuple):
+    """How :func:`refine` goes; the names are its arguments."""
+
+    steps: int
+    num_points: int
+    coarse_source: str
+    scale_factor: int
+    align_corners: bool
+    padding_mode: str
+    labels: bool
+
+    def check_with(self, coarse: Tensor, features: Sequence[Tensor]) -> None:
+        check.logits(coarse, "coarse")
+        check.num_points(self.num_points)
+        check.option(self.coarse_source, "coarse_source", ("original", "current"))
+        check.option(self.padding_mode, "padding_mode", PADDING_MODES)
+        resolve_steps(coarse, self.steps, None, self.scale_factor)
+        if self.labels:
+            label_dtype(coarse.shape[1])
+        if not features:
+            raise ValueError("features must hold at least one tensor, got an empty list")
+        for i, feature in enumerate(features):
+            name = f"features[{i}]"
+            check.logits(feature, name)
+            if feature.shape[0] != coarse.shape[0]:
+                raise ValueError(
+                    f"{name} must have N = {coarse.shape[0]} as in coarse, got shape {check.shape_of(feature)}"
+                )
+            if feature.dtype != features[0].dtype:
+                raise TypeError(f"{name} must have the dtype of features[0] ({features[0].dtype}), got {feature.dtype}")
+            check.same_device(feature, name, coarse, "coarse")
+
+
+class HeadLayers(NamedTuple):
+    """A stock point head: linear layers ``weights [O, I]``, ``biases [O]``, ReLU after all but the last.
+
+    The coarse logits are joined to the input of every layer, or of the first alone. The head runs in the dtype of its
+    weights.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    coarse_each_layer: bool
+    coarse_first: bool
+
+    def predict(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """``fine [N, Cf, P]``, ``coarse [N, C, P]`` to logits ``[N, C, P]``."""
+
+        def join(x: Tensor) -> Tensor:
+            return torch.cat((coarse, x) if self.coarse_first else (x, coarse), dim=1)
+
+        coarse = coarse.to(self.weights[0].dtype)
+        x = join(fine.to(coarse.dtype))
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if i > 0:
+                x = join(x.relu()) if self.coarse_each_layer else x.relu()
+            x = F.conv1d(x, weight.unsqueeze(-1), bias)
+        return x
+
+    def check_with(self, coarse: Tensor, features: Sequence[Tensor]) -> None:
+        weights, biases = self.weights, self.biases
+        if not weights or len(weights) != len(biases):
+            raise ValueError(f"weights and biases must hold one tensor per layer, got {len(weights)} and {len(biases)}")
+        classes, dtype = coarse.shape[1], weights[0].dtype
+        inputs = sum(f.shape[1] for f in features) + classes
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            check.strided(weight, f"weights[{i}]")
+            check.feature_dtype(weight, f"weights[{i}]")
+            if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] == 0:
+                raise ValueError(f"weights[{i}] must have shape [O, I] with I = {inputs}, got {check.shape_of(weight)}")
+            if i + 1 == len(weights) and weight.shape[0] != classes:
+                raise ValueError(
+                    f"weights[{i}] must have shape [C, I] with C = {classes} as in coarse, got {check.shape_of(weight)}"
+                )
+            if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+                raise ValueError(
+                    f"biases[{i}] must have shape [O] with O = {weight.shape[0]}, got {check.shape_of(bias)}"
+                )
+            if weight.dtype != dtype or bias.dtype != dtype:
+                raise TypeError(
+                    f"weights[{i}] and biases[{i}] must have the dtype of weights[0] ({dtype}), "
+                    f"got {weight.dtype} and {bias.dtype}"
+                )
+            check.same_device(weight, f"weights[{i}]", coarse, "coarse")
+            check.same_device(bias, f"biases[{i}]", coarse, "coarse")
+            inputs = weight.shape[0] + (classes if self.coarse_each_layer else 0)
+        wide = {t.dtype == torch.float64 for t in (coarse, features[0], weights[0])}
+        if len(wide) > 1:
+            raise TypeError(
+                "coarse, features and weights must all be float64 or none, "
+                f"got {coarse.dtype}, {features[0].dtype} and {dtype}"
             )
-        if feature.dtype != features[0].dtype:
-            raise TypeError(f"{name} must have the dtype of features[0] ({features[0].dtype}), got {feature.dtype}")
-        check.same_device(feature, name, coarse, "coarse")
 
 
 def check_head_output(values: Tensor, coarse: Tensor, points: int) -> None:
@@ -77,10 +149,14 @@ def check_head_output(values: Tensor, coarse: Tensor, points: int) -> None:
         raise TypeError(f"head must return floating-point logits, got {values.dtype}")
 
 
+def every_index(coarse: Tensor, cells: int) -> Tensor:
+    """``[N, cells]``: 0, 1, ... for each image of ``coarse``."""
+    return torch.arange(cells, device=coarse.device).expand(coarse.shape[0], -1)
+
+
 def every_cell(coarse: Tensor, height: int, width: int) -> Tensor:
     """Centres of all cells of an H x W grid, ``[N, H*W, 2]``."""
-    indices = torch.arange(height * width, device=coarse.device).expand(coarse.shape[0], -1)
-    return cell_centres(indices, height, width)
+    return cell_centres(every_index(coarse, height * width), height, width)
 
 
 def refine(
@@ -103,12 +179,49 @@ def refine(
     scatter. Sampling that map at the points reads these cells, since the points are their centres; reading them
     directly leaves no rounded position between, so a kernel that interpolates as ``subdivide`` does has the same bits.
     """
+    maps, options = resolve_options(
+        coarse,
+        features,
+        steps,
+        output_size,
+        num_points,
+        coarse_source,
+        scale_factor,
+        align_corners,
+        padding_mode,
+        output,
+    )
+    return refine_steps(coarse, maps, head, options)
+
+
+def resolve_options(
+    coarse: Tensor,
+    features: Tensor | Sequence[Tensor],
+    steps: int | None,
+    output_size: Sequence[int] | None,
+    num_points: int,
+    coarse_source: str,
+    scale_factor: int,
+    align_corners: bool,
+    padding_mode: str,
+    output: str,
+) -> tuple[list[Tensor], RefineOptions]:
+    """Checked arguments of :func:`refine`: the maps, and the options."""
     maps = [features] if isinstance(features, Tensor) else list(features)
     check.option(output, "output", ("logits", "labels"))
-    check_refine(coarse, maps, num_points, coarse_source, padding_mode, output == "labels")
+    check.logits(coarse, "coarse")
     steps = resolve_steps(coarse, steps, output_size, scale_factor)
+    labels = output == "labels"
+    options = RefineOptions(steps, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels)
+    options.check_with(coarse, maps)
+    return maps, options
+
+
+def refine_steps(coarse: Tensor, features: Sequence[Tensor], head: Head, options: RefineOptions) -> Tensor:
+    """:func:`refine` with its options checked: the definition."""
+    _, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels = options
     current = coarse.clone()
-    for _ in range(steps):
+    for _ in range(options.steps):
         previous = current
         height, width = previous.shape[2] * scale_factor, previous.shape[3] * scale_factor
         every = num_points >= height * width  # every cell is recomputed, so nothing is selected
@@ -123,7 +236,7 @@ def refine(
         else:
             assert fine is not None
             points = fine.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, fine.shape[1], -1))
-        values = head(point_sample(maps, coords, padding_mode=padding_mode), points)
+        values = head(point_sample(features, coords, padding_mode=padding_mode), points)
         check_head_output(values, coarse, coords.shape[1])
         values = values.to(coarse.dtype)
         if every:
@@ -131,115 +244,50 @@ def refine(
         else:
             assert fine is not None
             current = scatter_points(fine, indices, values)
-    if output == "labels":
+    if labels:
         return current.argmax(1).to(label_dtype(coarse.shape[1]))
     return current
 
 
-def check_refine_mlp(
-    coarse: Tensor,
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    steps: int,
-    num_points: int,
-    coarse_source: str,
-    scale_factor: int,
-    padding_mode: str,
-    coarse_each_layer: bool,
-    labels: bool,
-) -> None:
-    check.logits(coarse, "coarse")
-    check.num_points(num_points)
-    check.option(coarse_source, "coarse_source", ("original", "current"))
-    check.option(padding_mode, "padding_mode", PADDING_MODES)
-    resolve_steps(coarse, steps, None, scale_factor)
-    check_refine(coarse, features, num_points, coarse_source, padding_mode, labels)
-    if not weights or len(weights) != len(biases):
-        raise ValueError(f"weights and biases must hold one tensor per layer, got {len(weights)} and {len(biases)}")
-    classes, dtype = coarse.shape[1], weights[0].dtype
-    inputs = sum(f.shape[1] for f in features) + classes
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check.strided(weight, f"weights[{i}]")
-        check.feature_dtype(weight, f"weights[{i}]")
-        if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] == 0:
-            raise ValueError(f"weights[{i}] must have shape [O, I] with I = {inputs}, got {check.shape_of(weight)}")
-        if i + 1 == len(weights) and weight.shape[0] != classes:
-            raise ValueError(
-                f"weights[{i}] must have shape [C, I] with C = {classes} as in coarse, got {check.shape_of(weight)}"
-            )
-        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"biases[{i}] must have shape [O] with O = {weight.shape[0]}, got {check.shape_of(bias)}")
-        if weight.dtype != dtype or bias.dtype != dtype:
-            raise TypeError(
-                f"weights[{i}] and biases[{i}] must have the dtype of weights[0] ({dtype}), "
-                f"got {weight.dtype} and {bias.dtype}"
-            )
-        check.same_device(weight, f"weights[{i}]", coarse, "coarse")
-        check.same_device(bias, f"biases[{i}]", coarse, "coarse")
-        inputs = weight.shape[0] + (classes if coarse_each_layer else 0)
-    wide = {t.dtype == torch.float64 for t in (coarse, features[0], weights[0])}
-    if len(wide) > 1:
-        raise TypeError(
-            "coarse, features and weights must all be float64 or none, "
-            f"got {coarse.dtype}, {features[0].dtype} and {dtype}"
-        )
+def with_flat_arguments(
+    function: Callable[[Tensor, Sequence[Tensor], HeadLayers, RefineOptions], Tensor],
+) -> Callable[..., Tensor]:
+    """``function(coarse, features, head, options)`` with checks and the arguments of ``rendseg::_refine_mlp``."""
+
+    def flat(
+        coarse: Tensor,
+        features: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        steps: int,
+        num_points: int,
+        coarse_source: str,
+        scale_factor: int,
+        align_corners: bool,
+        padding_mode: str,
+        coarse_each_layer: bool,
+        coarse_first: bool,
+        labels: bool,
+    ) -> Tensor:
+        head = HeadLayers(weights, biases, coarse_each_layer, coarse_first)
+        options = RefineOptions(steps, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels)
+        options.check_with(coarse, features)
+        head.check_with(coarse, features)
+        return function(coarse, features, head, options)
+
+    flat.__name__, flat.__doc__ = function.__name__, function.__doc__
+    return flat
 
 
-def refine_mlp(
-    coarse: Tensor,
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    steps: int,
-    num_points: int,
-    coarse_source: str,
-    scale_factor: int,
-    align_corners: bool,
-    padding_mode: str,
-    coarse_each_layer: bool,
-    coarse_first: bool,
-    labels: bool,
-) -> Tensor:
-    """:func:`refine` with a stock head: linear layers ``weights [O, I]``, ``biases [O]``, ReLU after all but the last.
+def flat_arguments(
+    coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions
+) -> tuple[Any, ...]:
+    """The arguments of ``rendseg::_refine_mlp``: what :func:`with_flat_arguments` takes apart again."""
+    *rest, labels = options
+    return (coarse, features, head.weights, head.biases, *rest, head.coarse_each_layer, head.coarse_first, labels)
 
-    The head runs in the dtype of its weights.
-    """
-    check_refine_mlp(
-        coarse,
-        features,
-        weights,
-        biases,
-        steps,
-        num_points,
-        coarse_source,
-        scale_factor,
-        padding_mode,
-        coarse_each_layer,
-        labels,
-    )
 
-    def join(hidden: Tensor, points: Tensor) -> Tensor:
-        return torch.cat((points, hidden) if coarse_first else (hidden, points), dim=-1)
-
-    def head(fine: Tensor, points: Tensor) -> Tensor:
-        fine, points = (t.to(weights[0].dtype).transpose(1, 2) for t in (fine, points))
-        x = join(fine, points)
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            x = F.linear(x, weight, bias).relu()
-            if coarse_each_layer:
-                x = join(x, points)
-        return F.linear(x, weights[-1], biases[-1]).transpose(1, 2)
-
-    return refine(
-        coarse,
-        features,
-        head,
-        steps=steps,
-        num_points=num_points,
-        coarse_source=coarse_source,
-        scale_factor=scale_factor,
-        align_corners=align_corners,
-        padding_mode=padding_mode,
-        output="labels" if labels else "logits",
-    )
+@with_flat_arguments
+def refine_mlp(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
+    """:func:`refine` with a stock head."""
+    return refine_steps(coarse, features, head.predict, options)

@@ -95,7 +95,7 @@ def subdivide(
 
 
 def subdivide_labels(
-    logits: Tensor, num_points: int, scale_factor: int = 2, align_corners: bool = False
+    logits: Tensor, num_points: int, scale_factor: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`subdivide` with labels for logits: ``(labels [N, s*h, s*w] uint8 or int16, indices, coords)``.
 

@@ -80,14 +80,16 @@ def test_subdivision_equals_the_reference(classes: int, align_corners: bool) -> 
     logits = few_values(2, classes, 5, 7)
     logits[1, 0, 2, 3] = float("nan")
     logits[0, :, 4, 4] = float("inf")
-    fine, indices, coords = onnx_ops.subdivide(logits, 13, 2, align_corners)
+    fine, indices, coords = onnx_ops.OPERATORS["subdivide"](logits, 13, 2, align_corners)
     wanted = reference.subdivide(logits, 13, 2, align_corners)
     # torch.topk promises no order of ties, ONNX does: compare what does not depend on it, the values that were taken
     torch.testing.assert_close(fine, wanted[0], equal_nan=True, rtol=0, atol=0)
     scores = reference.uncertainty(fine).flatten(1)
     taken, best = scores.gather(1, indices), scores.gather(1, wanted[1])
     torch.testing.assert_close(taken.sort(1).values, best.sort(1).values, equal_nan=True, rtol=0, atol=0)
-    torch.testing.assert_close(onnx_ops.uncertainty(fine), reference.uncertainty(fine), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        onnx_ops.OPERATORS["uncertainty"](fine), reference.uncertainty(fine), equal_nan=True, rtol=0, atol=0
+    )
     assert torch.equal(coords, cell_centres(indices, 10, 14))
 
 
@@ -151,11 +153,11 @@ def test_points_equal_the_reference() -> None:
     maps, coords = [torch.randn(2, 3, 5, 7), torch.randn(2, 2, 4, 4)], torch.rand(2, 11, 2) * 1.4 - 0.2
     coords[0, 0] = float("nan")
     for mode, padding in itertools.product(("bilinear", "nearest"), ("zeros", "border")):
-        got = onnx_ops.point_sample(maps, coords, mode, padding)
+        got = onnx_ops.OPERATORS["point_sample"](maps, coords, mode, padding)
         assert torch.equal(got.nan_to_num(9), reference.point_sample(maps, coords, mode, padding).nan_to_num(9))
     labels = torch.randint(0, 200, (2, 5, 7), dtype=torch.uint8)
     coords[1, :2] = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    assert torch.equal(onnx_ops.point_labels(labels, coords), reference.point_labels(labels, coords))
+    assert torch.equal(onnx_ops.OPERATORS["point_labels"](labels, coords), reference.point_labels(labels, coords))
     logits, indices, values = torch.randn(2, 3, 4, 5), torch.tensor([[3, 0], [19, 7]]), torch.randn(2, 3, 2)
     wanted = reference.scatter_points(logits, indices, values)
     assert torch.equal(onnx_ops.scatter_points(logits, indices, values), wanted)

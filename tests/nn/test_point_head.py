@@ -95,10 +95,10 @@ def test_refine_parameters_describe_the_head(each, first):
     torch.manual_seed(2)
     head = PointHead(5, 3, 7, 2, each, first, init="torch").double().eval()
     found = head.refine_parameters()
-    assert found is not None and found["coarse_each_layer"] is each and found["coarse_first"] is first
+    assert found is not None and found.coarse_each_layer is each and found.coarse_first is first
     widths = [8, 10 if each else 7, 10 if each else 7]
-    assert [tuple(w.shape) for w in found["weights"]] == [(7, widths[0]), (7, widths[1]), (3, widths[2])]
-    for module, weight, bias in zip(head.layers(), found["weights"], found["biases"], strict=True):
+    assert [tuple(w.shape) for w in found.weights] == [(7, widths[0]), (7, widths[1]), (3, widths[2])]
+    for module, weight, bias in zip(head.layers(), found.weights, found.biases, strict=True):
         assert weight.data_ptr() == module.weight.data_ptr() and bias is module.bias  # no copy to go stale
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from rendseg.ops.schemas import with_defaults
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 # The interpreter also takes CUDA tensors, by copying them; it is meant for machines without a GPU.
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -70,8 +72,8 @@ if INTERPRETED and INSTALLED:
 
 
 def implementation(file: str, op: str) -> Callable[..., Any]:
-    """The launcher of ``rendseg::<op>`` in ``kernels/<file>.py``."""
-    return importlib.import_module(f"rendseg.kernels.{file}").IMPLEMENTATIONS[op]
+    """The launcher of ``rendseg::<op>`` in ``kernels/<file>.py``, with the defaults of the operator."""
+    return with_defaults(op, importlib.import_module(f"rendseg.kernels.{file}").IMPLEMENTATIONS[op])
 
 
 def to_device(value: Any) -> Any:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rendseg.reference import HeadLayers
+
 
 class Head(nn.Module):
     """A point head with the layers of the paper, written independently of ``rendseg.nn``."""
@@ -47,15 +49,8 @@ class Head(nn.Module):
                 x = x.relu()
         return x
 
-    def refine_parameters(self) -> dict[str, Any] | None:
-        if not self.stock:
-            return None
-        return {
-            "weights": list(self.weights),
-            "biases": list(self.biases),
-            "coarse_each_layer": self.each,
-            "coarse_first": self.coarse_first,
-        }
+    def refine_parameters(self) -> HeadLayers | None:
+        return HeadLayers(list(self.weights), list(self.biases), self.each, self.coarse_first) if self.stock else None
 
 
 def inputs(

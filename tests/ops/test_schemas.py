@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import rendseg.ops  # noqa: F401  (registers the operators)
-from rendseg import _extension
+import rendseg.ops
+from rendseg import _extension, reference
 from rendseg.ops.schemas import SCHEMAS
 from tests.limits import TIMEOUT
 
@@ -46,6 +49,36 @@ def test_registered_as_declared(schema: str) -> None:
     name = schema.split("(")[0]
     registered = getattr(torch.ops.rendseg, name).default._schema
     assert str(registered) == str(torch._C.parse_schema(f"rendseg::{schema}"))
+
+
+PUBLIC = sorted({schema.split("(")[0] for schema in SCHEMAS if not schema.startswith("_")})
+
+
+@pytest.mark.parametrize("module", [rendseg.ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_python_has_the_arguments_and_defaults_of_the_schema(name: str, module: Any) -> None:
+    found = inspect.signature(getattr(module, name)).parameters.values()
+    defaults = [None if p.default is p.empty else repr(p.default) for p in found]
+    declared = getattr(torch.ops.rendseg, name).default._schema.arguments
+    assert [p.name for p in found] == [a.name for a in declared]
+    assert [p.kind is p.KEYWORD_ONLY for p in found] == [a.kwarg_only for a in declared]
+    assert defaults == [repr(a.default_value) if a.has_default_value() else None for a in declared]
+
+
+def test_refine_says_the_same_twice() -> None:
+    ours, definition = inspect.signature(rendseg.ops.refine), inspect.signature(reference.refine)
+    assert ours.parameters == definition.parameters
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=[schema.split("(")[0] for schema in SCHEMAS])
+def test_a_launcher_has_the_arguments_of_the_schema_and_no_defaults(schema: str) -> None:
+    pytest.importorskip("triton")
+    name = schema.split("(")[0]
+    file = rendseg._backends.triton_ops()[name]
+    launcher = importlib.import_module(f"rendseg.kernels.{file}").IMPLEMENTATIONS[name]
+    found = inspect.signature(launcher).parameters.values()
+    assert [p.name for p in found] == [a.name for a in getattr(torch.ops.rendseg, name).default._schema.arguments]
+    assert all(p.default is p.empty for p in found)
 
 
 def test_mutation_is_declared() -> None:
