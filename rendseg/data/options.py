@@ -22,6 +22,8 @@ Side = Annotated[int, Field(ge=1)]
 Jitter = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _check_names(value: Any) -> Any:
@@ -98,8 +100,14 @@ class AugmentOptions:
     vertical_flip: Probability = 0.0
     color_jitter: ColorJitterOptions | None = field(default_factory=ColorJitterOptions)  # null: none
     photometric_distortion: PhotometricOptions | None = None  # {}: SSD's, instead of color_jitter
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels in [0, 1]; the customary ImageNet values
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    channels: Side = (
+        3  # of the images, as model.backbone.in_chans, which sets it; 1: grey, more: bands or pages of TIFFs
+    )
+    image_max: Positive | None = None  # value of 16-bit or float images that is white (12 bits: 4095); null: 65535
+    exif_orientation: bool = True  # turn images as their EXIF tag says; false: if labels were drawn on them as stored
+    max_pixels: Side = 178_956_970  # of a file (PIL's limit): a guard against files made to fill the memory
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the channels in [0, 1]; other than 3 channels: made from these
+    std: tuple[Positive, ...] = IMAGENET_STD
     pixel_max: Literal[1, 255] = 1  # 255: mean and std are given for 0..255; they are divided by it at once
     channel_order: Literal["rgb", "bgr"] = "rgb"  # of the network's input, and so of mean and std; bgr: Caffe's weights
     val_size: tuple[Side, Side] | None = None  # [height, width] of val images and labels; null: as in the files
@@ -125,6 +133,7 @@ class AugmentOptions:
         for name in ("short_edge", "base_size"):
             if getattr(self, name) is not None and self.crop_size is None:
                 raise ValueError(f"{name} needs crop_size: the images of a batch must have one size")
+        self._fit_channels()
         largest = max(abs(value) for value in self.mean)
         if self.pixel_max == 1 and largest > 1:
             raise ValueError(f"mean {list(self.mean)} is of values 0..255: set pixel_max: 255, or divide mean and std")
@@ -135,6 +144,29 @@ class AugmentOptions:
             self.std = tuple(value / 255 for value in self.std)  # type: ignore[assignment]
             self.pixel_max = 1  # so that the options can be parsed again
         return self
+
+    def _fit_channels(self) -> None:
+        """Mean and std for every channel: the mean of the three where there is no colour, and for what is beyond it."""
+        count = self.channels
+        for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            if len(getattr(self, name)) == count:
+                continue
+            if getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name} must have one value for each of the {count} channels of model.backbone.in_chans"
+                )
+            grey = round(sum(usual) / 3, 3)
+            setattr(self, name, (*usual, *[grey] * (count - 3)) if count > 3 else (grey,) * count)
+        if count == 3:
+            return
+        if self.channel_order == "bgr":
+            raise ValueError(f"channel_order: bgr needs 3 channels, the images have {count}")
+        if self.photometric_distortion is not None:
+            raise ValueError(f"photometric_distortion needs 3 channels, the images have {count}: leave it out")
+        if count != 1 and self.color_jitter is not None:
+            if self.color_jitter != ColorJitterOptions():
+                raise ValueError(f"color_jitter needs 1 or 3 channels, the images have {count}: set it to null")
+            self.color_jitter = None
 
 
 @dataclass(config=CONFIG, kw_only=True)

@@ -90,7 +90,7 @@ class ExperimentConfig(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output.dir) / self.name
+        return Path(self.output.dir).expanduser() / self.name
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
