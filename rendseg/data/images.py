@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from .options import AugmentOptions, DataError
@@ -214,28 +214,33 @@ def read_image(path: Path, options: AugmentOptions = _DEFAULTS) -> np.ndarray:
     tiff = _inspect_tiff(path) if path.suffix.lower() in (".tif", ".tiff") else None
     if tiff is not None and (values := _read_bands(path, tiff, options)) is not None:
         return _to_bytes(values, path, options.image_max)
-    image = _open(path, "image", options.max_pixels)
+    try:
+        image = _open(path, "image", options.max_pixels)
+    except DataError as error:
+        if tiff is None or not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+        values = _to_bytes(_by_tifffile(path, "a TIFF of this kind"), path, options.image_max)
+        return _of_channels(values, path, options)
     if options.exif_orientation:
         try:
             ImageOps.exif_transpose(image, in_place=True)
         except Exception:  # a damaged EXIF block does no harm to the image
             pass
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        grey = _to_bytes(np.asarray(image), path, options.image_max)[..., None]
-        return np.repeat(grey, 3, axis=2) if options.channels == 3 else _of_channels(grey, path, options)
-    if options.channels not in (1, 3):
-        values = np.asarray(image)
-        return _of_channels(values if values.ndim == 3 else values[..., None], path, options)
+        return _of_channels(_to_bytes(np.asarray(image), path, options.image_max), path, options)
+    mode = {1: "L", 3: "RGB"}.get(options.channels, image.mode)
     try:
-        values = np.array(image.convert("L" if options.channels == 1 else "RGB"))
+        values = _of_channels(np.array(image.convert(mode)), path, options)
     except ValueError as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: image has mode {image.mode}, which has no RGB; convert it to 8-bit RGB") from error
-    if "cut" in image.info:
-        if options.image_max not in (None, 65535):
-            values = _to_bytes(_read_16_bits(path), path, options.image_max)
-        else:
-            _check_range(int(values.max()) << 8, path, options.image_max)
-    return values if values.ndim == 3 else values[..., None]
+    if "cut" not in image.info or options.image_max == 65535:
+        return values
+    if options.image_max is None:
+        _check_range(int(values.max()) << 8, path)
+        return values
+    return _of_channels(_to_bytes(_read_16_bits(path, options), path, options.image_max), path, options)
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
@@ -244,6 +249,9 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _of_channels(values: np.ndarray, path: Path, options: AugmentOptions) -> np.ndarray:
+    """``[H, W]`` or ``[H, W, bands]`` as ``[H, W, C]``: grey for all three colours."""
+    if values.ndim == 2:
+        values = np.repeat(values[..., None], 3 if options.channels == 3 else 1, axis=2)
     if values.shape[2] != options.channels:
         raise _wrong_bands(path, values.shape[2], "bands" if values.shape[2] > 1 else "band", options)
     return values
@@ -277,23 +285,28 @@ def _read_bands(path: Path, tiff: _Tiff, options: AugmentOptions) -> np.ndarray 
 
 
 def _by_tifffile(path: Path, what: str) -> np.ndarray:
+    """The first page, ``[H, W]`` or ``[H, W, bands]``."""
     try:
         import tifffile
     except ImportError as error:
-        raise DataError(f"{path}: {what} is read by tifffile, not installed here: pip install tifffile") from error
+        raise DataError(
+            f"{path}: {what} is read by tifffile, not installed here: pip install tifffile imagecodecs"
+        ) from error
     try:
         with tifffile.TiffFile(path) as file:
             values, axes = file.pages[0].asarray(), file.pages[0].axes
     except Exception as error:
         reason = " ".join(str(error).replace(str(path), "file").split()) or type(error).__name__
-        raise DataError(f"{path}: image cannot be read ({reason}); replace or remove the file") from error
+        remedy = "pip install imagecodecs" if "imagecodecs" in reason else "replace or remove the file"
+        raise DataError(f"{path}: image cannot be read ({reason}); {remedy}") from error
     return np.moveaxis(values, 0, 2) if axes.startswith("S") else values
 
 
-def _read_16_bits(path: Path) -> np.ndarray:
-    """uint16 ``[H, W, 3]`` of a colour image, which PIL would cut to 8 bits."""
-    if path.suffix.lower() != ".png":
-        return _by_tifffile(path, "a colour TIFF of 16 bits")[..., :3]
+def _read_16_bits(path: Path, options: AugmentOptions) -> np.ndarray:
+    """uint16 ``[H, W, C]`` of a colour image, which PIL would cut to 8 bits."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"\x89PNG":
+            return _by_tifffile(path, "a colour TIFF of 16 bits")[..., : options.channels]
     try:
         from torchvision.io import ImageReadMode, decode_image
     except ImportError as error:  # they are to leave torchvision one day
@@ -303,7 +316,7 @@ def _read_16_bits(path: Path) -> np.ndarray:
     content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return decode_image(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()[..., :3]
+        return decode_image(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()[..., : options.channels]
 
 
 def _to_bytes(values: np.ndarray, path: Path, image_max: float | None) -> np.ndarray:
@@ -318,13 +331,13 @@ def _to_bytes(values: np.ndarray, path: Path, image_max: float | None) -> np.nda
             f"{path}: image {what}; convert it to 8 or 16 bits, or set data.image_max to the value that is white "
             f"({values.max():g} is its largest)"
         )
-    _check_range(int(values.max()), path, image_max)
+    _check_range(int(values.max()), path)
     return (values.astype(np.int64) >> 8).astype(np.uint8)
 
 
-def _check_range(top: int, path: Path, image_max: float | None) -> None:
+def _check_range(top: int, path: Path) -> None:
     """Refuses 10, 12 or 14 bits stored in 16, which would be nearly black."""
-    if image_max is None and 0 < top < 1 << 14:
+    if 0 < top < 1 << 14:
         bits = next(bits for bits in (8, 10, 12, 14) if top < 1 << bits)
         raise DataError(
             f"{path}: the largest value of this 16-bit image is {top}, so its range may be {bits} bits; set "
@@ -449,7 +462,17 @@ def open_label(path: Path, max_pixels: int = _DEFAULTS.max_pixels) -> Image.Imag
 
 def read_values(path: Path, max_pixels: int = _DEFAULTS.max_pixels) -> np.ndarray:
     """The integers ``[H, W]`` of a label map as they are stored (PIL scales those of 1, 2 and 4 bits)."""
-    return stored_values(open_label(path, max_pixels), path)
+    try:
+        image = open_label(path, max_pixels)
+    except DataError as error:
+        tiff = _inspect_tiff(path)
+        if tiff is None or tiff.bands > 1 or not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+        values = _by_tifffile(path, "a label map of this kind")
+        if values.dtype.kind not in "iub":
+            raise DataError(f"{path}: label map holds {values.dtype}, wanted integers; save class numbers") from error
+        return values
+    return stored_values(image, path)
 
 
 def stored_values(image: Image.Image, path: Path) -> np.ndarray:

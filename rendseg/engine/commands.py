@@ -118,6 +118,8 @@ def evaluate(
     chosen = [] if preset is None else [f"eval.preset={preset}"]
     result = evaluate_checkpoint(checkpoint, [*chosen, *(overrides or ())], out, labels.value if labels else None)
     if result["left_out"]:
+        if os.environ.get("RANK", "0") != "0":
+            raise typer.Exit(IN_PART)
         total = len(result["left_out"]) + result["images"]
         print(
             f"rendseg: {len(result['left_out'])} of {total} images could not be read and do not count", file=sys.stderr

@@ -132,33 +132,42 @@ def _strips(network: Any, images: Tensor, options: EvalConfig, padding: Sequence
     outer, inner, softmax = _views(options)
     (batch, height, width), labels = (images.shape[0], *images.shape[-2:]), {}
     rows, columns = _grid(height, width, options)
-    empty: Scores = {}
-    views = [(flip, images.flip(flip), dict(empty)) for flip in outer]  # last: sums of scores, from row `start` on
+    nothing: Scores = {}
+    # The last of each view: sums of scores by kind, from row `start` on.
+    views = [(flip, images.flip(flip) if flip else images, dict(nothing)) for flip in outer]
     counts, start = images.new_zeros(1, 1, 0, width), 0
-    for (top, bottom), following in zip(rows, [*rows[1:], (height, height)], strict=True):
-        counts = F.pad(counts, (0, 0, 0, bottom - start - counts.shape[2]))
+    for (top, bottom), (following, _) in zip(rows, [*rows[1:], (height, height)], strict=True):
+        counts = _lengthened(counts, bottom - start)
         for left, right in columns:
             counts[:, :, top - start :, left:right] += 1
-        done = following[0] - start
-        finished: Scores = {}
-        for flip, view, sums in views:
+        for _, view, sums in views:
             for left, right in columns:
                 for kind, scores in _window(network, view, (top, bottom, left, right), inner, options, padding).items():
                     if kind not in sums:
                         sums[kind] = scores.new_zeros(*scores.shape[:2], 0, width)
-                    sums[kind] = F.pad(sums[kind], (0, 0, 0, bottom - start - sums[kind].shape[2]))
+                    sums[kind] = _lengthened(sums[kind], bottom - start)
                     sums[kind][:, :, top - start :, left:right] += scores
-            for kind, scores in sums.items():
-                part = scores[:, :, :done].div_(counts[:, :, :done]).flip(flip)
+        done = following - start  # rows that no further window reaches
+        for kind in views[0][2]:
+            total = None
+            for flip, _, sums in views:
+                part = sums[kind][:, :, :done].div_(counts[:, :, :done])
+                part = part.flip(flip) if flip else part
                 part = part.softmax(1) if softmax else part
-                finished[kind] = finished[kind].add_(part) if kind in finished else part
-                sums[kind] = scores[:, :, done:].clone()
-        for kind, scores in finished.items():
+                total = part if total is None else total.add_(part)
+            found = _labels(total)  # type: ignore[arg-type]
             if kind not in labels:
-                labels[kind] = _labels(scores[:, :, :0]).new_empty(batch, height, width)
-            labels[kind][:, start : start + done] = _labels(scores)
-        counts, start = counts[:, :, done:], start + done
+                labels[kind] = found.new_empty(batch, height, width)
+            labels[kind][:, start:following] = found
+            for _, _, sums in views:
+                sums[kind] = sums[kind][:, :, done:].clone()
+        counts, start = counts[:, :, done:], following
     return labels if "coarse" in labels else {kind: labels["refined"] for kind in KINDS}
+
+
+def _lengthened(values: Tensor, rows: int) -> Tensor:
+    """``[B, C, rows, W]``: the values and zeros below them."""
+    return values if values.shape[2] == rows else F.pad(values, (0, 0, 0, rows - values.shape[2]))
 
 
 @torch.no_grad()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -156,6 +159,23 @@ def test_bands(tmp_path: Path, bands: int) -> None:
         refused(path, "pip install tifffile", channels=bands)
     else:
         assert np.array_equal(read_image(path, AugmentOptions(channels=bands)), values)
+
+
+@pytest.mark.bad_input
+def test_tiffs_that_pil_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiff(tmp_path / "a.tif", RNG.integers(0, 256, (6, 9, 8), np.uint8))
+    grey = tiff(tmp_path / "b.tif", RNG.integers(0, 256, (6, 9, 1), np.uint8))
+    content = bytearray(grey.read_bytes())
+    content[content.index(struct.pack("<HHII", 258, 4, 1, 8)) + 8] = 64  # bits
+    grey.write_bytes(content)
+    monkeypatch.setitem(sys.modules, "tifffile", None)  # as if not installed
+    refused(path, "a TIFF of 8 bands is read by tifffile", "pip install", channels=8)
+    refused(grey, "a TIFF of this kind is read by tifffile")
+    with pytest.raises(DataError, match="a label map of this kind is read by tifffile"):
+        read_values(grey)
+    packed = RuntimeError("COMPRESSION.LZMA requires the 'imagecodecs' package")
+    monkeypatch.setitem(sys.modules, "tifffile", SimpleNamespace(TiffFile=Mock(side_effect=packed)))
+    refused(path, "pip install imagecodecs", channels=8)
 
 
 @pytest.mark.bad_input
