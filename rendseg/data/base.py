@@ -142,6 +142,11 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         in different epochs at one time needs it."""
         pixels, classes = self._pair(index)
         index %= len(self)
+        if pixels.shape[2] != self.options.channels:
+            raise DataError(
+                f"{self.sample_name(index)}: the image has {pixels.shape[2]} channels, model.backbone.in_chans is "
+                f"{self.options.channels}; set it to {pixels.shape[2]}"
+            )
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         label = torch.from_numpy(classes)
         size = None

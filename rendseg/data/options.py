@@ -156,7 +156,8 @@ class AugmentOptions:
                     f"{name} must have one value for each of the {count} channels of model.backbone.in_chans"
                 )
             grey = round(sum(usual) / 3, 3)
-            setattr(self, name, (*usual, *[grey] * (count - 3)) if count > 3 else (grey,) * count)
+            values = (*usual, *[grey] * (count - 3)) if count > 3 else (grey,) * count
+            object.__setattr__(self, name, values)  # which frozen options allow too
         if count == 3:
             return
         if self.channel_order == "bgr":
@@ -166,7 +167,7 @@ class AugmentOptions:
         if count != 1 and self.color_jitter is not None:
             if self.color_jitter != ColorJitterOptions():
                 raise ValueError(f"color_jitter needs 1 or 3 channels, the images have {count}: set it to null")
-            self.color_jitter = None
+            object.__setattr__(self, "color_jitter", None)
 
 
 @dataclass(config=CONFIG, kw_only=True)

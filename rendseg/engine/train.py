@@ -489,7 +489,13 @@ def _tensorboard(config: Config, iteration: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(f"train.tensorboard: true needs the package tensorboard ({error})") from error
-    return SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=iteration + 1 if iteration else None)
+    folder = config.run_dir / "tensorboard"
+    try:
+        return SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+    except UnicodeError as error:
+        raise ConfigError(
+            f"TensorBoard cannot write to {folder}, whose name is no text: set train.tensorboard=false or output.dir"
+        ) from error
 
 
 def _write_evaluation(writer: Any, result: Mapping[str, Any], iteration: int) -> None:

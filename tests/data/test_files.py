@@ -231,6 +231,15 @@ def test_mean_and_std_of_other_channels() -> None:
             AugmentOptions(**wrong)
 
 
+@pytest.mark.bad_input
+def test_images_that_have_other_channels_than_the_network() -> None:
+    data = build_dataset({"name": "shapes", "size": [8, 8], "channels": 1}, "val")
+    with pytest.raises(
+        DataError, match="val_000000: the image has 3 channels, model.backbone.in_chans is 1; set it to 3"
+    ):
+        data[0]
+
+
 def test_what_model_and_data_share() -> None:
     model, data = linked({"backbone": {"in_chans": 1}}, {"name": "folder"})
     assert data["channels"] == 1
