@@ -59,7 +59,7 @@ def test_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["predict", str(trained / "last.pt"), *images, "--out", str(out)]) == 3
     errors = capsys.readouterr().err
     assert all(f"{p}" in errors for p in (bad, cut, tmp_path / "missing.png"))
-    assert "3 of 5 images could not be predicted" in errors
+    assert "3 of 5 images or folders could not be predicted" in errors
     assert sorted(p.name for p in out.iterdir()) == [
         f"{name}_{kind}.png" for name in "ab" for kind in ("labels", "overlay", "side_by_side")
     ]

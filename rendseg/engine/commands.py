@@ -150,7 +150,7 @@ def predict(
 
     done, failed = predict_files(checkpoint, images, out, overrides or (), labels is _Labels.dataset)
     if failed:
-        print(f"rendseg: {failed} of {done + failed} images could not be predicted", file=sys.stderr)
+        print(f"rendseg: {failed} of {done + failed} images or folders could not be predicted", file=sys.stderr)
         raise typer.Exit(IN_PART if done else 2)
 
 

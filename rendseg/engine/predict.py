@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MARK = "rendseg"  # in the PNG files that are written, so that they are not predicted in their turn
 LONGEST = 200  # bytes of a file name before its ending; file systems take 255 altogether
+PARTS = ("labels", "overlay", "side_by_side")  # what is written of each image: NAME_labels.png ...
 BAND = 256  # rows that are normalised at a time
 
 
@@ -129,15 +130,20 @@ def save_labels(path: Path, labels: np.ndarray, values: np.ndarray) -> None:
     save_png(path, Image.fromarray(values[labels]))
 
 
-def _expand(images: Sequence[Path], out: Path) -> list[Path]:
-    """Files as given, and for each folder the images in it, without what an earlier run wrote to ``out``."""
+def _expand(images: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
+    """Files as given, and for each folder the images in it, without what an earlier run wrote to ``out``; and a line
+    for each folder without images."""
     paths: list[Path] = []
+    problems: list[str] = []
     for path in images:
-        paths += find_images(path) if path.is_dir() else [path]
+        try:
+            paths += find_images(path) if path.is_dir() else [path]
+        except DataError as error:
+            problems.append(str(error))
     kept = [path for path in paths if not (_same(path.parent, out) and _is_result(path))]
     if len(kept) < len(paths):
         print(f"not predicted: {len(paths) - len(kept)} files in {out} that rendseg wrote itself")
-    return kept
+    return kept, problems
 
 
 def _same(folder: Path, other: Path) -> bool:
@@ -172,10 +178,14 @@ def predict_files(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"could not write to {out}: {error}; choose another --out") from error
-    done, failed, taken = 0, 0, set()
-    for path in _expand(images, out):
+    paths, problems = _expand(images, out)
+    for problem in problems:
+        print(f"rendseg: {problem}", file=sys.stderr)
+    done, failed = 0, len(problems)
+    taken = {path.name for path in paths if _same(path.parent, out)}  # files that must not be written: images
+    for path in paths:
         name, n = file_stem(path.stem), 1
-        while name in taken:  # images of one name from several folders
+        while any(f"{name}_{kind}.png" in taken for kind in PARTS):  # and images of one name from several folders
             n += 1
             name = f"{file_stem(path.stem)}_{n}"
         try:
@@ -188,8 +198,8 @@ def predict_files(
             print(f"rendseg: {reason if known else f'{path}: could not be predicted: {reason}'}", file=sys.stderr)
             failed += 1
             continue
-        taken.add(name)
-        print(f"{path} -> {out / name}_{{labels,overlay,side_by_side}}.png")
+        taken.add(f"{name}_{PARTS[0]}.png")
+        print(f"{path} -> {out / name}_{{{','.join(PARTS)}}}.png")
         done += 1
     return done, failed
 

@@ -61,17 +61,20 @@ def test_training_on_grey_images(trained: Path) -> None:
 def test_names_and_consoles(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     paths = [grey(tmp_path / "in" / f"{name}.png") for name in (ODD, "n" * 240, "\N{GREEK SMALL LETTER ALPHA}")]
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
     streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    assert main(["predict", str(trained), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 3
+    images = [str(tmp_path / "empty"), str(tmp_path / "in")]
+    assert main(["predict", str(trained), *images, "--out", str(tmp_path / "out")]) == 3
     told = []
     for stream in streams:
         stream.flush()
         told.append(stream.buffer.getvalue().decode(encoding))  # type: ignore[attr-defined]
     stems = {file_stem(path.stem) for path in paths}
     assert names(tmp_path / "out") == {f"{stem}_{kind}.png" for stem in stems for kind in KINDS}
-    assert "\\udcff\\udce9" in told[0] and "bad.png" in told[1] and "1 of 4 images" in told[1]
+    assert "\\udcff\\udce9" in told[0] and "bad.png" in told[1] and "2 of 5 images" in told[1]
+    assert "empty: holds no images" in told[1]
 
 
 def test_long_names_stay_apart() -> None:
@@ -84,12 +87,14 @@ def test_results_in_the_folder_of_the_images_are_no_input(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey(tmp_path / "a.png")
-    grey(tmp_path / "a_labels_labels.png")  # the user's, in spite of its name
+    own = grey(tmp_path / "a_labels.png").read_bytes()  # the user's, in spite of its name
     arguments = ["predict", str(trained), str(tmp_path), "--out", str(tmp_path)]
     assert main(arguments) == 0
     first = names(tmp_path)
-    assert len(first) == 8 and main(arguments) == 0
+    assert {"a_2_labels.png", "a_labels_labels.png"} < first and len(first) == 8
+    assert main(arguments) == 0
     assert names(tmp_path) == first and "not predicted: 6 files" in capsys.readouterr().out
+    assert (tmp_path / "a_labels.png").read_bytes() == own
 
 
 @pytest.mark.bad_input
