@@ -16,7 +16,7 @@ namespace rendseg {
 
 struct RefineOptions {
   int64_t steps, num_points;
-  bool current_source;  // the coarse features come from the map being refined, not from the original one
+  bool current_source;  // the coarse features are cells of the step's upsampled map, not samples of the original one
   int64_t scale_factor;
   bool align_corners, border, coarse_each_layer, coarse_first, labels;
 };

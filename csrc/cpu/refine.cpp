@@ -12,6 +12,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../math/upsample.h"
 #include "../refine_common.h"
 #include "huge_pages.h"
 #include "point_sample.h"
@@ -152,6 +153,28 @@ void gather_block(const Gatherable& from, int64_t image, int64_t first, const fl
   });
 }
 
+// rows[p * row_stride + c] = cell `cells[p]` of the map[C,h,w] upsampled as subdivide does it: its bits, before they
+// are rounded to the type of the map.
+template <typename A>
+void upsample_cells(const MapView& map, const int64_t* cells, int64_t points, const RefineOptions& o, A* rows,
+                    int64_t row_stride) {
+  const int64_t width = map.width * o.scale_factor;
+  with_element(map.dtype, [&]<typename T>() {
+    for (int64_t p = 0; p < points; ++p) {
+      const UpsampleTap<A> y = upsample_tap<A>(cells[p] / width, map.height, o.scale_factor, o.align_corners);
+      const UpsampleTap<A> x = upsample_tap<A>(cells[p] % width, map.width, o.scale_factor, o.align_corners);
+      for (int64_t c = 0; c < map.channels; ++c) {
+        const auto along_x = [&](int64_t row) {
+          const A lower = static_cast<A>(*map.at<const T>(0, c, row, x.lower));
+          const A upper = static_cast<A>(*map.at<const T>(0, c, row, x.upper));
+          return lower * x.lower_weight + upper * x.upper_weight;
+        };
+        rows[p * row_stride + c] = along_x(y.lower) * y.lower_weight + along_x(y.upper) * y.upper_weight;
+      }
+    }
+  });
+}
+
 // Rounds rows[points][channels] as point_sample stores them, then as the head takes them.
 template <typename A>
 void round_rows(A* rows, int64_t row_stride, int64_t points, int64_t channels, Dtype stored, Dtype head) {
@@ -202,7 +225,13 @@ class StepWorker {
       std::iota(indices_.begin(), indices_.begin() + points, first);
     }
     cell_centres(indices_.data(), points, a_.cells.height, a_.cells.width, xy_.data());
-    gather(a_.source, image, first, points, coarse_, classes_);
+    if (o.current_source) {
+      const MapView previous = map_view(a_.source.map).image(image);
+      upsample_cells(previous, indices_.data(), points, o, coarse_, classes_);
+      round_rows(coarse_, classes_, points, classes_, previous.dtype, dtype_);
+    } else {
+      gather(a_.source, image, first, points, coarse_, classes_);
+    }
     int64_t offset = o.coarse_first ? classes_ : 0;
     for (const Gatherable& feature : a_.features) {
       gather(feature, image, first, points, buffers_[0] + offset, stride_);
@@ -262,16 +291,16 @@ void refine_points(const PackedHead<A>& head, at::TensorList features, const at:
   const int64_t blocks = (cells.count + kMlpPoints - 1) / kMlpPoints;
   for (int64_t first = 0; first < images; first += group) {
     const int64_t size = std::min(group, images - first);
-    const auto prepare = [&](const at::Tensor& map) {
+    const auto prepare = [&](const at::Tensor& map, bool sampled) {
       Gatherable from{map.narrow(0, first, size), {}};
-      if (coords.defined() && map.stride(1) != 1) {
+      if (sampled && coords.defined() && map.stride(1) != 1) {
         from.values = point_sample_cpu({from.map}, coords.narrow(0, first, size), "bilinear",
                                        o.border ? "border" : "zeros", false);
       }
       return from;
     };
-    StepArgs<A> args{head, o, cells, {}, prepare(source), nullptr, target.from(first)};
-    for (const at::Tensor& feature : features) args.features.push_back(prepare(feature));
+    StepArgs<A> args{head, o, cells, {}, prepare(source, !o.current_source), nullptr, target.from(first)};
+    for (const at::Tensor& feature : features) args.features.push_back(prepare(feature, true));
     if (indices.defined()) args.indices = indices.const_data_ptr<int64_t>() + first * cells.count;
     at::parallel_for(0, size * blocks, 1, [&](int64_t begin, int64_t end) {
       StepWorker<A> worker(args);
