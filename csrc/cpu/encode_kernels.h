@@ -104,7 +104,7 @@ RENDSEG_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
 
 template <typename T, typename X>
 RENDSEG_INLINE Vec<T> load_as(const X* p) {
-  if constexpr (std::is_same_v<T, Wide<X> >) {
+  if constexpr (std::is_same_v<T, Wide<X>>) {
     return load(p);
   } else {
     Vec<T> v;
@@ -114,7 +114,7 @@ RENDSEG_INLINE Vec<T> load_as(const X* p) {
 }
 template <typename T, typename X>
 RENDSEG_INLINE void store_as(X* p, Vec<T> v) {
-  if constexpr (std::is_same_v<T, Wide<X> >) {
+  if constexpr (std::is_same_v<T, Wide<X>>) {
     store(p, v);
   } else {
     for (int i = 0; i < kLanes<T>; ++i) p[i] = static_cast<X>(v[i]);
@@ -470,7 +470,7 @@ void softmax_rows(const T* from, const T* scale, int64_t padded, int64_t codes, 
     Vec<T> top = splat<T>(low);
     for (int64_t k = 0; k < padded; k += n) {
       Vec<T> logit = load<T>(scale + k) * load<T>(d + k);
-      if (k + n > codes) logit = lanes<T>() < static_cast<Lane<T> >(codes - k) ? logit : splat<T>(low);
+      if (k + n > codes) logit = lanes<T>() < static_cast<Lane<T>>(codes - k) ? logit : splat<T>(low);
       store<T>(a + k, logit);
       top = larger<T>(top, logit);
     }

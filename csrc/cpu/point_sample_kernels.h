@@ -50,7 +50,7 @@ namespace {
 // `count` adjacent elements in the type of the arithmetic: the map itself, or widened into `buffer`.
 template <typename T>
 inline const Wide<T>* widened(const T* source, Wide<T>* buffer, int64_t count) {
-  if constexpr (std::is_same_v<T, Wide<T> >) {
+  if constexpr (std::is_same_v<T, Wide<T>>) {
     return source;
   } else {
     widen_row(source, count, buffer);
@@ -138,7 +138,7 @@ inline int64_t tap_offset(int64_t offset, int t, const SampleGrid& grid) {
 
 // One channel at a point with taps off the map.
 template <typename T>
-Wide<T> edge_value(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t i) {
+Wide<T> edge_value(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t i) {
   using A = Wide<T>;
   A sum = 0;
   for (int t = 0; t < 4; ++t) {
@@ -151,7 +151,7 @@ Wide<T> edge_value(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& t
 // kBlock planes at a time: the taps are read once for all of them, and their loads overlap. `ahead` points further on,
 // the cache lines of the lower row are asked for: the upper row was mostly read as a lower one before.
 template <typename T, int kBlock>
-void planes_block(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, T* out, int64_t out_stride) {
+void planes_block(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, T* out, int64_t out_stride) {
   using A = Wide<T>;
   constexpr int64_t kAhead = 24;
   const int64_t stride_c = grid.stride_c, stride_x = grid.stride_x, stride_y = grid.stride_y;
@@ -209,7 +209,7 @@ inline int64_t plane_pairs(const float* map, const SampleGrid& grid, const Taps<
 
 // out[c * out_stride + point]
 template <typename T>
-void planes(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t channels, T* out,
+void planes(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t channels, T* out,
             int64_t out_stride) {
   const int64_t stride_c = grid.stride_c;
   int64_t c = 0;
@@ -239,7 +239,7 @@ void planes(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, in
 
 // rows[i * row_stride + c]
 template <typename T>
-void plane_rows(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t channels, Wide<T>* rows,
+void plane_rows(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t channels, Wide<T>* rows,
                 int64_t row_stride) {
   using A = Wide<T>;
   const int64_t stride_c = grid.stride_c, stride_x = grid.stride_x, stride_y = grid.stride_y;
@@ -263,7 +263,7 @@ void plane_rows(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps
 
 // One point, `n` <= kVectorChunk adjacent channels.
 template <typename T>
-void vector_point(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t i, int64_t n,
+void vector_point(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t i, int64_t n,
                   Wide<T>* __restrict row) {
   using A = Wide<T>;
   A buffer[4][kVectorChunk];
@@ -292,7 +292,7 @@ void vector_point(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& ta
 
 // The same from a map whose channels are adjacent.
 template <typename T>
-void vector_rows(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t channels, Wide<T>* rows,
+void vector_rows(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t channels, Wide<T>* rows,
                  int64_t row_stride) {
   for (int64_t i = 0; i < taps.count; ++i) {
     for (int64_t c = 0; c < channels; c += kVectorChunk) {
@@ -304,7 +304,7 @@ void vector_rows(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& tap
 
 // Asks for the taps of a point that is to come: they lie anywhere.
 template <typename T>
-inline void prefetch_vectors(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t i, int64_t n) {
+inline void prefetch_vectors(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t i, int64_t n) {
   if (i >= taps.count || taps.inside[i] != 15) return;
   const T* p = map + taps.offset[i];
   for (int64_t k = 0; k < n; k += static_cast<int64_t>(64 / sizeof(T))) {
@@ -318,7 +318,7 @@ inline void prefetch_vectors(const T* map, const SampleGrid& grid, const Taps<Wi
 // As planes, from a map whose channels are adjacent; points must be consecutive. Sixteen points are sampled into a
 // tile, which is then written channel by channel.
 template <typename T>
-void vectors(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, int64_t channels, T* out,
+void vectors(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, int64_t channels, T* out,
              int64_t out_stride) {
   using A = Wide<T>;
   constexpr int64_t kPoints = 16, kAhead = 4;
@@ -349,7 +349,7 @@ void vectors(const T* map, const SampleGrid& grid, const Taps<Wide<T> >& taps, i
 
 // plane[tap] += weight * grad[point]
 template <typename T>
-void add_plane(const SampleGrid& grid, const Taps<Wide<T> >& taps, const T* grad, int64_t grad_stride, Wide<T>* plane) {
+void add_plane(const SampleGrid& grid, const Taps<Wide<T>>& taps, const T* grad, int64_t grad_stride, Wide<T>* plane) {
   using A = Wide<T>;
   for (int64_t i = 0; i < taps.count; ++i) {
     const A g = widen(grad[taps.point[i] * grad_stride]);
@@ -390,7 +390,7 @@ inline void sum_run(const Runs<A>& runs, int64_t r, const A* __restrict chunk, A
 
 // map[offset + c * stride_c] = sum of weight * chunk[point]: kPlaneChunk planes, or kVectorChunk adjacent channels
 template <typename T>
-void write_planes(const Runs<Wide<T> >& runs, const Wide<T>* chunk, int64_t channels, T* map, int64_t stride_c) {
+void write_planes(const Runs<Wide<T>>& runs, const Wide<T>* chunk, int64_t channels, T* map, int64_t stride_c) {
   Wide<T> sum[kPlaneChunk];
   if (channels == kPlaneChunk) {
     for (int64_t r = 0; r < runs.count; ++r) {
@@ -407,7 +407,7 @@ void write_planes(const Runs<Wide<T> >& runs, const Wide<T>* chunk, int64_t chan
 }
 
 template <typename T>
-void write_vectors(const Runs<Wide<T> >& runs, const Wide<T>* chunk, int64_t channels, T* map) {
+void write_vectors(const Runs<Wide<T>>& runs, const Wide<T>* chunk, int64_t channels, T* map) {
   Wide<T> sum[kVectorChunk];
   for (int64_t r = 0; r < runs.count; ++r) {
     sum_run<Wide<T>, kVectorChunk>(runs, r, chunk, sum);

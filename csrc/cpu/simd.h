@@ -132,17 +132,17 @@ RENDSEG_INLINE HalfBits narrow_bfloat(Vec<float> v) {
 
 // kLanes elements in the type of the arithmetic.
 template <typename T>
-RENDSEG_INLINE Vec<Wide<T> > load(const T* p) {
+RENDSEG_INLINE Vec<Wide<T>> load(const T* p) {
   if constexpr (std::is_same_v<T, c10::Half>) {
     return widen_half(load_bits<HalfBits>(p));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
     return widen_bfloat(load_bits<HalfBits>(p));
   } else {
-    return load_bits<Vec<T> >(p);
+    return load_bits<Vec<T>>(p);
   }
 }
 template <typename T>
-RENDSEG_INLINE void store(T* p, Vec<Wide<T> > v) {
+RENDSEG_INLINE void store(T* p, Vec<Wide<T>> v) {
   if constexpr (std::is_same_v<T, c10::Half>) {
     store_bits(p, narrow_half(v));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -153,20 +153,20 @@ RENDSEG_INLINE void store(T* p, Vec<Wide<T> > v) {
 }
 // The first `count` <= kLanes elements; a load fills with zeros.
 template <typename T>
-RENDSEG_INLINE Vec<Wide<T> > load_part(const T* p, int64_t count) {
-  T padded[kLanes<Wide<T> >] = {};
+RENDSEG_INLINE Vec<Wide<T>> load_part(const T* p, int64_t count) {
+  T padded[kLanes<Wide<T>>] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
 }
 template <typename T>
-RENDSEG_INLINE void store_part(T* p, Vec<Wide<T> > v, int64_t count) {
-  T kept[kLanes<Wide<T> >];
+RENDSEG_INLINE void store_part(T* p, Vec<Wide<T>> v, int64_t count) {
+  T kept[kLanes<Wide<T>>];
   store(kept, v);
   __builtin_memcpy(p, kept, count * sizeof(T));
 }
 // Rounded to what a store in T would keep.
 template <typename T>
-RENDSEG_INLINE Vec<Wide<T> > round_to(Vec<Wide<T> > v) {
+RENDSEG_INLINE Vec<Wide<T>> round_to(Vec<Wide<T>> v) {
   if constexpr (std::is_same_v<T, c10::Half>) {
     return widen_half(narrow_half(v));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -180,7 +180,7 @@ RENDSEG_INLINE Vec<Wide<T> > round_to(Vec<Wide<T> > v) {
 // A store that bypasses the caches. `p` must be aligned to the vector where T is float; other types, and the baseline,
 // store as usual.
 template <typename T>
-RENDSEG_INLINE void stream(T* p, Vec<Wide<T> > v) {
+RENDSEG_INLINE void stream(T* p, Vec<Wide<T>> v) {
 #if RENDSEG_ISA == 2
   if constexpr (sizeof(T) == 4) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
 #elif RENDSEG_ISA == 1
@@ -224,13 +224,13 @@ RENDSEG_INLINE float widen(c10::Half x) {
 template <typename T>
 inline void widen_row(const T* from, int64_t count, Wide<T>* to) {
   int64_t i = 0;
-  for (; i + kLanes<Wide<T> > <= count; i += kLanes<Wide<T> >) store(to + i, load(from + i));
+  for (; i + kLanes<Wide<T>> <= count; i += kLanes<Wide<T>>) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = widen(from[i]);
 }
 template <typename T>
 inline void narrow_row(const Wide<T>* from, int64_t count, T* to) {
   int64_t i = 0;
-  for (; i + kLanes<Wide<T> > <= count; i += kLanes<Wide<T> >) store(to + i, load(from + i));
+  for (; i + kLanes<Wide<T>> <= count; i += kLanes<Wide<T>>) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = narrow<T>(from[i]);
 }
 
@@ -323,7 +323,7 @@ RENDSEG_INLINE Vec<A> exchange(Vec<A> v, std::integer_sequence<int, Lane...>) {
 }
 template <typename A, int Step>
 RENDSEG_INLINE Vec<A> exchange(Vec<A> v) {
-  return exchange<A, Step>(v, std::make_integer_sequence<int, kLanes<A> >{});
+  return exchange<A, Step>(v, std::make_integer_sequence<int, kLanes<A>>{});
 }
 template <typename A, int Step = kLanes<A> / 2>
 RENDSEG_INLINE A sum_lanes(Vec<A> v) {
@@ -384,10 +384,10 @@ RENDSEG_INLINE Vec<A> load_strided(const A* p, int64_t stride) {
 
 // p[index[i]], 0 where the index is -1.
 template <typename T>
-RENDSEG_INLINE Vec<Wide<T> > gather(const T* p, const int32_t* index) {
+RENDSEG_INLINE Vec<Wide<T>> gather(const T* p, const int32_t* index) {
 #if RENDSEG_ISA > 0
   if constexpr (std::is_same_v<T, float>) {
-    const Ints<T> at = load_bits<Ints<T> >(index);
+    const Ints<T> at = load_bits<Ints<T>>(index);
 #if RENDSEG_ISA == 2
     const __mmask16 wanted = _mm512_cmpge_epi32_mask((__m512i)at, (__m512i)Ints<T>{});
     return (Vec<T>)_mm512_mask_i32gather_ps((__m512)Vec<T>{}, wanted, (__m512i)at, p, 4);
@@ -396,8 +396,8 @@ RENDSEG_INLINE Vec<Wide<T> > gather(const T* p, const int32_t* index) {
 #endif
   }
 #endif
-  T picked[kLanes<Wide<T> >];
-  for (int i = 0; i < kLanes<Wide<T> >; ++i) picked[i] = index[i] >= 0 ? p[index[i]] : T(0);
+  T picked[kLanes<Wide<T>>];
+  for (int i = 0; i < kLanes<Wide<T>>; ++i) picked[i] = index[i] >= 0 ? p[index[i]] : T(0);
   return load(picked);
 }
 
@@ -405,7 +405,7 @@ RENDSEG_INLINE Vec<Wide<T> > gather(const T* p, const int32_t* index) {
 // The sixteen pairs p[at[i]], p[at[i] + 1], fetched as one word each; 0 where bit i of `wanted` is not set.
 RENDSEG_INLINE void gather_pairs(const float* p, const int64_t* at, uint32_t wanted, Vec<float>& first,
                                  Vec<float>& second) {
-  const __m512i low_at = (__m512i)load_bits<Ints<double> >(at), high_at = (__m512i)load_bits<Ints<double> >(at + 8);
+  const __m512i low_at = (__m512i)load_bits<Ints<double>>(at), high_at = (__m512i)load_bits<Ints<double>>(at + 8);
   const __m512 low =
       (__m512)_mm512_mask_i64gather_pd((__m512d)Vec<double>{}, static_cast<__mmask8>(wanted), low_at, p, 4);
   const __m512 high =

@@ -135,7 +135,7 @@ void interpolate_row(SubdivideTile<T>& t, int64_t y) {
         if (base > count - L) base = count - L;
         I il, iu;
         for (int j = 0; j < L; ++j) il[j] = lower[b * L + j], iu[j] = upper[b * L + j];
-        const Lane<A> offset = static_cast<Lane<A> >(base + begin);
+        const Lane<A> offset = static_cast<Lane<A>>(base + begin);
         il -= offset, iu -= offset;
         for (int64_t c = c0; c < c1; ++c) {
           const V s = load(plane + c * stride + base);
@@ -200,7 +200,7 @@ RENDSEG_INLINE void write_keys(const SubdivideArgs& a, int64_t at, int64_t valid
 // `U` blocks of columns from block `b`, in `R` output rows from row `y` that lie between the same two source rows.
 template <typename T, int kMode, int R, int U, bool kPartial>
 RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, const Wide<T>* row0, const Wide<T>* row1,
-                                    const UpsampleTap<Wide<T> >* taps) {
+                                    const UpsampleTap<Wide<T>>* taps) {
   using A = Wide<T>;
   using V = Vec<A>;
   using I = Ints<A>;
@@ -223,7 +223,7 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
   const int64_t c_begin = (kMode & kSingle) != 0 && (kMode & kStore) == 0 ? chosen : 0;
   const int64_t c_end = (kMode & kSingle) != 0 && (kMode & kStore) == 0 ? chosen + 1 : channels;
   for (int64_t c = c_begin; c < c_end; ++c) {
-    const I channel = I{} + static_cast<Lane<A> >(c);
+    const I channel = I{} + static_cast<Lane<A>>(c);
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const V s0 = load(row0 + ((b + u) * channels + c) * L);
@@ -288,7 +288,7 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
 }
 
 template <typename T, int kMode, int R>
-void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<Wide<T> >* taps) {
+void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<Wide<T>>* taps) {
   using A = Wide<T>;
   constexpr int L = kLanes<A>;
   const A* row0 = t.rows[taps[0].lower & 1];

@@ -49,7 +49,7 @@ struct Buffer {
 
 template <typename A>
 inline Ints<A> magnitude_bits(Vec<A> v) {
-  return (Ints<A>)v & std::numeric_limits<Lane<A> >::max();
+  return (Ints<A>)v & std::numeric_limits<Lane<A>>::max();
 }
 
 // The two largest channels so far of kLanes cells, and the largest magnitude as bits, which tells whether a NaN was
@@ -96,7 +96,7 @@ constexpr int64_t kBlockVectors = kBlock / kLanes<A>;
 // Adds `Channels` planes to the running top two of `count` <= kBlock cells. Several planes at a time, so that the state
 // is loaded and stored less often, and few enough for the hardware prefetcher to follow.
 template <typename T, int Channels>
-inline void add_planes(const T* planes, int64_t channel_stride, int64_t count, Running<Wide<T> >* state) {
+inline void add_planes(const T* planes, int64_t channel_stride, int64_t count, Running<Wide<T>>* state) {
   using A = Wide<T>;
   const int64_t whole = count / kLanes<A>;
   for (int64_t v = 0; v < whole; ++v) {
@@ -247,7 +247,7 @@ void locate(const float* xy, int64_t count, int32_t height, int32_t width, Sampl
 
 // Adds one plane, sampled at the points of `taps` and rounded to T, to their running top two.
 template <typename T, typename Plane>
-void add_sampled_plane(const Plane* plane, const Taps<Wide<T> >& taps, int64_t count, Running<Wide<T> >* state) {
+void add_sampled_plane(const Plane* plane, const Taps<Wide<T>>& taps, int64_t count, Running<Wide<T>>* state) {
   using A = Wide<T>;
   for (int64_t i = 0; i < count; i += kLanes<A>) {
     Vec<A> sum = gather(plane, taps.index[0] + i) * load(taps.weight[0] + i);
@@ -269,8 +269,8 @@ void sampled_planar(const MarginMap& map, const float* xy, int64_t count, Sample
   // Channels outside, so that one plane at a time is in cache, unless there is a single one.
   const int64_t group = map.channels == 1 ? 1 : blocks < 4 ? blocks : 4;
   const int64_t vectors = kPoints / kLanes<A>;
-  const Buffer<Taps<A> > tap_buffer(group);
-  const Buffer<Running<A> > state_buffer(group * vectors);
+  const Buffer<Taps<A>> tap_buffer(group);
+  const Buffer<Running<A>> state_buffer(group * vectors);
   Taps<A>* const taps = tap_buffer.data;
   Running<A>* const state = state_buffer.data;
   // Halves cannot be gathered as vectors: with many points to a cell, widening the plane first is cheaper.
@@ -322,7 +322,7 @@ void sampled_interleaved(const MarginMap& map, const float* xy, int64_t count, S
   constexpr int64_t kPoints = Taps<A>::kPoints;
   const T* base = static_cast<const T*>(map.data);
   const int64_t channels = map.channels;
-  const Buffer<Taps<A> > tap_buffer(1);
+  const Buffer<Taps<A>> tap_buffer(1);
   Taps<A>& taps = *tap_buffer.data;
   const Buffer<T> zeros(channels);
   const Buffer<A> scratch(kLanes<A> * channels);
