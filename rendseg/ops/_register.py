@@ -57,8 +57,8 @@ def register(
 
 
 def impl(name: str, function: Callable[..., Any], key: str) -> None:
-    """Register ``function`` of every argument of the schema for one dispatch key (autocast, in-place autograd)."""
-    _LIBRARY.impl(name, with_defaults(name, function), key)
+    """Register ``function`` for one dispatch key (autocast, in-place autograd)."""
+    _LIBRARY.impl(name, function, key)
 
 
 def use_reference(name: str, tensor: Tensor) -> bool:
