@@ -15,6 +15,7 @@ from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.automatic import adopt
 from rendseg.engine.checkpoint import CheckpointError
 from rendseg.engine.config import Config, ConfigError, build_config, differences
+from rendseg.engine.optimize import learning_rate
 from rendseg.engine.runtime import gather
 from rendseg.engine.sharding import shard_optimizer_state
 
@@ -89,6 +90,20 @@ def check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, Any
             f"process 0 finds {texts[0]} in {run_dir}, process {other} {texts[1]}; output.dir must lie on a file "
             "system that all machines share"
         )
+
+
+def schedule_change(found: tuple[Path, Mapping[str, Any]], config: Config, iteration: int) -> list[str]:
+    """What changes in the learning rate where a run goes on with another schedule or length: a line, or none."""
+    before, now = build_config(found[1]["config"], source=str(found[0])).train, config.train
+    old, new = (
+        learning_rate(min(iteration, t.iterations), t.iterations, t.optimizer.lr, t.schedule) for t in (before, now)
+    )
+    if (before.iterations, before.schedule, before.optimizer.lr) == (now.iterations, now.schedule, now.optimizer.lr):
+        return []
+    return [
+        f"the learning rate changes at iteration {iteration}: {old:.3g} in the schedule of {before.iterations} "
+        f"iterations so far, {new:.3g} in that of {now.iterations} from here\n"
+    ]
 
 
 def restore(

@@ -200,7 +200,7 @@ def agree(accelerator: Accelerator, flag: bool) -> bool:
 
 def mean_over_processes(accelerator: Accelerator, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
     """Each of ``sums`` over ``count``, as the mean of all processes."""
-    values = torch.stack([value.double() for value in sums.values()]) / count
+    values = torch.stack([*sums.values()]) / count
     values = accelerator.reduce(values, "mean")
     return dict(zip(sums, values.tolist(), strict=True))
 

@@ -33,6 +33,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from rendseg._float64 import widest
 from rendseg._version import __version__
 from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.assemble import build_data, build_network
@@ -46,7 +47,7 @@ from rendseg.engine.lock import RunLock
 from rendseg.engine.optimize import build_optimizer, learning_rate
 from rendseg.engine.order import image_keys
 from rendseg.engine.predict import make_pictures, save_pictures
-from rendseg.engine.resume import Progress, check_shared, find_resume, restore
+from rendseg.engine.resume import Progress, check_shared, find_resume, restore, schedule_change
 from rendseg.engine.runtime import (
     StopRequested,
     StopSignals,
@@ -193,6 +194,7 @@ class Run:
                 print("train.fsdp: one process has nothing to shard over; start several with torchrun")
             if found is not None:
                 print(f"continuing {found[0]} at iteration {progress.iteration} of {config.train.iterations}")
+                print(*schedule_change(found, config, progress.iteration), sep="", end="")
             _make_folder(config)
         writer = _tensorboard(config, progress.iteration) if main and options.tensorboard else None
         batches = training_batches(
@@ -219,7 +221,7 @@ class Run:
             batches,
             writer,
             _progress_bar(config, progress.iteration, main),
-            {k: torch.tensor(v, device=device, dtype=torch.float64) for k, v in progress.window.items()},
+            {k: torch.tensor(v, device=device, dtype=widest(device)) for k, v in progress.window.items()},
             _Clock(progress),
             _BadLoss(device),
             Pace(device),
@@ -253,7 +255,7 @@ class Run:
             loss, terms = self._descend(images, labels, *self._keys(part))
             self.bad_loss.watch(progress.iteration, loss, terms)
             for name, term in {"loss": loss, **terms}.items():
-                share = term.double() / options.gradient_accumulation
+                share = term.to(widest(term.device)) / options.gradient_accumulation
                 self.sums[name] = self.sums[name] + share if name in self.sums else share
         progress.iteration += 1
         progress.samples += self.step_images

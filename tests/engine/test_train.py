@@ -199,15 +199,18 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.bad_input
-def test_another_configuration_does_not_continue_silently(tmp_path: Path) -> None:
+def test_another_configuration_does_not_continue_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_config(tmp_path, iterations=2))
     with pytest.raises(ConfigError, match=r"train\.optimizer\.lr: 0\.02 there, 0\.5 now"):
         train(tiny_config(tmp_path, "train.optimizer.lr=0.5", iterations=2))
     last = tmp_path / "tiny" / "last.pt"
     seen: list[int] = []
     train(tiny_config(tmp_path, "train.log_every=1", iterations=2), seen.append)  # harmless: accepted, finished
+    capsys.readouterr()
     train(tiny_config(tmp_path, f"resume={last}", iterations=3), seen.append)  # told to: continues with new settings
     assert seen == [3]
+    change = f"iteration 2: 0 in the schedule of 2 iterations so far, {0.02 * (1 / 3) ** 0.9:.3g} in that of 3"
+    assert change in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="another model: .*differ in shape, first"):
         train(tiny_config(tmp_path, f"resume={last}", "model.decoder.channels=24", "name=other", iterations=3))
 
