@@ -8,6 +8,7 @@ RENDSEG_NO_EXTENSION=1          install pure Python
 RENDSEG_REQUIRE_EXTENSION=0|1   go on as pure Python | stop with the cause when the extension cannot be built
                                 (default: 1 for ``setup.py build_ext``, 0 for an install)
 TORCH_CUDA_ARCH_LIST            GPU architectures, as in PyTorch: "9.0", "8.0;9.0+PTX"
+RENDSEG_EMULATE_AVX512=1        for tests: compile the AVX-512 kernels so that they run on a processor with AVX2, slowly
 CUDA_HOME                       the CUDA toolkit: the folder that holds include/cuda_runtime.h
 CXX, MAX_JOBS                   C++ compiler, and the number of parallel compile jobs (default: the cores)
 """
@@ -231,9 +232,12 @@ class Plan:
 
         # Not CppExtension: the module uses no symbol of libtorch_python, and so loads in any process that has libtorch.
         flags = build_flags(clang)
+        emulated = flag("RENDSEG_EMULATE_AVX512")
+        if emulated:  # -Wno-psabi: how functions take 64-byte vectors matters to nobody outside
+            flags["cxx"] += ["-DRENDSEG_EMULATE_AVX512", "-Wno-psabi"]
         self.facts["FLAGS"] = flags
         if platform.machine() in ("x86_64", "AMD64"):
-            self.facts["CPU_ISAS"] = ("default", "avx2", "avx512")
+            self.facts["CPU_ISAS"] = ("default", "avx2", "avx512 (emulated)" if emulated else "avx512")
         else:
             self.facts["CPU_ISAS"] = ("default",)
         include_dirs = cpp_extension.include_paths()

@@ -1,9 +1,6 @@
-// Every operator schema of rendseg, one page, and the pybind11 module rendseg._C (build facts and the choice of
-// instruction set, nothing else). rendseg/ops/schemas.py holds the same words for the case where this library is
-// absent; a test compares the two.
+// Every operator schema of rendseg, one page. rendseg/ops/schemas.py holds the same words for the case where this
+// library is absent; a test compares the two.
 #include <torch/library.h>
-
-#include "ops.h"
 
 TORCH_LIBRARY(rendseg, m) {
   // uncertain_points

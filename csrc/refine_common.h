@@ -1,4 +1,4 @@
-// What the CPU and the CUDA refine share: options, argument checks, the map that a step fills.
+// What the CPU and the CUDA refine share: options, argument checks, what a step recomputes and the map that it fills.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@ namespace rendseg {
 
 struct RefineOptions {
   int64_t steps, num_points;
-  bool current_source;  // the coarse features come from the map being refined, not from the original one
+  bool current_source;  // the coarse features are cells of the step's upsampled map, not samples of the original one
   int64_t scale_factor;
   bool align_corners, border, coarse_each_layer, coarse_first, labels;
 };
@@ -71,6 +71,32 @@ inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::
   }
 }
 
+// The arguments of _refine_mlp, checked; its options as one thing.
+inline RefineOptions refine_options(const at::Tensor& coarse, at::TensorList features, at::TensorList weights,
+                                    at::TensorList biases, int64_t steps, int64_t num_points,
+                                    c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
+                                    c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first,
+                                    bool labels) {
+  const bool current = coarse_source == "current", border = padding_mode == "border";
+  const RefineOptions options{steps,  num_points,        current,      scale_factor, align_corners,
+                              border, coarse_each_layer, coarse_first, labels};
+  check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
+  return options;
+}
+
+// What one step recomputes: `count` cells of each image of a map of height x width.
+struct RefineCells {
+  int64_t height, width, count;
+  bool every;   // all of them: nothing is upsampled or selected
+  bool labels;  // the step is the last, and writes labels
+};
+
+inline RefineCells refine_cells(const at::Tensor& previous, int64_t step, const RefineOptions& o) {
+  const int64_t height = previous.size(2) * o.scale_factor, width = previous.size(3) * o.scale_factor;
+  const bool every = o.num_points >= height * width;
+  return {height, width, every ? height * width : o.num_points, every, o.labels && step + 1 == o.steps};
+}
+
 // Whether the loop runs in float64.
 inline bool refine_is_wide(const at::Tensor& coarse, at::TensorList features, at::TensorList weights) {
   const bool wide = features[0].scalar_type() == at::kDouble;
@@ -82,7 +108,7 @@ inline bool refine_is_wide(const at::Tensor& coarse, at::TensorList features, at
 
 inline at::ScalarType label_dtype(int64_t classes) { return classes <= 256 ? at::kByte : at::kShort; }
 
-// The answer of no step at all.
+// The result of no step at all.
 inline at::Tensor unrefined(const at::Tensor& coarse, bool labels) {
   return labels ? coarse.argmax(1).to(label_dtype(coarse.size(1))) : coarse.clone();
 }

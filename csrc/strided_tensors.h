@@ -36,6 +36,12 @@ inline MapView map_view(const at::Tensor& map /*[N,C,H,W]*/) {
           map.stride(3)};
 }
 
+// To write into: a tensor that shares its memory until it is written gets memory of its own.
+inline MapView mutable_map_view(const at::Tensor& map) {
+  map.mutable_data_ptr();
+  return map_view(map);
+}
+
 inline PointsView points_view(const at::Tensor& values /*[N,C,P]*/) {
   return {const_cast<void*>(values.const_data_ptr()),
           dtype_of(values.scalar_type()),

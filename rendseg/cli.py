@@ -7,6 +7,7 @@ commands themselves are in ``rendseg/engine/commands.py``, imported once it is k
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from collections.abc import Sequence
 
@@ -24,8 +25,8 @@ NEEDED = {
 }
 USAGE = """\
 usage: rendseg train CONFIG [key=value ...]
-       rendseg eval CHECKPOINT [--preset NAME] [key=value ...]
-       rendseg predict CHECKPOINT IMAGES... --out DIR
+       rendseg eval CHECKPOINT [--preset NAME] [--labels classes|dataset] [key=value ...]
+       rendseg predict CHECKPOINT IMAGES... --out DIR [--labels classes|dataset]
        rendseg export CHECKPOINT --format pt2|aoti|onnx [--out FILE] [key=value ...]
        rendseg experiment CONFIG [--only VARIANT] [key=value ...]
        rendseg data check CONFIG [key=value ...]
@@ -33,8 +34,11 @@ usage: rendseg train CONFIG [key=value ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 when done, 1 when done in part, 2 when the input cannot be used, 128 + n after
-    signal n."""
+    """Run one command. Returns 0 when done, 1 when ``data check`` found problems, 2 when the input cannot be used, 3
+    when some of several images were done, 128 + n after signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character, a file name of any bytes
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if arguments is None else arguments)
     asks_help = bool({"-h", "--help"} & set(argv)) or not argv
     if argv[:1] == ["doctor"] and not asks_help:

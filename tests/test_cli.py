@@ -57,10 +57,10 @@ def test_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     cut.write_bytes(good.read_bytes()[:300])
     out = tmp_path / "out"
     images = [str(p) for p in (bad, good, tmp_path / "missing.png", cut, odd)]
-    assert main(["predict", str(trained / "last.pt"), *images, "--out", str(out)]) == 1
+    assert main(["predict", str(trained / "last.pt"), *images, "--out", str(out)]) == 3
     errors = capsys.readouterr().err
     assert all(f"{p}" in errors for p in (bad, cut, tmp_path / "missing.png"))
-    assert "3 of 5 images could not be read" in errors
+    assert "3 of 5 images or folders could not be predicted" in errors
     assert sorted(p.name for p in out.iterdir()) == [
         f"{name}_{kind}.png" for name in "ab" for kind in ("labels", "overlay", "side_by_side")
     ]

@@ -14,14 +14,11 @@
 #include <vector>
 
 #include "../encode_common.h"
-#include "encode_includes.h"
+#include "../strided_tensors.h"
 #include "huge_pages.h"
-#include "isa.h"
 
-#define RENDSEG_ISA 0
-#include "isa_begin.h"
-#include "encode_kernels.h"
-#include "isa_end.h"
+#define RENDSEG_KERNELS "encode_kernels.h"
+#include "compile_kernels.h"
 
 namespace rendseg {
 namespace {
@@ -31,23 +28,28 @@ using at::Tensor;
 // ---- Tensors as the kernels want them
 
 template <typename T>
-constexpr at::ScalarType kWide = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+constexpr at::ScalarType kArithmetic = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
 
 // x[B,D,H,W] or [B,D,M]
-EncodeView view_of_map(const Tensor& x) {
-  const int64_t position = x.dim() == 3 ? x.stride(2) : x.size(3) > 1 ? x.stride(3) : x.stride(2);
-  return {const_cast<void*>(x.const_data_ptr()), x.scalar_type(), x.stride(0), position, x.stride(1)};
+PointsView view_of_map(const Tensor& x) {
+  if (x.dim() == 3) return points_view(x);
+  return {const_cast<void*>(x.const_data_ptr()),
+          dtype_of(x.scalar_type()),
+          x.size(0),
+          x.size(1),
+          positions_of(x),
+          x.stride(0),
+          x.stride(1),
+          x.size(3) > 1 ? x.stride(3) : x.stride(2)};
 }
 
 // t[B,M,D] or [B,M,K]
-EncodeView view_of_rows(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.scalar_type(), t.stride(0), t.stride(1), t.stride(2)};
-}
+PointsView view_of_rows(const Tensor& t) { return points_view(t.transpose(1, 2)); }
 
 // t[B,K,D] as [B][D][padded], in the type of the arithmetic.
 template <typename T>
 std::vector<T> pack(const Tensor& t, int64_t padded) {
-  const Tensor dense = t.to(kWide<T>).contiguous();
+  const Tensor dense = t.to(kArithmetic<T>).contiguous();
   const T* from = dense.template const_data_ptr<T>();
   const int64_t codes = t.size(1), channels = t.size(2);
   std::vector<T> packed(t.size(0) * channels * padded);
@@ -69,7 +71,7 @@ struct Codebook {
         codewords(pack<T>(codewords_.unsqueeze(0), padded)),
         scale(padded) {
     if (scale_ != nullptr) {
-      const Tensor dense = scale_->to(kWide<T>).contiguous();
+      const Tensor dense = scale_->to(kArithmetic<T>).contiguous();
       std::copy_n(dense.template const_data_ptr<T>(), codes, scale.begin());
     }
   }
@@ -106,9 +108,6 @@ void run(const EncodeTask<T>& task, void (*kernel)(const EncodeTask<T>&, int64_t
   at::parallel_for(0, task.batch * task.chunks, 1, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
 }
 
-#define RENDSEG_PICK_ENCODE(name) \
-  pick(&baseline::EncodeKernels<T>::name, &avx2::EncodeKernels<T>::name, &avx512::EncodeKernels<T>::name)
-
 // Partial sums of every chunk, [batch * chunks][width], and their totals in a fixed order.
 template <typename T>
 class Partials {
@@ -117,7 +116,7 @@ class Partials {
       : batch_(task.batch),
         chunks_(task.chunks),
         width_(width),
-        values_(at::empty({batch_ * chunks_, width}, at::TensorOptions().dtype(kWide<T>))) {}
+        values_(at::empty({batch_ * chunks_, width}, at::TensorOptions().dtype(kArithmetic<T>))) {}
   T* data() { return values_.template mutable_data_ptr<T>(); }
 
   // [batch][width], or [width] over all images; left in the first rows of the partial sums themselves
@@ -148,7 +147,7 @@ class Partials {
 // The inverse of pack: sums[B][D][padded] as [B,K,D].
 template <typename T>
 Tensor unpack(int64_t batch, const Codebook<T>& book, const T* sums) {
-  Tensor out = at::empty({batch, book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
+  Tensor out = at::empty({batch, book.codes, book.channels}, at::TensorOptions().dtype(kArithmetic<T>));
   T* to = out.template mutable_data_ptr<T>();
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; k < book.codes; ++k) {
@@ -163,7 +162,7 @@ Tensor unpack(int64_t batch, const Codebook<T>& book, const T* sums) {
 template <typename T>
 Tensor codeword_grad(int64_t batch, const Codebook<T>& book, const T* grad, const T* sum_assigned,
                      const T* sum_residual) {
-  Tensor out = at::empty({book.codes, book.channels}, at::TensorOptions().dtype(kWide<T>));
+  Tensor out = at::empty({book.codes, book.channels}, at::TensorOptions().dtype(kArithmetic<T>));
   T* to = out.template mutable_data_ptr<T>();
   for (int64_t k = 0; k < book.codes; ++k) {
     for (int64_t d = 0; d < book.channels; ++d) {
@@ -181,7 +180,7 @@ Tensor codeword_grad(int64_t batch, const Codebook<T>& book, const T* grad, cons
 
 template <typename T>
 Tensor first_codes(const T* values, int64_t codes) {
-  Tensor out = at::empty({codes}, at::TensorOptions().dtype(kWide<T>));
+  Tensor out = at::empty({codes}, at::TensorOptions().dtype(kArithmetic<T>));
   std::copy_n(values, codes, out.template mutable_data_ptr<T>());
   return out;
 }
@@ -199,7 +198,7 @@ Tensor scaled_l2_impl(const Tensor& x, const Tensor& codewords, const Tensor& sc
   EncodeTask<T> task = plan(x.size(0), x.size(1), book);
   task.x = view_of_rows(x);
   task.map_out = view_of_rows(out);
-  run(task, RENDSEG_PICK_ENCODE(scaled_l2));
+  run(task, RENDSEG_PICK(scaled_l2<T>));
   return out;
 }
 
@@ -226,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_l2_backward_impl(const Tensor& grad, c
   task.x_grad = view_of_rows(x_grad);
   task.sum_residual = residual.data();
   task.sum_scale = scale_sum.data();
-  run(task, RENDSEG_PICK_ENCODE(scaled_l2_backward));
+  run(task, RENDSEG_PICK(scaled_l2_backward<T>));
   const Tensor codes = codeword_grad<T>(task.batch, book, nullptr, nullptr, residual.whole());
   return {x_grad, codes.to(codewords.scalar_type()),
           first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
@@ -254,7 +253,7 @@ Tensor aggregate_impl(const Tensor& assignment, const Tensor& x, const Tensor& c
   task.x = view_of_rows(x);
   task.map = view_of_rows(assignment);
   task.sum_residual = residual.data();
-  run(task, RENDSEG_PICK_ENCODE(aggregate));
+  run(task, RENDSEG_PICK(aggregate<T>));
   return unpack(task.batch, book, residual.per_image());
 }
 
@@ -285,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_backward_impl(const Tensor& grad, c
   task.x_grad = view_of_rows(x_grad);
   task.grad = packed_grad.data();
   task.sum_assigned = assigned.data();
-  run(task, RENDSEG_PICK_ENCODE(aggregate_backward));
+  run(task, RENDSEG_PICK(aggregate_backward<T>));
   const Tensor codes = codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), nullptr);
   return {assignment_grad, x_grad, codes.to(codewords.scalar_type())};
 }
@@ -313,7 +312,7 @@ Tensor encode_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale
   Partials<T> residual(task, book.channels * book.padded);
   task.x = view_of_map(x);
   task.sum_residual = residual.data();
-  run(task, RENDSEG_PICK_ENCODE(encode));
+  run(task, RENDSEG_PICK(encode<T>));
   return unpack(task.batch, book, residual.per_image());
 }
 
@@ -344,7 +343,7 @@ std::tuple<Tensor, Tensor> encode_backward_impl(const Tensor& grad, const Tensor
   task.sum_residual = residual.data();
   task.sum_assigned = assigned.data();
   task.sum_scale = scale_sum.data();
-  run(task, RENDSEG_PICK_ENCODE(encode_backward));
+  run(task, RENDSEG_PICK(encode_backward<T>));
   const Tensor codes = codeword_grad<T>(task.batch, book, task.grad, assigned.per_image(), residual.whole());
   return {codes.to(codewords.scalar_type()), first_codes(scale_sum.whole(), book.codes).to(scale.scalar_type())};
 }

@@ -1,26 +1,72 @@
-// No include guard: the vector kernels of the encoding ops, compiled once for each instruction set (see isa.h,
-// encode.h).
+// The kernels of the encoding ops: scaled_l2, aggregate and encode with their gradients. Compiled once per instruction
+// set, see compile_kernels.h.
 //
-// Everything is summed over the residuals x - c themselves: no ||x||^2 - 2 x c + ||c||^2, no sum a x - c sum a, hence
-// nothing that cancels where features or codewords lie far from zero or from each other. The subtraction is nearly free
-// beside the multiplication. Every sum over channels or positions is in two levels (block, then whole), which keeps
-// rounding errors small.
+// B images, M positions, D channels, K codes (`codes`, padded with zeros to `padded`, a multiple of kEncodePad). An op
+// walks over tiles of kEncodeTile = 96 positions of one image. A tile is read once, widened and transposed where
+// needed, into [D][96] (4 bytes D 96: 196 KB at D = 512, for the second-level cache), and everything is made while it
+// is there:
+//
+//   contract_channels   tile, codewords [D][padded] -> distances [96][padded]: sum over channels of (x - c)^2, and in
+//                       the backward the products of the residuals x - c with the gradient of the result
+//   softmax_rows        distances -> assignment [96][padded]
+//   contract_positions  tile, assignment -> sums [D][padded]: sum over positions of a (x - c)
+//   contract_codes      tile, weights [padded][96] -> gradient of the tile, in place
+//
+// Each product keeps a block of sums in registers (see "Register blocks"). Everything is summed over the residuals x -
+// c themselves: no ||x||^2 - 2 x c + ||c||^2, no sum a x - c sum a, hence nothing that cancels where features or
+// codewords lie far from zero or from each other; the subtraction is nearly free beside the multiplication. Every sum
+// is in two levels (block, then whole), which keeps rounding errors small. Tiles are grouped in chunks that depend on
+// the shape alone; each has its own partial sums, which encode.cpp adds in order, so that results do not depend on the
+// number of threads. Scratch of a thread: the tile and five arrays of [96][padded] values.
+#ifndef RENDSEG_ISA
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+namespace rendseg {
+
+constexpr int64_t kEncodeTile = 96;
+constexpr int64_t kEncodePad = 16;
+
+// T is the type of the arithmetic: float, or double when an input is.
+template <typename T>
+struct EncodeTask {
+  int64_t batch = 0, positions = 0, channels = 0, codes = 0, padded = 0;
+  int64_t chunks = 0, chunk_tiles = 0;  // chunks of one image; tiles of one chunk
+
+  PointsView x;                  // [B,M,D]
+  const T* codewords = nullptr;  // [D][padded]
+  const T* scale = nullptr;      // [padded]
+  const T* grad = nullptr;       // [B][D][padded]: of the result [B,K,D]
+
+  PointsView map;      // [B,M,K]: assignment, or gradient of scaled_l2
+  PointsView map_out;  // [B,M,K]: scaled_l2, or gradient of the assignment
+  PointsView x_grad;   // [B,M,D]
+
+  // Partial sums of each chunk, [B * chunks] of each
+  T* sum_residual = nullptr;  // [D][padded]: of weight * (x - codeword)
+  T* sum_assigned = nullptr;  // [padded]: of the assignment
+  T* sum_scale = nullptr;     // [padded]: gradient of the scale
+};
+
+}  // namespace rendseg
+
+#else
+
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
-
-#define RENDSEG_INLINE inline __attribute__((always_inline))
+namespace {
 
 // Register blocks, as large as the registers hold: positions or channels (rows) by vectors.
 #if RENDSEG_ISA == 2
-constexpr int kVectorBytes = 64;
-constexpr int kRows = 12;       // of one sum of two vectors a row
-constexpr int kWide = 2;        // vectors of a row of kPairRows, with two things to hold of each
-constexpr int kAcrossRows = 4;  // channels by kAcross vectors of positions, likewise
+constexpr int kRows = 12;        // of one sum of two vectors a row
+constexpr int kPairVectors = 2;  // vectors of a row of kPairRows, with two things to hold of each
+constexpr int kAcrossRows = 4;   // channels by kAcross vectors of positions, likewise
 constexpr int kAcross = 3;
 #else
-constexpr int kVectorBytes = RENDSEG_ISA == 1 ? 32 : 16;
 constexpr int kRows = 6;
-constexpr int kWide = 1;
+constexpr int kPairVectors = 1;
 constexpr int kAcrossRows = 3;
 constexpr int kAcross = 2;
 #endif
@@ -28,104 +74,9 @@ constexpr int kPairRows = 6;
 constexpr int64_t kTile = kEncodeTile;
 constexpr int64_t kChannelBlock = 64;  // channels whose tile rows and codewords fit the first-level cache
 
-template <typename T>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float V __attribute__((vector_size(kVectorBytes)));
-  typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t Lane;
-  static constexpr int kLanes = kVectorBytes / 4;
-};
-template <>
-struct Simd<double> {
-  typedef double V __attribute__((vector_size(kVectorBytes)));
-  typedef double Loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t Lane;
-  static constexpr int kLanes = kVectorBytes / 8;
-};
-template <typename T>
-using Vec = typename Simd<T>::V;
-template <typename T>
-using Lane = typename Simd<T>::Lane;
-template <typename T>
-constexpr int kLanes = Simd<T>::kLanes;
-
-template <typename T>
-RENDSEG_INLINE Vec<T> load(const T* p) {
-  return *reinterpret_cast<const typename Simd<T>::Loose*>(p);
-}
-template <typename T>
-RENDSEG_INLINE void store(T* p, Vec<T> v) {
-  *reinterpret_cast<typename Simd<T>::Loose*>(p) = v;
-}
-template <typename T>
-RENDSEG_INLINE Vec<T> splat(T value) {
-  return value - Vec<T>{};
-}
-
-template <typename T>
-RENDSEG_INLINE typename Simd<T>::I lanes() {  // 0, 1, 2, ...
-  typename Simd<T>::I v;
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
-  return v;
-}
-
-RENDSEG_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {  // a * b + c
-#if RENDSEG_ISA == 2 && defined(__x86_64__)
-  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif RENDSEG_ISA == 1 && defined(__x86_64__)
-  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-RENDSEG_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if RENDSEG_ISA == 2 && defined(__x86_64__)
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif RENDSEG_ISA == 1 && defined(__x86_64__)
-  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
-#endif
-}
-
-// Lane i of the result is lane (i xor Step) of v.
-template <typename T, int Step, int... Lane>
-RENDSEG_INLINE Vec<T> exchange(Vec<T> v, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(v, v, (Lane ^ Step)...);
-}
-template <typename T, int Step>
-RENDSEG_INLINE Vec<T> exchange(Vec<T> v) {
-  return exchange<T, Step>(v, std::make_integer_sequence<int, kLanes<T>>{});
-}
-template <typename T, int Step = kLanes<T> / 2>
-RENDSEG_INLINE T sum_lanes(Vec<T> v) {
-  if constexpr (Step == 0) {
-    return v[0];
-  } else {
-    return sum_lanes<T, Step / 2>(v + exchange<T, Step>(v));
-  }
-}
-template <typename T>
-RENDSEG_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-template <typename T, int Step = kLanes<T> / 2>
-RENDSEG_INLINE T max_lanes(Vec<T> v) {
-  if constexpr (Step == 0) {
-    return v[0];
-  } else {
-    return max_lanes<T, Step / 2>(larger<T>(v, exchange<T, Step>(v)));
-  }
-}
-
 // exp(x) for x <= 0 (or NaN), to about one unit in the last place; below the normal range it is 0.
 RENDSEG_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  using U = Simd<float>::U;
+  using U = Bits<float>;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec<float> shifted = fused(x, splat(1.44269504f), splat(kShift));
   const Vec<float> n = shifted - kShift;
@@ -153,72 +104,21 @@ RENDSEG_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
 
 template <typename T, typename X>
 RENDSEG_INLINE Vec<T> load_as(const X* p) {
-  if constexpr (std::is_same_v<T, X>) {
-    return load<T>(p);
-  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<X, c10::BFloat16>) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    return (Vec<float>)(__builtin_convertvector(bits, Simd<float>::U) << 16);
-#if RENDSEG_ISA == 2 && defined(__x86_64__)
-  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<X, c10::Half>) {
-    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif RENDSEG_ISA == 1 && defined(__x86_64__)
-  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<X, c10::Half>) {
-    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#endif
+  if constexpr (std::is_same_v<T, Wide<X>>) {
+    return load(p);
   } else {
     Vec<T> v;
     for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(p[i]);
     return v;
   }
 }
-
 template <typename T, typename X>
 RENDSEG_INLINE void store_as(X* p, Vec<T> v) {
-  if constexpr (std::is_same_v<T, X>) {
-    store<T>(p, v);
-  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<X, c10::BFloat16>) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    const Simd<float>::U bits = (Simd<float>::U)v;
-    const Simd<float>::U even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Simd<float>::U nan = Simd<float>::U{} + 0x7fc0u;
-    const Half out = __builtin_convertvector(v == v ? even : nan, Half);
-    std::memcpy(p, &out, sizeof(out));
-#if RENDSEG_ISA == 2 && defined(__x86_64__)
-  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<X, c10::Half>) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif RENDSEG_ISA == 1 && defined(__x86_64__)
-  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<X, c10::Half>) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#endif
+  if constexpr (std::is_same_v<T, Wide<X>>) {
+    store(p, v);
   } else {
     for (int i = 0; i < kLanes<T>; ++i) p[i] = static_cast<X>(v[i]);
   }
-}
-
-// One step of the transposition of a square of vectors: swaps the off-diagonal blocks of size Step.
-template <typename T, int Step, int... Lane>
-RENDSEG_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
-  constexpr int n = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & Step) ? n + (Lane ^ Step) : Lane)...);
-  b = __builtin_shufflevector(a, b, ((Lane & Step) ? n + Lane : (Lane ^ Step))...);
-  a = low;
-}
-template <typename T, int Step>
-RENDSEG_INLINE void transpose_steps(Vec<T>* v) {
-  if constexpr (Step > 0) {
-    constexpr int n = kLanes<T>;
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (!(i & Step)) swap_blocks<T, Step>(v[i], v[i | Step], std::make_integer_sequence<int, n>{});
-    }
-    transpose_steps<T, Step / 2>(v);
-  }
-}
-template <typename T>
-RENDSEG_INLINE void transpose_square(Vec<T>* v) {
-  transpose_steps<T, kLanes<T> / 2>(v);
 }
 
 // out[i][j] (j contiguous, rows `out_stride` apart) = source[i * row + j * column], for i < rows, j < columns.
@@ -242,7 +142,7 @@ void read_rows(const X* source, int64_t row, int64_t column, int64_t rows, int64
       Vec<T> v[n];
 #pragma GCC unroll 16
       for (int lane = 0; lane < n; ++lane) v[lane] = load_as<T, X>(source + i + (j + lane) * column);
-      transpose_square<T>(v);
+      transpose<T>(v);
 #pragma GCC unroll 16
       for (int lane = 0; lane < n; ++lane) store<T>(out + (i + lane) * out_stride + j, v[lane]);
     }
@@ -274,7 +174,7 @@ void write_rows(X* target, int64_t row, int64_t column, int64_t rows, int64_t co
       Vec<T> v[n];
 #pragma GCC unroll 16
       for (int lane = 0; lane < n; ++lane) v[lane] = load<T>(in + (i + lane) * in_stride + j);
-      transpose_square<T>(v);
+      transpose<T>(v);
 #pragma GCC unroll 16
       for (int lane = 0; lane < n; ++lane) store_as<T, X>(target + i + (j + lane) * column, v[lane]);
     }
@@ -286,31 +186,13 @@ void write_rows(X* target, int64_t row, int64_t column, int64_t rows, int64_t co
   }
 }
 
-template <typename X>
-const X* at_position(const EncodeView& view, int64_t image, int64_t position) {
-  return static_cast<const X*>(view.data) + image * view.image + position * view.position;
-}
-
-// The tile [channels][kTile] of x from position `first` on, with zeros behind the last position.
+// The tile [channels][kTile] of x from position `first` on, with zeros beyond the last position.
 template <typename T>
 void read_tile(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t count, T* tile) {
-  const EncodeView& x = task.x;
-  auto read = [&]<typename X>(const X* source) {
-    read_rows<T, X>(source, x.channel, x.position, task.channels, count, tile, kTile);
-  };
-  switch (x.dtype) {
-    case c10::ScalarType::Half:
-      read(at_position<c10::Half>(x, image, first));
-      break;
-    case c10::ScalarType::BFloat16:
-      read(at_position<c10::BFloat16>(x, image, first));
-      break;
-    case c10::ScalarType::Double:
-      read(at_position<double>(x, image, first));
-      break;
-    default:
-      read(at_position<float>(x, image, first));
-  }
+  const PointsView& x = task.x;
+  with_element(x.dtype, [&]<typename X>() {
+    read_rows<T, X>(x.at<const X>(image, 0, first), x.stride_c, x.stride_p, task.channels, count, tile, kTile);
+  });
   if (count < kTile) {
     for (int64_t d = 0; d < task.channels; ++d) std::fill(tile + d * kTile + count, tile + (d + 1) * kTile, T(0));
   }
@@ -318,72 +200,33 @@ void read_tile(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t 
 
 template <typename T>
 void write_tile(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t count, const T* tile) {
-  const EncodeView& x = task.x_grad;
-  auto write = [&]<typename X>(const X* target) {
-    write_rows<T, X>(const_cast<X*>(target), x.channel, x.position, task.channels, count, tile, kTile);
-  };
-  switch (x.dtype) {
-    case c10::ScalarType::Half:
-      write(at_position<c10::Half>(x, image, first));
-      break;
-    case c10::ScalarType::BFloat16:
-      write(at_position<c10::BFloat16>(x, image, first));
-      break;
-    case c10::ScalarType::Double:
-      write(at_position<double>(x, image, first));
-      break;
-    default:
-      write(at_position<float>(x, image, first));
-  }
+  const PointsView& x = task.x_grad;
+  with_element(x.dtype, [&]<typename X>() {
+    write_rows<T, X>(x.at<X>(image, 0, first), x.stride_c, x.stride_p, task.channels, count, tile, kTile);
+  });
 }
 
-// rows [kTile][padded] of a map [B,M,K], with zeros behind the last code and the last position.
+// rows [kTile][padded] of a map [B,M,K], with zeros beyond the last code and the last position.
 template <typename T>
 void read_map(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t count, T* rows) {
-  const EncodeView& map = task.map;
+  const PointsView& map = task.map;
   std::fill(rows, rows + kTile * task.padded, T(0));
-  auto read = [&]<typename X>(const X* source) {
-    read_rows<T, X>(source, map.position, map.channel, count, task.codes, rows, task.padded);
-  };
-  switch (map.dtype) {
-    case c10::ScalarType::Half:
-      read(at_position<c10::Half>(map, image, first));
-      break;
-    case c10::ScalarType::BFloat16:
-      read(at_position<c10::BFloat16>(map, image, first));
-      break;
-    case c10::ScalarType::Double:
-      read(at_position<double>(map, image, first));
-      break;
-    default:
-      read(at_position<float>(map, image, first));
-  }
+  with_element(map.dtype, [&]<typename X>() {
+    read_rows<T, X>(map.at<const X>(image, 0, first), map.stride_p, map.stride_c, count, task.codes, rows, task.padded);
+  });
 }
 
 template <typename T>
 void write_map(const EncodeTask<T>& task, int64_t image, int64_t first, int64_t count, const T* rows) {
-  const EncodeView& map = task.map_out;
-  auto write = [&]<typename X>(const X* target) {
-    write_rows<T, X>(const_cast<X*>(target), map.position, map.channel, count, task.codes, rows, task.padded);
-  };
-  switch (map.dtype) {
-    case c10::ScalarType::Half:
-      write(at_position<c10::Half>(map, image, first));
-      break;
-    case c10::ScalarType::BFloat16:
-      write(at_position<c10::BFloat16>(map, image, first));
-      break;
-    case c10::ScalarType::Double:
-      write(at_position<double>(map, image, first));
-      break;
-    default:
-      write(at_position<float>(map, image, first));
-  }
+  const PointsView& map = task.map_out;
+  with_element(map.dtype, [&]<typename X>() {
+    write_rows<T, X>(map.at<X>(image, 0, first), map.stride_p, map.stride_c, count, task.codes, rows, task.padded);
+  });
 }
 
 // columns[k][t] = rows[t][k], [kTile][padded] -> [padded][kTile].
 template <typename T>
-void turn(const T* rows, int64_t padded, T* columns) {
+void transpose_rows(const T* rows, int64_t padded, T* columns) {
   read_rows<T, T>(rows, 1, padded, padded, kTile, columns, kTile);
 }
 
@@ -461,7 +304,7 @@ RENDSEG_INLINE void over_channels(const T* tile, const T* codes, const T* grad, 
 template <typename T, bool kSquare, bool kDot>
 void contract_channels(const T* tile, const T* codes, const T* grad, int64_t padded, int64_t channels, int64_t count,
                        T* squares, T* dots, Ahead& ahead) {
-  constexpr int n = kLanes<T>, rows = kDot ? kPairRows : kRows, vectors = kDot ? kWide : 2;
+  constexpr int n = kLanes<T>, rows = kDot ? kPairRows : kRows, vectors = kDot ? kPairVectors : 2;
   static_assert(kTile % rows == 0);
   if (channels == 0) {
     if constexpr (kSquare) std::fill(squares, squares + kTile * padded, T(0));
@@ -523,8 +366,8 @@ RENDSEG_INLINE void over_positions(const T* tile, const T* codes, const T* weigh
                                    T* out, bool first) {
   constexpr int n = kLanes<T>;
   int64_t k = 0;
-  for (; k + kWide * n <= padded; k += kWide * n) {
-    over_positions<T, NR, kWide>(tile, codes + k, weights + k, padded, count, out + k, first);
+  for (; k + kPairVectors * n <= padded; k += kPairVectors * n) {
+    over_positions<T, NR, kPairVectors>(tile, codes + k, weights + k, padded, count, out + k, first);
   }
   for (; k < padded; k += n) over_positions<T, NR, 1>(tile, codes + k, weights + k, padded, count, out + k, first);
 }
@@ -725,11 +568,11 @@ class Tiles {
     Tiles after = *this;
     after.next();
     if (!after.more()) return {};
-    const EncodeView& x = task_.x;
-    const int64_t size = c10::elementSize(x.dtype);
-    const char* from = static_cast<const char*>(x.data) + (after.image * x.image + after.first * x.position) * size;
-    if (x.position == 1) return {from, task_.channels, after.count() * size, x.channel * size, calls};
-    if (x.channel == 1) return {from, after.count(), task_.channels * size, x.position * size, calls};
+    const PointsView& x = task_.x;
+    const int64_t size = element_size(x.dtype);
+    const char* from = static_cast<const char*>(x.data) + (after.image * x.stride_n + after.first * x.stride_p) * size;
+    if (x.stride_p == 1) return {from, task_.channels, after.count() * size, x.stride_c * size, calls};
+    if (x.stride_c == 1) return {from, after.count(), task_.channels * size, x.stride_p * size, calls};
     return {};
   }
   int64_t chunk, image = 0, first = 0;
@@ -747,12 +590,12 @@ class Tiles {
 // Register blocks of each kind in a full tile: how often Ahead::step is called.
 template <typename T>
 int64_t steps_over_channels(const EncodeTask<T>& task, bool dot) {
-  const int64_t vectors = task.padded / kLanes<T>, wide = dot ? kWide : 2, rows = dot ? kPairRows : kRows;
+  const int64_t vectors = task.padded / kLanes<T>, wide = dot ? kPairVectors : 2, rows = dot ? kPairRows : kRows;
   return (task.channels + kChannelBlock - 1) / kChannelBlock * (vectors / wide + vectors % wide) * (kTile / rows);
 }
 
 template <typename T>
-void EncodeKernels<T>::encode(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+void encode(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
   const int64_t steps = steps_over_channels(task, false) + channels / kPairRows;
@@ -769,13 +612,13 @@ void EncodeKernels<T>::encode(const EncodeTask<T>& task, int64_t begin, int64_t 
 }
 
 template <typename T>
-void EncodeKernels<T>::encode_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+void encode_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
   const int64_t steps = steps_over_channels(task, true) + channels / kPairRows + channels / kAcrossRows;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
     T *tile = scratch.tile(), *distance = scratch.rows(0), *assigned = scratch.rows(1), *weight = scratch.rows(2);
-    T *assigned_turned = scratch.rows(3), *weight_turned = scratch.rows(4);
+    T *assigned_columns = scratch.rows(3), *weight_columns = scratch.rows(4);
     const int64_t count = at.count();
     const T* grad = task.grad + at.image * channels * padded;
     Ahead ahead = at.ahead(steps);
@@ -790,15 +633,16 @@ void EncodeKernels<T>::encode_backward(const EncodeTask<T>& task, int64_t begin,
     distance_weights(task.scale, padded, count, weight);
     std::fill(assigned + count * padded, assigned + kTile * padded, T(0));
     std::fill(weight + count * padded, weight + kTile * padded, T(0));
-    turn(assigned, padded, assigned_turned);
-    turn(weight, padded, weight_turned);
-    contract_codes<T>(tile, grad, assigned_turned, task.codewords, weight_turned, padded, task.codes, channels, ahead);
+    transpose_rows(assigned, padded, assigned_columns);
+    transpose_rows(weight, padded, weight_columns);
+    contract_codes<T>(tile, grad, assigned_columns, task.codewords, weight_columns, padded, task.codes, channels,
+                      ahead);
     write_tile(task, at.image, at.first, count, tile);
   }
 }
 
 template <typename T>
-void EncodeKernels<T>::scaled_l2(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+void scaled_l2(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
@@ -816,11 +660,11 @@ void EncodeKernels<T>::scaled_l2(const EncodeTask<T>& task, int64_t begin, int64
 }
 
 template <typename T>
-void EncodeKernels<T>::scaled_l2_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+void scaled_l2_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
-    T *tile = scratch.tile(), *distance = scratch.rows(0), *weight = scratch.rows(1), *turned = scratch.rows(2);
+    T *tile = scratch.tile(), *distance = scratch.rows(0), *weight = scratch.rows(1), *columns = scratch.rows(2);
     const int64_t count = at.count();
     Ahead ahead = at.ahead(steps_over_channels(task, false) + channels / kPairRows);
     read_tile(task, at.image, at.first, count, tile);
@@ -830,14 +674,14 @@ void EncodeKernels<T>::scaled_l2_backward(const EncodeTask<T>& task, int64_t beg
     contract_positions(tile, task.codewords, weight, padded, channels, count,
                        task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
     distance_weights(task.scale, padded, count, weight);
-    turn(weight, padded, turned);
-    contract_codes<T>(tile, nullptr, nullptr, task.codewords, turned, padded, task.codes, channels, ahead);
+    transpose_rows(weight, padded, columns);
+    contract_codes<T>(tile, nullptr, nullptr, task.codewords, columns, padded, task.codes, channels, ahead);
     write_tile(task, at.image, at.first, count, tile);
   }
 }
 
 template <typename T>
-void EncodeKernels<T>::aggregate(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+void aggregate(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
@@ -852,11 +696,11 @@ void EncodeKernels<T>::aggregate(const EncodeTask<T>& task, int64_t begin, int64
 }
 
 template <typename T>
-void EncodeKernels<T>::aggregate_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+void aggregate_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
-    T *tile = scratch.tile(), *rows = scratch.rows(0), *turned = scratch.rows(1), *product = scratch.rows(2);
+    T *tile = scratch.tile(), *rows = scratch.rows(0), *columns = scratch.rows(1), *product = scratch.rows(2);
     const int64_t count = at.count();
     const T* grad = task.grad + at.image * channels * padded;
     Ahead ahead = at.ahead(steps_over_channels(task, true));
@@ -865,16 +709,14 @@ void EncodeKernels<T>::aggregate_backward(const EncodeTask<T>& task, int64_t beg
     write_map(task, at.image, at.first, count, product);
     read_map(task, at.image, at.first, count, rows);
     sum_rows<T>(rows, nullptr, padded, count, task.sum_assigned + at.chunk * padded, at.opening());
-    turn(rows, padded, turned);
-    contract_codes<T>(tile, grad, turned, nullptr, nullptr, padded, task.codes, channels, ahead);
+    transpose_rows(rows, padded, columns);
+    contract_codes<T>(tile, grad, columns, nullptr, nullptr, padded, task.codes, channels, ahead);
     write_tile(task, at.image, at.first, count, tile);
   }
 }
 
-template struct EncodeKernels<float>;
-template struct EncodeKernels<double>;
-
-#undef RENDSEG_INLINE
-
+}  // namespace
 }  // namespace RENDSEG_ISA_NAMESPACE
 }  // namespace rendseg
+
+#endif

@@ -1,14 +1,14 @@
 // Run-time choice of the instruction set of the CPU kernels.
 //
-// An op with vector kernels keeps them in `<op>_kernels.h`, written once, and compiles that header three times:
-// in `<op>.cpp` (baseline), `<op>_avx2.cpp` and `<op>_avx512.cpp`, each of which includes "isa_begin.h" with
-// RENDSEG_ISA defined (after every system and Torch header, so that no inline function of theirs is compiled for the
-// wider set and then picked by the linker for all), the kernels, and "isa_end.h".
+// An op with vector kernels keeps them in `<op>_kernels.h`, written once. `<op>.cpp` compiles that file once per
+// instruction set, in namespaces baseline, avx2 and avx512 (see compile_kernels.h), and takes a kernel with
+// RENDSEG_PICK(kernel).
 #pragma once
 
-#include "../ops.h"
-
 namespace rendseg {
+
+// Instruction sets of the CPU kernels, in rising order.
+enum class Isa : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The widest instruction set that this build holds and this machine runs, or the narrower one forced by
 // RENDSEG_CPU_ISA=default|avx2|avx512 or by set_isa.
@@ -32,3 +32,6 @@ F pick(F baseline, F avx2, F avx512) {
 }
 
 }  // namespace rendseg
+
+// A kernel of `<op>_kernels.h` (template arguments are welcome) for the instruction set in force.
+#define RENDSEG_PICK(...) ::rendseg::pick(&baseline::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)

@@ -7,3 +7,4 @@
 #pragma GCC pop_options
 #endif
 #undef RENDSEG_ISA_NAMESPACE
+#undef RENDSEG_ISA

@@ -25,22 +25,12 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "../math/bilinear.h"
 #include "../point_sample_common.h"
 #include "../strided_tensors.h"
 #include "huge_pages.h"
-#include "isa.h"
-#include "point_sample_types.h"
 
-#define RENDSEG_ISA 0
-#include "isa_begin.h"
-#include "point_sample_kernels.h"
-#include "isa_end.h"
-#include "point_sample_table.h"
+#define RENDSEG_KERNELS "point_sample_kernels.h"
+#include "compile_kernels.h"
 
 namespace rendseg {
 namespace {
@@ -50,18 +40,6 @@ constexpr int64_t kPointBlock = 512;                   // points located at a ti
 constexpr int64_t kCachedBytes = int64_t{8} << 20;     // an image below this stays in cache: order does not matter
 constexpr int64_t kPrivateBytes = int64_t{512} << 10;  // fits the cache of one core
 constexpr int64_t kTaskWork = 1 << 15;                 // taps worth a thread
-
-template <typename T>
-const SampleKernels<T>& kernels() {
-  static const SampleKernels<T> tables[] = {sample_kernels_baseline<T>(), sample_kernels_avx2<T>(),
-                                            sample_kernels_avx512<T>()};
-  return tables[static_cast<int>(isa())];
-}
-
-template <typename F>
-void dispatch(Dtype dtype, F&& f) {
-  with_dtype<c10::Half, c10::BFloat16>(dtype, [&]<typename T>() { f(T{}); });
-}
 
 // Scratch for the taps of up to `capacity` points.
 template <typename A>
@@ -112,26 +90,20 @@ void sort_by_key(std::vector<Keyed>& items, std::vector<Keyed>& spare) {
 }
 
 SampleGrid grid_of(const at::Tensor& map, const SampleCall& call) {
-  return {static_cast<int32_t>(map.size(2)),
-          static_cast<int32_t>(map.size(3)),
-          map.stride(2),
-          map.stride(3),
-          call.nearest,
-          call.border,
-          call.align_corners};
+  return {map_view(map), call.nearest, call.border, call.align_corners};
 }
 
 // Locates the points of one image, in ascending order of memory; keeps what it needs between images.
 template <typename T>
 class SortedTaps {
-  using A = acc_t<T>;
+  using A = Wide<T>;
 
  public:
   explicit SortedTaps(int64_t points) : plain_(points), sorted_(points) {}
 
   Taps<A> locate(const A* coords, int64_t points, const SampleGrid& grid) {
     const Taps<A> taps = plain_.view(points);
-    kernels<T>().locate(coords, 0, grid, taps);
+    RENDSEG_PICK(locate<A>)(coords, 0, grid, taps);
     order_.resize(points);
     int64_t lowest = 0;
     for (int64_t i = 0; i < points; ++i) lowest = std::min(lowest, taps.offset[i]);
@@ -167,14 +139,13 @@ void read_lines(const void* data, int64_t bytes) {
 
 // map[N,C,H,W] at coords[N,P,2] into out[N,:,P], which points at the first channel of the map.
 template <typename T>
-void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const SampleCall& call, T* out,
-                   int64_t out_stride_n) {
-  using A = acc_t<T>;
+void sample_kernel(const at::Tensor& map, const Wide<T>* coords, const SampleCall& call, T* out, int64_t out_stride_n) {
+  using A = Wide<T>;
   const int64_t channels = map.size(1), points = call.points;
   const SampleGrid grid = grid_of(map, call);
   const T* data = map.const_data_ptr<T>();
   const int64_t stride_n = map.stride(0), stride_c = map.stride(1);
-  const SampleKernels<T>& kernel = kernels<T>();
+  const auto planes = RENDSEG_PICK(planes<T>);
   const bool streams = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)} >= kCachedBytes;
   if (channels >= kManyChannels && stride_c != 1 && streams) {
     constexpr int64_t kGroup = 16;
@@ -188,8 +159,8 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const SampleCa
         const int64_t n = task / groups, c = task % groups * kGroup;
         if (n != located) taps = sorted.locate(coords + n * points * 2, points, grid);
         located = n;
-        kernel.planes(data + n * stride_n + c * stride_c, stride_c, grid, taps, std::min(kGroup, channels - c),
-                      out + n * out_stride_n + c * points, points);
+        planes(data + n * stride_n + c * stride_c, grid, taps, std::min(kGroup, channels - c),
+               out + n * out_stride_n + c * points, points);
       }
     });
     return;
@@ -198,6 +169,8 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const SampleCa
   const int64_t image_bytes = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)};
   const bool touch =
       image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes && map[0].is_non_overlapping_and_dense();
+  const auto locate = RENDSEG_PICK(locate<A>);
+  const auto vectors = RENDSEG_PICK(vectors<T>);
   const int64_t blocks = (points + kPointBlock - 1) / kPointBlock;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (std::min(points, kPointBlock) * channels * 4));
   at::parallel_for(0, call.images * blocks, grain, [&](int64_t begin, int64_t end) {
@@ -206,13 +179,13 @@ void sample_kernel(const at::Tensor& map, const acc_t<T>* coords, const SampleCa
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks, first = task % blocks * kPointBlock;
       const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
-      kernel.locate(coords + (n * points + first) * 2, first, grid, taps);
+      locate(coords + (n * points + first) * 2, first, grid, taps);
       if (touch && n != touched) read_lines(data + n * stride_n, image_bytes);
       touched = n;
       if (stride_c == 1 && channels >= kManyChannels) {
-        kernel.vectors(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
+        vectors(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
       } else {
-        kernel.planes(data + n * stride_n, stride_c, grid, taps, channels, out + n * out_stride_n, points);
+        planes(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
       }
     }
   });
@@ -242,14 +215,14 @@ at::Tensor zero_gradient(const at::Tensor& map) {
 // The taps of one image gathered by cell, taps of a cell in the order of points.
 template <typename T>
 class CellRuns {
-  using A = acc_t<T>;
+  using A = Wide<T>;
 
  public:
   explicit CellRuns(int64_t points) : buffer_(points) {}
 
   Runs<A> gather(const A* coords, int64_t points, const SampleGrid& grid) {
     const Taps<A> taps = buffer_.view(points);
-    kernels<T>().locate(coords, 0, grid, taps);
+    RENDSEG_PICK(locate<A>)(coords, 0, grid, taps);
     items_.clear();
     const int corners = grid.nearest ? 1 : 4;
     for (int64_t i = 0; i < points; ++i) {
@@ -284,16 +257,14 @@ class CellRuns {
 
 // grad[N,C,P] of any strides into the zeroed result[N,C,H,W].
 template <typename T>
-void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, const SampleCall& call,
-                            at::Tensor& result) {
-  using A = acc_t<T>;
+void sample_backward_kernel(const at::Tensor& grad, const Wide<T>* coords, const SampleCall& call, at::Tensor& result) {
+  using A = Wide<T>;
   const int64_t channels = result.size(1), points = call.points;
   const SampleGrid grid = grid_of(result, call);
   const T* g = grad.const_data_ptr<T>();
   T* data = result.mutable_data_ptr<T>();
   const int64_t stride_n = result.stride(0), stride_c = result.stride(1);
   const int64_t grad_n = grad.stride(0), grad_c = grad.stride(1), grad_p = grad.stride(2);
-  const SampleKernels<T>& kernel = kernels<T>();
   const bool adjacent = stride_c == 1 && channels > 1;
   if (channels < kManyChannels && !adjacent) {
     // Few channels: sorting costs more than it saves. Half maps are summed in a float plane.
@@ -302,6 +273,9 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
     const int64_t group = call.images >= at::get_num_threads() ? channels : 1;
     const int64_t groups = (channels + group - 1) / group;
     const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * group * 4));
+    const auto locate = RENDSEG_PICK(locate<A>);
+    const auto add_plane = RENDSEG_PICK(add_plane<T>);
+    const auto narrow_row = RENDSEG_PICK(narrow_row<T>);
     at::parallel_for(0, call.images * groups, grain, [&](int64_t begin, int64_t end) {
       const TapBuffer<A> buffer(kPointBlock);
       std::vector<A> wide(kWide ? 0 : group * cells);
@@ -311,7 +285,7 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
         std::fill(wide.begin(), wide.end(), A(0));
         for (int64_t first = 0; first < points; first += kPointBlock) {
           const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
-          kernel.locate(coords + (n * points + first) * 2, first, grid, taps);
+          locate(coords + (n * points + first) * 2, first, grid, taps);
           for (int64_t k = c; k < last; ++k) {
             A* plane = nullptr;
             if constexpr (kWide) {
@@ -319,12 +293,12 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
             } else {
               plane = wide.data() + (k - c) * cells;
             }
-            kernel.add_plane(grid, taps, g + n * grad_n + k * grad_c, grad_p, plane);
+            add_plane(grid, taps, g + n * grad_n + k * grad_c, grad_p, plane);
           }
         }
         if constexpr (!kWide) {
           for (int64_t k = c; k < last; ++k) {
-            kernel.narrow(wide.data() + (k - c) * cells, data + n * stride_n + k * stride_c, cells);
+            narrow_row(wide.data() + (k - c) * cells, cells, data + n * stride_n + k * stride_c);
           }
         }
       }
@@ -334,6 +308,9 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
   const int64_t width = adjacent ? kVectorChunk : kPlaneChunk;
   const int64_t groups = (channels + width - 1) / width;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * width * 4));
+  const auto transpose_grad = RENDSEG_PICK(transpose_grad<T>);
+  const auto write_vectors = RENDSEG_PICK(write_vectors<T>);
+  const auto write_planes = RENDSEG_PICK(write_planes<T>);
   at::parallel_for(0, call.images * groups, grain, [&](int64_t begin, int64_t end) {
     CellRuns<T> cells(points);
     Runs<A> runs{};
@@ -343,12 +320,12 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
       const int64_t n = task / groups, c = task % groups * width, count = std::min(width, channels - c);
       if (n != gathered) runs = cells.gather(coords + n * points * 2, points, grid);
       gathered = n;
-      kernel.transpose(g + n * grad_n + c * grad_c, grad_c, grad_p, points, count, width, chunk.get());
+      transpose_grad(g + n * grad_n + c * grad_c, grad_c, grad_p, points, count, width, chunk.get());
       T* target = data + n * stride_n + c * stride_c;
       if (adjacent) {
-        kernel.write_vectors(runs, chunk.get(), count, target);
+        write_vectors(runs, chunk.get(), count, target);
       } else {
-        kernel.write_planes(runs, chunk.get(), count, target, stride_c);
+        write_planes(runs, chunk.get(), count, target, stride_c);
       }
     }
   });
@@ -357,9 +334,9 @@ void sample_backward_kernel(const at::Tensor& grad, const acc_t<T>* coords, cons
 // d loss / d coords, added to result[N,P,2]: with d_t = sum over channels of grad * (value of tap t), the slope in x is
 // (d_ne - d_nw) * south weight + (d_se - d_sw) * north weight, and likewise in y.
 template <typename T>
-void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const acc_t<T>* coords,
-                            const SampleCall& call, acc_t<T>* result) {
-  using A = acc_t<T>;
+void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const Wide<T>* coords,
+                            const SampleCall& call, Wide<T>* result) {
+  using A = Wide<T>;
   const int64_t channels = map.size(1), points = call.points;
   const SampleGrid grid = grid_of(map, call);
   const T* g = grad.const_data_ptr<T>();
@@ -376,7 +353,7 @@ void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const
           const int64_t n = task / blocks, first = task % blocks * kBlock;
           const Taps<A> taps = buffer.view(std::min(kBlock, points - first));
           const A* at = coords + (n * points + first) * 2;
-          kernels<T>().locate(at, first, grid, taps);
+          RENDSEG_PICK(locate<A>)(at, first, grid, taps);
           A dot[kBlock][4] = {};
           const auto add = [&](int64_t i, int64_t c) {
             const A upstream = static_cast<A>(g[n * grad_n + c * grad_c + (first + i) * grad_p]);
@@ -416,18 +393,10 @@ void coords_backward_kernel(const at::Tensor& grad, const at::Tensor& map, const
 void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points, bool border, bool align_corners,
                      void* rows, Dtype rows_dtype, int64_t row_stride) {
   TORCH_INTERNAL_ASSERT((map.dtype == Dtype::kDouble) == (rows_dtype == Dtype::kDouble));
-  const SampleGrid grid{static_cast<int32_t>(map.height),
-                        static_cast<int32_t>(map.width),
-                        map.stride_y,
-                        map.stride_x,
-                        false,
-                        border,
-                        align_corners};
-  dispatch(map.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    using A = acc_t<T>;
+  const SampleGrid grid{map, false, border, align_corners};
+  with_element(map.dtype, [&]<typename T>() {
+    using A = Wide<T>;
     constexpr int64_t kPoints = 64, kChannels = 64;
-    const SampleKernels<T>& kernel = kernels<T>();
     int64_t offset[kPoints], point[kPoints];
     A weight[4][kPoints], xy[2 * kPoints], tile[kPoints][kChannels];
     uint8_t inside[kPoints];
@@ -436,12 +405,12 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
       const int64_t count = std::min(kPoints, num_points - first);
       const Taps<A> taps{count, offset, {weight[0], weight[1], weight[2], weight[3]}, inside, point, true};
       for (int64_t i = 0; i < 2 * count; ++i) xy[i] = static_cast<A>(coords[2 * first + i]);
-      kernel.locate(xy, first, grid, taps);
+      RENDSEG_PICK(locate<A>)(xy, first, grid, taps);
       const auto rows_of = [&](int64_t c, int64_t n, A* target, int64_t stride) {
         if (map.stride_c == 1) {
-          kernel.vector_rows(data + c, grid, taps, n, target, stride);
+          RENDSEG_PICK(vector_rows<T>)(data + c, grid, taps, n, target, stride);
         } else {
-          kernel.plane_rows(data + c * map.stride_c, map.stride_c, grid, taps, n, target, stride);
+          RENDSEG_PICK(plane_rows<T>)(data + c * map.stride_c, grid, taps, n, target, stride);
         }
       };
       if (element_size(rows_dtype) == sizeof(A)) {
@@ -455,9 +424,9 @@ void gather_rows_cpu(const MapView& map, const float* coords, int64_t num_points
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (first + i) * row_stride + c;
             if (rows_dtype == Dtype::kHalf) {
-              kernels<c10::Half>().narrow(tile[i], static_cast<c10::Half*>(rows) + at, n);
+              RENDSEG_PICK(narrow_row<c10::Half>)(tile[i], n, static_cast<c10::Half*>(rows) + at);
             } else {
-              kernels<c10::BFloat16>().narrow(tile[i], static_cast<c10::BFloat16*>(rows) + at, n);
+              RENDSEG_PICK(narrow_row<c10::BFloat16>)(tile[i], n, static_cast<c10::BFloat16*>(rows) + at);
             }
           }
         }
@@ -474,11 +443,10 @@ at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10:
   if (out.numel() == 0) return out;
   const int64_t stride_n = total_channels(input) * call.points;
   const at::Tensor xy = coords_for(coords, input[0].scalar_type());
-  dispatch(dtype_of(input[0].scalar_type()), [&](auto tag) {
-    using T = decltype(tag);
+  with_element(dtype_of(input[0].scalar_type()), [&]<typename T>() {
     T* target = out.mutable_data_ptr<T>();
     for (const at::Tensor& map : input) {
-      sample_kernel<T>(map, xy.const_data_ptr<acc_t<T>>(), call, target, stride_n);
+      sample_kernel<T>(map, xy.const_data_ptr<Wide<T>>(), call, target, stride_n);
       target += map.size(1) * call.points;
     }
   });
@@ -503,16 +471,15 @@ std::vector<at::Tensor> point_sample_backward_cpu(const at::Tensor& grad,  // as
   const at::Tensor flat = grad.reshape({call.images, grad.size(1), call.points});
   const at::Tensor slope =
       coords_grad && !call.nearest ? at::zeros_like(xy, at::MemoryFormat::Contiguous) : at::Tensor();
-  dispatch(dtype_of(input[0].scalar_type()), [&](auto tag) {
-    using T = decltype(tag);
-    const auto* at = xy.const_data_ptr<acc_t<T>>();
+  with_element(dtype_of(input[0].scalar_type()), [&]<typename T>() {
+    const auto* at = xy.const_data_ptr<Wide<T>>();
     int64_t channel = 0;
     for (size_t i = 0; i < input.size(); ++i) {
       const at::Tensor part = flat.narrow(1, channel, input[i].size(1));
       channel += input[i].size(1);
       if (input_grad && result[i].numel() > 0) sample_backward_kernel<T>(part, at, call, result[i]);
       if (slope.defined()) {
-        coords_backward_kernel<T>(part, input[i], at, call, slope.template mutable_data_ptr<acc_t<T>>());
+        coords_backward_kernel<T>(part, input[i], at, call, slope.template mutable_data_ptr<Wide<T>>());
       }
     }
   });

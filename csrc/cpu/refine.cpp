@@ -3,8 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,46 +12,17 @@
 #include <numeric>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+#include "../math/upsample.h"
 #include "../refine_common.h"
 #include "huge_pages.h"
-#include "isa.h"
 #include "point_sample.h"
-#include "refine_args.h"
 #include "select.h"
 #include "subdivide.h"
 
-#define RENDSEG_ISA 0
-#include "isa_begin.h"
-// The order of these matters.
-#include "refine_simd.h"
-
-#include "refine_kernels.h"
-
-#include "isa_end.h"
+#define RENDSEG_KERNELS "refine_kernels.h"
+#include "compile_kernels.h"
 
 namespace rendseg {
-
-#if defined(__x86_64__)
-namespace avx2 {
-void mlp_layer(const MlpLayer& layer, bool wide, const void* x, int64_t x_stride, int64_t points, void* y,
-               int64_t y_stride);
-void round_values(float* values, int64_t count, c10::ScalarType dtype);
-int64_t mlp_panel_bytes();
-}  // namespace avx2
-namespace avx512 {
-void mlp_layer(const MlpLayer& layer, bool wide, const void* x, int64_t x_stride, int64_t points, void* y,
-               int64_t y_stride);
-void round_values(float* values, int64_t count, c10::ScalarType dtype);
-int64_t mlp_panel_bytes();
-}  // namespace avx512
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
 
 namespace {
 
@@ -64,8 +33,7 @@ struct PackedHead {
   std::vector<MlpLayer> layers;
 
   PackedHead(at::TensorList weights, at::TensorList biases) {
-    const int64_t panel = pick(&baseline::mlp_panel_bytes, &avx2::mlp_panel_bytes, &avx512::mlp_panel_bytes)() /
-                          static_cast<int64_t>(sizeof(A));
+    const int64_t panel = RENDSEG_PICK(mlp_panel_bytes)() / static_cast<int64_t>(sizeof(A));
     const at::ScalarType dtype = sizeof(A) == 8 ? at::kDouble : at::kFloat;
     for (size_t l = 0; l < weights.size(); ++l) {
       const at::Tensor weight = weights[l].detach().to(dtype).contiguous(),
@@ -86,7 +54,7 @@ struct PackedHead {
         }
       });
       layers.push_back({packed.const_data_ptr(), padded.const_data_ptr(), in, out, l + 1 < weights.size(),
-                        weights[l].scalar_type()});
+                        dtype_of(weights[l].scalar_type())});
       storage.push_back(std::move(packed));
       storage.push_back(std::move(padded));
     }
@@ -95,25 +63,40 @@ struct PackedHead {
 
 // Where the points of one step go: logits[N,C,H,W] or labels[N,H,W].
 struct Target {
-  void* data;
-  at::ScalarType dtype;   // of the logits, also when labels are written
-  at::ScalarType labels;  // Undefined for logits
-  int64_t stride_n, stride_c, stride_cell;
+  PointsView map;       // its dtype is that of the logits, also when labels are written
+  int64_t label_bytes;  // 0 for logits, else 1 (uint8) or 2 (int16)
+
+  Target(const at::Tensor& next, Dtype logits, bool labels) : label_bytes(labels ? next.element_size() : 0) {
+    map.data = next.mutable_data_ptr();
+    map.dtype = logits;
+    map.stride_n = next.stride(0);
+    map.stride_c = labels ? 0 : next.stride(1);
+    map.stride_p = labels ? 1 : cell_stride(next);
+  }
+  // From image `n` on.
+  Target from(int64_t n) const {
+    Target part = *this;
+    part.map.data =
+        static_cast<char*>(map.data) + n * map.stride_n * (label_bytes != 0 ? label_bytes : element_size(map.dtype));
+    return part;
+  }
 };
 
 template <typename T, typename A>
-void write_points(const Target& target, int64_t image, const int64_t* cells, int64_t points, const A* values,
+void write_logits(const PointsView& map, int64_t image, const int64_t* cells, int64_t points, const A* values,
                   int64_t stride, int64_t classes) {
-  if (target.labels == at::ScalarType::Undefined) {
-    T* out = static_cast<T*>(target.data) + image * target.stride_n;
-    for (int64_t c = 0; c < classes; ++c) {
-      for (int64_t p = 0; p < points; ++p) {
-        out[c * target.stride_c + cells[p] * target.stride_cell] = static_cast<T>(values[p * stride + c]);
-      }
-    }
-    return;
+  for (int64_t c = 0; c < classes; ++c) {
+    T* out = map.at<T>(image, c);
+    for (int64_t p = 0; p < points; ++p) out[cells[p] * map.stride_p] = static_cast<T>(values[p * stride + c]);
   }
-  for (int64_t p = 0; p < points; ++p) {  // the lowest class wins a tie, the first NaN wins over all
+}
+
+// The lowest class wins a tie, the first NaN wins over all.
+template <typename T, typename Label, typename A>
+void write_labels(const PointsView& map, int64_t image, const int64_t* cells, int64_t points, const A* values,
+                  int64_t stride, int64_t classes) {
+  Label* out = map.at<Label>(image);
+  for (int64_t p = 0; p < points; ++p) {
     const A* row = values + p * stride;
     int64_t label = 0;
     A best = static_cast<A>(static_cast<T>(row[0]));
@@ -121,28 +104,19 @@ void write_points(const Target& target, int64_t image, const int64_t* cells, int
       const A value = static_cast<A>(static_cast<T>(row[c]));
       if (value > best || value != value) best = value, label = c;
     }
-    const int64_t at = image * target.stride_n + cells[p];
-    if (target.labels == at::kByte) {
-      static_cast<uint8_t*>(target.data)[at] = static_cast<uint8_t>(label);
-    } else {
-      static_cast<int16_t*>(target.data)[at] = static_cast<int16_t>(label);
-    }
+    out[cells[p]] = static_cast<Label>(label);
   }
 }
 
 template <typename A>
 void write_values(const Target& target, int64_t image, const int64_t* cells, int64_t points, const A* values,
                   int64_t stride, int64_t classes) {
-  switch (target.dtype) {
-    case at::kFloat:
-      return write_points<float>(target, image, cells, points, values, stride, classes);
-    case at::kDouble:
-      return write_points<double>(target, image, cells, points, values, stride, classes);
-    case at::kHalf:
-      return write_points<c10::Half>(target, image, cells, points, values, stride, classes);
-    default:
-      return write_points<c10::BFloat16>(target, image, cells, points, values, stride, classes);
-  }
+  with_element(target.map.dtype, [&]<typename T>() {
+    const auto write = target.label_bytes == 0   ? write_logits<T, A>
+                       : target.label_bytes == 1 ? write_labels<T, uint8_t, A>
+                                                 : write_labels<T, int16_t, A>;
+    write(target.map, image, cells, points, values, stride, classes);
+  });
 }
 
 // rows[p * row_stride + c] = planes[c * plane_stride + p]
@@ -173,115 +147,165 @@ void gather_block(const Gatherable& from, int64_t image, int64_t first, const fl
                     sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat, row_stride);
     return;
   }
-  const int64_t channels = from.channels(), stride = from.values.size(2), at = image * channels * stride + first;
-  switch (from.values.scalar_type()) {
-    case at::kFloat:
-      return transpose_into(from.values.const_data_ptr<float>() + at, stride, channels, points, rows, row_stride);
-    case at::kDouble:
-      return transpose_into(from.values.const_data_ptr<double>() + at, stride, channels, points, rows, row_stride);
-    case at::kHalf:
-      return transpose_into(from.values.const_data_ptr<at::Half>() + at, stride, channels, points, rows, row_stride);
-    default:
-      return transpose_into(from.values.const_data_ptr<at::BFloat16>() + at, stride, channels, points, rows,
-                            row_stride);
-  }
+  const PointsView values = points_view(from.values);
+  with_element(values.dtype, [&]<typename T>() {
+    transpose_into(values.at<const T>(image, 0, first), values.stride_c, values.channels, points, rows, row_stride);
+  });
 }
 
-// One step of some images: gather, head and scatter of `count` points each, in blocks.
+// rows[p * row_stride + c] = cell `cells[p]` of the map[C,h,w] upsampled as subdivide does it: its bits, before they
+// are rounded to the type of the map.
 template <typename A>
-void refine_points_kernel(const PackedHead<A>& head, const std::vector<Gatherable>& features, const Gatherable& source,
-                          const int64_t* indices /*[N,count], null: every cell*/, int64_t count, int64_t height,
-                          int64_t width, const RefineOptions& o, const Target& target) {
-  const int64_t images = source.map.size(0), classes = source.map.size(1);
-  const int64_t blocks = (count + kMlpPoints - 1) / kMlpPoints;
-  const at::ScalarType dtype = head.layers[0].rounding;
-  int64_t widest = 0;
-  for (const MlpLayer& layer : head.layers) widest = std::max({widest, layer.in, layer.out});
-  int64_t stride = (widest + 15) / 16 * 16;
-  if (stride * sizeof(A) % 1024 == 0) stride += 16;  // rows of equal cache sets would evict each other
-  const auto layer_kernel = pick(&baseline::mlp_layer, &avx2::mlp_layer, &avx512::mlp_layer);
-  const auto round = pick(&baseline::round_values, &avx2::round_values, &avx512::round_values);
-  const auto gather = [&](const Gatherable& from, int64_t image, int64_t first, const float* xy, int64_t points,
-                          A* rows, int64_t row_stride) {
-    gather_block<A>(from, image, first, xy, points, o.border, rows, row_stride);
-    if constexpr (sizeof(A) == 4) {  // as stored by point_sample, then as the head takes it
-      for (const at::ScalarType half : {from.map.scalar_type(), dtype}) {
-        if (half != at::kHalf && half != at::kBFloat16) continue;
-        for (int64_t p = 0; p < points; ++p) round(rows + p * row_stride, from.channels(), half);
+void upsample_cells(const MapView& map, const int64_t* cells, int64_t points, const RefineOptions& o, A* rows,
+                    int64_t row_stride) {
+  const int64_t width = map.width * o.scale_factor;
+  with_element(map.dtype, [&]<typename T>() {
+    for (int64_t p = 0; p < points; ++p) {
+      const UpsampleTap<A> y = upsample_tap<A>(cells[p] / width, map.height, o.scale_factor, o.align_corners);
+      const UpsampleTap<A> x = upsample_tap<A>(cells[p] % width, map.width, o.scale_factor, o.align_corners);
+      for (int64_t c = 0; c < map.channels; ++c) {
+        const auto along_x = [&](int64_t row) {
+          const A lower = static_cast<A>(*map.at<const T>(0, c, row, x.lower));
+          const A upper = static_cast<A>(*map.at<const T>(0, c, row, x.upper));
+          return lower * x.lower_weight + upper * x.upper_weight;
+        };
+        rows[p * row_stride + c] = along_x(y.lower) * y.lower_weight + along_x(y.upper) * y.upper_weight;
       }
-    }
-  };
-  at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<A[]> memory(new A[kMlpPoints * (2 * stride + classes) + 64 / sizeof(A)]());
-    A* buffers[2];
-    buffers[0] = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
-    buffers[1] = buffers[0] + kMlpPoints * stride;
-    A* coarse = buffers[1] + kMlpPoints * stride;
-    std::array<float, 2 * kMlpPoints> xy;
-    std::array<int64_t, kMlpPoints> cells;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks, first = task % blocks * kMlpPoints;
-      const int64_t points = std::min(kMlpPoints, count - first);
-      if (indices != nullptr) {
-        std::copy_n(indices + image * count + first, points, cells.begin());
-      } else {
-        std::iota(cells.begin(), cells.begin() + points, first);
-      }
-      cell_centres(cells.data(), points, height, width, xy.data());
-      gather(source, image, first, xy.data(), points, coarse, classes);
-      // Rows are [hidden | coarse] or [coarse | hidden].
-      const auto add_coarse = [&](A* rows, int64_t hidden) {
-        A* to = rows + (o.coarse_first ? 0 : hidden);
-        for (int64_t p = 0; p < points; ++p) std::copy_n(coarse + p * classes, classes, to + p * stride);
-      };
-      int64_t offset = o.coarse_first ? classes : 0;
-      for (const Gatherable& feature : features) {
-        gather(feature, image, first, xy.data(), points, buffers[0] + offset, stride);
-        offset += feature.channels();
-      }
-      add_coarse(buffers[0], head.layers[0].in - classes);
-      const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
-      int side = 0;
-      for (size_t l = 0; l < head.layers.size(); ++l) {
-        const MlpLayer& layer = head.layers[l];
-        const bool joined = l + 1 < head.layers.size() && o.coarse_each_layer;
-        A* out = buffers[1 - side] + (joined && o.coarse_first ? classes : 0);
-        layer_kernel(layer, sizeof(A) == 8, buffers[side], stride, padded, out, stride);
-        side = 1 - side;
-        if (joined) add_coarse(buffers[side], layer.out);
-      }
-      write_values<A>(target, image, cells.data(), points, buffers[side], stride, classes);
     }
   });
 }
 
+// Rounds rows[points][channels] as point_sample stores them, then as the head takes them.
+template <typename A>
+void round_rows(A* rows, int64_t row_stride, int64_t points, int64_t channels, Dtype stored, Dtype head) {
+  if constexpr (sizeof(A) == 4) {
+    const auto round = RENDSEG_PICK(round_values);
+    for (const Dtype half : {stored, head}) {
+      if (half != Dtype::kHalf && half != Dtype::kBFloat16) continue;
+      for (int64_t p = 0; p < points; ++p) round(rows + p * row_stride, channels, half);
+    }
+  }
+}
+
+// What every block of points of one step shares. N images, C classes, `count` points of each image.
+template <typename A>
+struct StepArgs {
+  const PackedHead<A>& head;
+  const RefineOptions& options;
+  const RefineCells& cells;
+  std::vector<Gatherable> features;
+  Gatherable source;       // of the coarse values
+  const int64_t* indices;  // [N,count], null: every cell
+  Target target;
+};
+
+// One thread's share of a step, block by block: gather, head, scatter.
+template <typename A>
+class StepWorker {
+ public:
+  explicit StepWorker(const StepArgs<A>& args)
+      : a_(args), classes_(args.source.map.size(1)), dtype_(args.head.layers[0].rounding) {
+    int64_t widest = 0;
+    for (const MlpLayer& layer : a_.head.layers) widest = std::max({widest, layer.in, layer.out});
+    stride_ = (widest + 15) / 16 * 16;
+    if (stride_ * sizeof(A) % 1024 == 0) stride_ += 16;  // rows of equal cache sets would evict each other
+    memory_.reset(new A[kMlpPoints * (2 * stride_ + classes_) + 64 / sizeof(A)]());
+    buffers_[0] = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
+    buffers_[1] = buffers_[0] + kMlpPoints * stride_;
+    coarse_ = buffers_[1] + kMlpPoints * stride_;
+  }
+
+  // The points from `first` on of one image: kMlpPoints of them, or what is left.
+  void run(int64_t image, int64_t first) {
+    const RefineOptions& o = a_.options;
+    const int64_t points = std::min(kMlpPoints, a_.cells.count - first);
+    if (a_.indices != nullptr) {
+      std::copy_n(a_.indices + image * a_.cells.count + first, points, indices_.begin());
+    } else {
+      std::iota(indices_.begin(), indices_.begin() + points, first);
+    }
+    cell_centres(indices_.data(), points, a_.cells.height, a_.cells.width, xy_.data());
+    if (o.current_source) {
+      const MapView previous = map_view(a_.source.map).image(image);
+      upsample_cells(previous, indices_.data(), points, o, coarse_, classes_);
+      round_rows(coarse_, classes_, points, classes_, previous.dtype, dtype_);
+    } else {
+      gather(a_.source, image, first, points, coarse_, classes_);
+    }
+    int64_t offset = o.coarse_first ? classes_ : 0;
+    for (const Gatherable& feature : a_.features) {
+      gather(feature, image, first, points, buffers_[0] + offset, stride_);
+      offset += feature.channels();
+    }
+    const A* values = run_layers(points);
+    write_values<A>(a_.target, image, indices_.data(), points, values, stride_, classes_);
+  }
+
+ private:
+  void gather(const Gatherable& from, int64_t image, int64_t first, int64_t points, A* rows, int64_t row_stride) {
+    gather_block<A>(from, image, first, xy_.data(), points, a_.options.border, rows, row_stride);
+    round_rows(rows, row_stride, points, from.channels(), dtype_of(from.map.scalar_type()), dtype_);
+  }
+
+  // Rows are [hidden | coarse] or [coarse | hidden].
+  void add_coarse(A* rows, int64_t hidden, int64_t points) {
+    A* to = rows + (a_.options.coarse_first ? 0 : hidden);
+    for (int64_t p = 0; p < points; ++p) std::copy_n(coarse_ + p * classes_, classes_, to + p * stride_);
+  }
+
+  // From the fine values in the first buffer to the logits, rows of stride_.
+  const A* run_layers(int64_t points) {
+    const std::vector<MlpLayer>& layers = a_.head.layers;
+    const auto kernel = RENDSEG_PICK(mlp_layer);
+    const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
+    add_coarse(buffers_[0], layers[0].in - classes_, points);
+    int side = 0;
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const bool joined = l + 1 < layers.size() && a_.options.coarse_each_layer;
+      A* out = buffers_[1 - side] + (joined && a_.options.coarse_first ? classes_ : 0);
+      kernel(layers[l], sizeof(A) == 8, buffers_[side], stride_, padded, out, stride_);
+      side = 1 - side;
+      if (joined) add_coarse(buffers_[side], layers[l].out, points);
+    }
+    return buffers_[side];
+  }
+
+  const StepArgs<A>& a_;
+  int64_t classes_, stride_ = 0;
+  Dtype dtype_;  // of the head
+  std::unique_ptr<A[]> memory_;
+  A* buffers_[2];  // [kMlpPoints][stride_]
+  A* coarse_;      // [kMlpPoints][classes_]
+  std::array<float, 2 * kMlpPoints> xy_;
+  std::array<int64_t, kMlpPoints> indices_;
+};
+
 // Every image of one step. Images go in groups, so that what is sampled ahead stays small.
 template <typename A>
 void refine_points(const PackedHead<A>& head, at::TensorList features, const at::Tensor& source,
-                   const at::Tensor& indices, const at::Tensor& coords, int64_t count, int64_t height, int64_t width,
+                   const at::Tensor& indices, const at::Tensor& coords, const RefineCells& cells,
                    const RefineOptions& o, const Target& target) {
   constexpr int64_t kAheadBytes = int64_t{32} << 20;
-  const int64_t images = source.size(0), bytes = count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
+  const int64_t images = source.size(0), bytes = cells.count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
   const int64_t group = std::clamp<int64_t>(kAheadBytes / bytes, 1, images);
-  const int64_t cell_bytes =
-      target.labels == at::ScalarType::Undefined ? c10::elementSize(target.dtype) : c10::elementSize(target.labels);
+  const int64_t blocks = (cells.count + kMlpPoints - 1) / kMlpPoints;
   for (int64_t first = 0; first < images; first += group) {
     const int64_t size = std::min(group, images - first);
-    const auto prepare = [&](const at::Tensor& map) {
+    const auto prepare = [&](const at::Tensor& map, bool sampled) {
       Gatherable from{map.narrow(0, first, size), {}};
-      if (coords.defined() && map.stride(1) != 1) {
+      if (sampled && coords.defined() && map.stride(1) != 1) {
         from.values = point_sample_cpu({from.map}, coords.narrow(0, first, size), "bilinear",
                                        o.border ? "border" : "zeros", false);
       }
       return from;
     };
-    std::vector<Gatherable> maps;
-    for (const at::Tensor& feature : features) maps.push_back(prepare(feature));
-    Target part = target;
-    part.data = static_cast<char*>(target.data) + first * target.stride_n * cell_bytes;
-    refine_points_kernel<A>(head, maps, prepare(source),
-                            indices.defined() ? indices.const_data_ptr<int64_t>() + first * count : nullptr, count,
-                            height, width, o, part);
+    StepArgs<A> args{head, o, cells, {}, prepare(source, !o.current_source), nullptr, target.from(first)};
+    for (const at::Tensor& feature : features) args.features.push_back(prepare(feature, true));
+    if (indices.defined()) args.indices = indices.const_data_ptr<int64_t>() + first * cells.count;
+    at::parallel_for(0, size * blocks, 1, [&](int64_t begin, int64_t end) {
+      StepWorker<A> worker(args);
+      for (int64_t task = begin; task < end; ++task) worker.run(task / blocks, task % blocks * kMlpPoints);
+    });
   }
 }
 
@@ -289,31 +313,20 @@ template <typename A>
 at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
                        const RefineOptions& o) {
   const PackedHead<A> head(weights, biases);
-  const int64_t n = coarse.size(0);
   at::Tensor current = coarse;
   for (int64_t step = 0; step < o.steps; ++step) {
-    const bool labels = o.labels && step + 1 == o.steps;
-    const int64_t height = current.size(2) * o.scale_factor, width = current.size(3) * o.scale_factor;
-    const int64_t cells = height * width, count = std::min(o.num_points, cells);
-    const bool every = o.num_points >= cells;  // all is recomputed: nothing is upsampled or selected
+    const RefineCells cells = refine_cells(current, step, o);
     at::Tensor next, indices, coords;
-    if (!every) {
+    if (cells.every) {
+      next = empty_step(coarse, cells.labels, cells.height, cells.width);
+    } else {
       std::tie(next, indices, coords) =
-          labels ? subdivide_labels_cpu(current, o.num_points, o.scale_factor, o.align_corners)
-                 : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, std::nullopt, true);
-    } else {
-      next = empty_step(coarse, labels, height, width);
+          cells.labels ? subdivide_labels_cpu(current, o.num_points, o.scale_factor, o.align_corners)
+                       : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, std::nullopt, true);
     }
-    Target target{next.mutable_data_ptr(), coarse.scalar_type(), at::ScalarType::Undefined, next.stride(0), 0, 1};
-    if (labels) {
-      target.labels = next.scalar_type();
-    } else {
-      target.stride_c = next.stride(1);
-      target.stride_cell = cell_stride(next);
-    }
-    if (n > 0) {
-      refine_points<A>(head, features, o.current_source ? current : coarse, indices, coords, count, height, width, o,
-                       target);
+    if (coarse.size(0) > 0) {
+      refine_points<A>(head, features, o.current_source ? current : coarse, indices, coords, cells, o,
+                       Target(next, dtype_of(coarse.scalar_type()), cells.labels));
     }
     current = std::move(next);
   }
@@ -326,16 +339,9 @@ at::Tensor refine_mlp_cpu(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorList
                           at::TensorList weights /*each [O,I]*/, at::TensorList biases /*each [O]*/, int64_t steps,
                           int64_t num_points, c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
                           c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels) {
-  const RefineOptions options{steps,
-                              num_points,
-                              coarse_source == "current",
-                              scale_factor,
-                              align_corners,
-                              padding_mode == "border",
-                              coarse_each_layer,
-                              coarse_first,
-                              labels};
-  check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
+  const RefineOptions options =
+      refine_options(coarse, features, weights, biases, steps, num_points, coarse_source, scale_factor, align_corners,
+                     padding_mode, coarse_each_layer, coarse_first, labels);
   if (steps == 0) return unrefined(coarse, labels);
   return refine_is_wide(coarse, features, weights) ? refine_loop<double>(coarse, features, weights, biases, options)
                                                    : refine_loop<float>(coarse, features, weights, biases, options);

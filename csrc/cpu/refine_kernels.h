@@ -1,8 +1,28 @@
-// One layer of the point head on a block of points. No include guard: compiled once per instruction set.
+// One layer of the point head on a block of points. Compiled once per instruction set, see compile_kernels.h.
 //
 // Activations are rows [points][stride]; weights come packed into panels of two vectors of outputs, [panel][in][2
 // lanes], so that the inner loop reads them in order and keeps kMlpRows x 2 vectors of sums in registers. A sum runs
-// over the inputs in ascending order whatever the block, so the result of a point depends on nothing else.
+// over the inputs in ascending order for every size of block, so the result of a point depends on nothing else.
+#ifndef RENDSEG_ISA
+
+namespace rendseg {
+
+// y = x W^T + b, then a ReLU; `panels` as above, padded with zeros, `bias` padded likewise.
+struct MlpLayer {
+  const void* panels;
+  const void* bias;
+  int64_t in, out;
+  bool relu;
+  Dtype rounding;  // the dtype of the head: halves are rounded after each layer
+};
+
+// Points of one block: a multiple of the rows of every instruction set.
+constexpr int64_t kMlpPoints = 96;
+
+}  // namespace rendseg
+
+#else
+
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
 namespace {
@@ -15,44 +35,25 @@ constexpr int kMlpRows = 6;
 constexpr int kMlpRows = 4;
 #endif
 
-RENDSEG_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
-#if RENDSEG_ISA == 2
-  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif RENDSEG_ISA == 1
-  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-RENDSEG_INLINE Simd<double>::V multiply_add(Simd<double>::V a, Simd<double>::V b, Simd<double>::V c) {
-#if RENDSEG_ISA == 2
-  return (Simd<double>::V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif RENDSEG_ISA == 1
-  return (Simd<double>::V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
-#endif
-}
-
 template <typename A>
-RENDSEG_INLINE typename Simd<A>::V round_to(typename Simd<A>::V v, c10::ScalarType dtype) {
+RENDSEG_INLINE Vec<A> round_to(Vec<A> v, Dtype dtype) {
   if constexpr (sizeof(A) == 4) {
-    if (dtype == c10::ScalarType::Half) return Stored<c10::Half>::round(v);
-    if (dtype == c10::ScalarType::BFloat16) return Stored<c10::BFloat16>::round(v);
+    if (dtype == Dtype::kHalf) return round_to<c10::Half>(v);
+    if (dtype == Dtype::kBFloat16) return round_to<c10::BFloat16>(v);
   }
   return v;
 }
 
 template <typename A>
 void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t points, A* y, int64_t y_stride) {
-  using V = typename Simd<A>::V;
-  constexpr int L = Simd<A>::kLanes, R = kMlpRows;
+  using V = Vec<A>;
+  constexpr int L = kLanes<A>, R = kMlpRows;
   const int64_t in = layer.in, s = x_stride, s3 = 3 * x_stride;
   const V zero = V{};
   for (int64_t panel = 0; panel * 2 * L < layer.out; ++panel) {
     const A* bias = static_cast<const A*>(layer.bias) + panel * 2 * L;
     const int64_t columns = layer.out - panel * 2 * L < 2 * L ? layer.out - panel * 2 * L : 2 * L;
-    const V b0 = load_as<V>(bias), b1 = load_as<V>(bias + L);
+    const V b0 = load(bias), b1 = load(bias + L);
     for (int64_t p = 0; p < points; p += R) {
       V acc[R][2];
 #pragma GCC unroll 12
@@ -61,13 +62,13 @@ void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t p
       const A* row[(R + 3) / 4];  // every fourth row; the three below are reached by s, 2s and 3s
       for (int g = 0; g < (R + 3) / 4; ++g) row[g] = x + (p + 4 * g) * x_stride;
       for (int64_t i = 0; i < in; ++i, w += 2 * L) {
-        const V w0 = load_as<V>(w), w1 = load_as<V>(w + L);
+        const V w0 = load(w), w1 = load(w + L);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           const A* at = row[r / 4];
           const V v = splat<A>(r % 4 == 0 ? at[0] : r % 4 == 1 ? at[s] : r % 4 == 2 ? at[2 * s] : at[s3]);
-          acc[r][0] = multiply_add(v, w0, acc[r][0]);
-          acc[r][1] = multiply_add(v, w1, acc[r][1]);
+          acc[r][0] = fused(v, w0, acc[r][0]);
+          acc[r][1] = fused(v, w1, acc[r][1]);
         }
 #pragma GCC unroll 4
         for (int g = 0; g < (R + 3) / 4; ++g) ++row[g];
@@ -81,20 +82,18 @@ void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t p
           v1 = v1 < zero ? zero : v1;
         }
         if (columns == 2 * L) {
-          store_as(out, v0);
-          store_as(out + L, v1);
+          store(out, v0);
+          store(out + L, v1);
         } else {
           A kept[2 * L];
-          store_as(kept, v0);
-          store_as(kept + L, v1);
+          store(kept, v0);
+          store(kept + L, v1);
           __builtin_memcpy(out, kept, columns * sizeof(A));
         }
       }
     }
   }
 }
-
-}  // namespace
 
 void mlp_layer(const MlpLayer& layer, bool wide, const void* x, int64_t x_stride, int64_t points, void* y,
                int64_t y_stride) {
@@ -106,19 +105,17 @@ void mlp_layer(const MlpLayer& layer, bool wide, const void* x, int64_t x_stride
 }
 
 // Rounds values to a half dtype in place; nothing to do for the others.
-void round_values(float* values, int64_t count, c10::ScalarType dtype) {
-  constexpr int L = kFloatLanes;
+void round_values(float* values, int64_t count, Dtype dtype) {
+  constexpr int L = kLanes<float>;
   int64_t i = 0;
-  for (; i + L <= count; i += L) store_as(values + i, round_to<float>(load_as<VecF>(values + i), dtype));
-  if (i < count) {
-    VecF v{};
-    __builtin_memcpy(&v, values + i, (count - i) * sizeof(float));
-    v = round_to<float>(v, dtype);
-    __builtin_memcpy(values + i, &v, (count - i) * sizeof(float));
-  }
+  for (; i + L <= count; i += L) store(values + i, round_to<float>(load(values + i), dtype));
+  if (i < count) store_part(values + i, round_to<float>(load_part(values + i, count - i), dtype), count - i);
 }
 
 int64_t mlp_panel_bytes() { return 2 * kVectorBytes; }
 
+}  // namespace
 }  // namespace RENDSEG_ISA_NAMESPACE
 }  // namespace rendseg
+
+#endif

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../scatter_points_common.h"
+#include "../strided_tensors.h"
 
 namespace rendseg {
 namespace {
@@ -32,9 +33,9 @@ void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) 
 // Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block
 // is some points with every channel, else every point of some planes.
 template <typename F>
-void for_blocks(const at::Tensor& map, int64_t points, F&& f) {
-  const int64_t images = map.size(0), channels = map.size(1);
-  const bool adjacent = map.stride(1) == 1 && channels > 1;
+void for_blocks(const MapView& map, int64_t points, F&& f) {
+  const int64_t images = map.images, channels = map.channels;
+  const bool adjacent = map.stride_c == 1 && channels > 1;
   const int64_t length = adjacent ? points : channels;
   const int64_t other = adjacent ? channels : points;
   const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, other));
@@ -47,22 +48,19 @@ void for_blocks(const at::Tensor& map, int64_t points, F&& f) {
   });
 }
 
-// f(cell of the map, value) for every (point, channel).
+// f(cell of the map, value) for every (point, channel), as elements of types M and V.
 template <typename M, typename V, typename F>
-void visit(M* map, V* values, const at::Tensor& map_tensor, const at::Tensor& values_tensor, const int64_t* indices,
-           F&& f) {
-  const int64_t points = values_tensor.size(2), width = map_tensor.size(3);
-  const int64_t map_n = map_tensor.stride(0), map_c = map_tensor.stride(1), map_y = map_tensor.stride(2),
-                map_x = map_tensor.stride(3);
-  const int64_t value_n = values_tensor.stride(0), value_c = values_tensor.stride(1), value_p = values_tensor.stride(2);
-  const bool flat = map_y == width * map_x;  // an index is then an offset, without a division
-  for_blocks(map_tensor, points, [&](int64_t n, int64_t p_begin, int64_t p_end, int64_t c_begin, int64_t c_end) {
+void visit(const MapView& map, const PointsView& values, const int64_t* indices, F&& f) {
+  const int64_t points = values.points, width = map.width, map_c = map.stride_c, map_y = map.stride_y,
+                map_x = map.stride_x, value_c = values.stride_c, value_p = values.stride_p;
+  const bool flat = map.flat();  // an index is then an offset, without a division
+  for_blocks(map, points, [&](int64_t n, int64_t p_begin, int64_t p_end, int64_t c_begin, int64_t c_end) {
     const auto offset = [&](int64_t p) {
       const int64_t index = indices[n * points + p];
       return flat ? index * map_x : index / width * map_y + index % width * map_x;
     };
-    M* image = map + n * map_n;
-    V* rows = values + n * value_n;
+    M* image = map.at<M>(n);
+    V* rows = values.at<V>(n);
     if (p_end - p_begin == points && c_end - c_begin < points) {
       for (int64_t c = c_begin; c < c_end; ++c) {
         for (int64_t p = p_begin; p < p_end; ++p) f(image[offset(p) + c * map_c], rows[c * value_c + p * value_p]);
@@ -79,8 +77,8 @@ void visit(M* map, V* values, const at::Tensor& map_tensor, const at::Tensor& va
 void scatter_kernel(at::Tensor& logits, const at::Tensor& indices, const at::Tensor& values) {
   with_bits(logits.element_size(), [&](auto tag) {
     using B = decltype(tag);
-    visit(static_cast<B*>(logits.mutable_data_ptr()), static_cast<const B*>(values.const_data_ptr()), logits, values,
-          indices.const_data_ptr<int64_t>(), [](B& cell, const B& value) { cell = value; });
+    visit<B, const B>(mutable_map_view(logits), points_view(values), indices.const_data_ptr<int64_t>(),
+                      [](B& cell, const B& value) { cell = value; });
   });
 }
 
@@ -123,10 +121,8 @@ std::tuple<at::Tensor, at::Tensor> scatter_points_backward_cpu(const at::Tensor&
   with_bits(grad.element_size(), [&](auto tag) {
     using B = decltype(tag);
     const int64_t* at = cells.const_data_ptr<int64_t>();
-    visit(static_cast<const B*>(grad.const_data_ptr()), static_cast<B*>(values.mutable_data_ptr()), grad, values, at,
-          [](const B& cell, B& value) { value = cell; });
-    visit(static_cast<B*>(rest.mutable_data_ptr()), static_cast<B*>(values.mutable_data_ptr()), rest, values, at,
-          [](B& cell, B&) { cell = 0; });
+    visit<const B, B>(map_view(grad), points_view(values), at, [](const B& cell, B& value) { value = cell; });
+    visit<B, B>(mutable_map_view(rest), points_view(values), at, [](B& cell, B&) { cell = 0; });
   });
   return {rest, values};
 }

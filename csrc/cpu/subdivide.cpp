@@ -4,8 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,42 +11,15 @@
 #include <memory>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "../math/radix_key.h"
-#include "../math/upsample.h"
+#include "../strided_tensors.h"
 #include "../subdivide_common.h"
 #include "huge_pages.h"
-#include "isa.h"
 #include "select.h"
-#include "subdivide_args.h"
 
-#define RENDSEG_ISA 0
-#include "isa_begin.h"
-// The order of these matters.
-#include "refine_simd.h"
-
-#include "subdivide_kernels.h"
-
-#include "isa_end.h"
+#define RENDSEG_KERNELS "subdivide_kernels.h"
+#include "compile_kernels.h"
 
 namespace rendseg {
-
-#if defined(__x86_64__)
-namespace avx2 {
-void subdivide_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram);
-void subdivide_fence();
-}  // namespace avx2
-namespace avx512 {
-void subdivide_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram);
-void subdivide_fence();
-}  // namespace avx512
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
 
 namespace {
 
@@ -72,14 +43,14 @@ void fill_columns(const SubdivideArgs& a, int64_t padded, int32_t* lower, int32_
 
 // Runs every task and leaves keys and histograms behind.
 void subdivide_kernel(SubdivideArgs& a) {
-  const int64_t size = a.dtype == at::kDouble ? 8 : 4;
+  const int64_t size = a.dtype == Dtype::kDouble ? 8 : 4;
   const int64_t padded = (a.width + kColumnPadding - 1) / kColumnPadding * kColumnPadding;
   std::vector<int32_t> taps(2 * padded);
   std::vector<double> weights(2 * padded);  // floats use the first half of it
   a.lower = taps.data();
   a.upper = taps.data() + padded;
   a.lower_weight = weights.data();
-  if (a.dtype == at::kDouble) {
+  if (a.dtype == Dtype::kDouble) {
     double* w = weights.data();
     a.upper_weight = w + padded;
     fill_columns(a, padded, taps.data(), taps.data() + padded, w, w + padded);
@@ -97,8 +68,8 @@ void subdivide_kernel(SubdivideArgs& a) {
   a.band_shift = a.align_corners ? 0 : a.scale / 2;
   a.bands = std::max<int64_t>(1, (a.height - a.band_shift + a.band_rows - 1) / a.band_rows);
   const int64_t tasks = a.n * a.bands * a.tiles, per_image = a.bands * a.tiles;
-  const auto task_kernel = pick(&baseline::subdivide_task, &avx2::subdivide_task, &avx512::subdivide_task);
-  const auto fence = pick(&baseline::subdivide_fence, &avx2::subdivide_fence, &avx512::subdivide_fence);
+  const auto task_kernel = RENDSEG_PICK(subdivide_task);
+  const auto fence = RENDSEG_PICK(subdivide_fence);
   const int64_t cells = std::min(a.height, a.band_rows) * std::min(a.width, a.tile_width) * a.c;
   at::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / cells), [&](int64_t begin, int64_t end) {
     const int64_t bytes = subdivide_scratch_bytes(a);
@@ -153,7 +124,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& 
   if (keys.nbytes() >= kHugeBytes) prefer_huge_pages(keys.mutable_data_ptr(), keys.nbytes());
 
   SubdivideArgs a{};
-  a.dtype = logits.scalar_type();
+  a.dtype = dtype_of(logits.scalar_type());
   a.source = source.const_data_ptr();
   a.channels_last = format == at::MemoryFormat::ChannelsLast && c > 1;
   a.fine = wanted == SubdivideWanted::kLogits ? result.mutable_data_ptr() : nullptr;

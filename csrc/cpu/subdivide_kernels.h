@@ -1,46 +1,105 @@
-// Fused bilinear upsampling, margin and first histogram, a band of rows and a tile of columns at a time. No include
-// guard: compiled once per instruction set.
+// The kernels of subdivide: bilinear upsampling, margin and first histogram of the selection in one pass. Compiled once
+// per instruction set, see compile_kernels.h.
 //
-// A source row is interpolated along x once, into blocks of one vector of columns times C channels, so that the
-// vertical pass reads two contiguous streams and keeps the running top-2 (and argmax) in registers. The arithmetic is
-// that of F.interpolate, `lower_weight * a + upper_weight * b` along x and then along y without fused multiply-add;
-// with and without stored logits it is the same code, so both modes agree bit for bit.
+// logits[N,C,h,w] become fine[N,C,H,W] (H = scale h, W = scale w) and keys[N,H,W], 4 bytes a cell: the margin (top-1
+// minus top-2 over the channels) as an integer to sort by. A task is one image, a band of about 32 output rows and a
+// tile of output columns, chosen so that two interpolated source rows fit the second-level cache (8 bytes C tile). It
+// goes down its rows:
+//
+//   interpolate_row  one source row along x, once, into [blocks][C][lanes] of float or double: blocks of one vector of
+//                    output columns. From a factor of two on, the sources of a vector of outputs fit one vector, and
+//                    two permutes replace the gathers. Also notes whether the row holds NaN or infinity.
+//   upsample_blocks  along y, from the two source rows: reads two contiguous streams per channel and keeps the running
+//                    top two (and argmax) in registers; one or two output rows that share their source rows, U blocks.
+//                    Writes logits (past the cache where the map is large), or labels, or neither; always the keys.
+//   upsample_band    the loop over rows; then counts the keys, in two tables, into the histogram of the image.
+//
+// The arithmetic is that of F.interpolate, `lower_weight * a + upper_weight * b` along x and then along y without fused
+// multiply-add; with and without stored logits it is the same code, so both modes agree bit for bit. Rows with NaN or
+// infinity go through a careful mode: a cell with a NaN has the key 0, and the first NaN is the label.
+#ifndef RENDSEG_ISA
+
+#include "../math/radix_key.h"
+#include "../math/upsample.h"
+
+namespace rendseg {
+
+struct SubdivideArgs {
+  Dtype dtype;
+  const void* source;  // logits[N,C,h,w], contiguous or channels_last
+  bool channels_last;  // of source and fine
+  void* fine;          // [N,C,H,W], or null when the upsampled logits are not wanted
+  bool stream;         // rows of `fine` are aligned to vectors and too many to stay in the cache
+  uint32_t* keys;      // [N,H,W]
+  void* labels;        // [N,H,W] uint8 or int16, or null
+  bool wide_labels;
+  bool single;             // the margin is |logit of one channel|: C == 1, or class_index
+  const int64_t* channel;  // [N] that channel, or null for channel 0
+  uint32_t* histograms;    // [N][kHistogramBins]
+  int64_t n, c, h, w, height, width;
+  // Taps of every output column, in the arithmetic type; the tables are padded with their last entry to a multiple
+  // of 64.
+  const int32_t* lower;
+  const int32_t* upper;
+  const void* lower_weight;
+  const void* upper_weight;
+  int64_t scale;
+  bool align_corners;
+  // Work: bands of output rows and tiles of output columns.
+  int64_t band_rows, band_shift, bands, tile_width, tiles;
+};
+
+constexpr int64_t kColumnPadding = 64;
+
+// Bytes of scratch one worker needs, for the widest vectors.
+inline int64_t subdivide_scratch_bytes(const SubdivideArgs& a) {
+  const int64_t size = a.dtype == Dtype::kDouble ? 8 : 4;
+  const int64_t rows = 2 * a.c * a.tile_width * size;       // two source rows, already interpolated along x
+  const int64_t planes = a.c * (a.tile_width + 64) * size;  // one source row, widened or transposed
+  const int64_t block = a.c * 64 * 8;                       // one block of outputs before it is transposed
+  return rows + planes + block + 4 * 64;
+}
+
+}  // namespace rendseg
+
+#else
+
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
 namespace {
 
 template <typename T>
 struct SubdivideTile {
-  using Acc = typename Stored<T>::Acc;
+  using A = Wide<T>;
   const SubdivideArgs* args;
   int64_t image;
   int64_t first_column, columns, blocks;  // of the output
   int64_t source_begin, source_end;       // columns of the source that the tile needs
-  Acc* rows[2];                           // [blocks][C][lanes] each
+  A* rows[2];                             // [blocks][C][lanes] each
   bool unknown[2];                        // the row holds NaN or infinity
   int64_t held[2];                        // which source row, -1 for none
-  Acc* planes;
-  Acc* block;
+  A* planes;
+  A* block;
 };
 
 // Source row `y` interpolated along x into rows[y % 2].
 template <typename T>
 void interpolate_row(SubdivideTile<T>& t, int64_t y) {
-  using Acc = typename Stored<T>::Acc;
-  using V = typename Simd<Acc>::V;
-  using I = typename Simd<Acc>::I;
-  constexpr int L = Simd<Acc>::kLanes;
+  using A = Wide<T>;
+  using V = Vec<A>;
+  using I = Ints<A>;
+  constexpr int L = kLanes<A>;
   const SubdivideArgs& a = *t.args;
   const int64_t channels = a.c;
   const int64_t begin = t.source_begin, count = t.source_end - t.source_begin;
   const T* source = static_cast<const T*>(a.source) + t.image * channels * a.h * a.w;
-  const Acc* plane;
+  const A* plane;
   int64_t stride;
-  if constexpr (sizeof(T) == sizeof(Acc)) {
+  if constexpr (sizeof(T) == sizeof(A)) {
     plane = source + y * a.w + begin;
     stride = a.h * a.w;
   }
-  if (sizeof(T) != sizeof(Acc) || a.channels_last) {
+  if (sizeof(T) != sizeof(A) || a.channels_last) {
     stride = (count + L - 1) / L * L;
     plane = t.planes;
     if (a.channels_last) {
@@ -48,23 +107,20 @@ void interpolate_row(SubdivideTile<T>& t, int64_t y) {
       for (int64_t c0 = 0; c0 < channels; c0 += 8) {
         const int64_t c1 = c0 + 8 < channels ? c0 + 8 : channels;
         for (int64_t x = 0; x < count; ++x) {
-          for (int64_t c = c0; c < c1; ++c) t.planes[c * stride + x] = widen<T>(row[x * channels + c]);
+          for (int64_t c = c0; c < c1; ++c) t.planes[c * stride + x] = widen(row[x * channels + c]);
         }
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
         const T* row = source + (c * a.h + y) * a.w + begin;
-        Acc* out = t.planes + c * stride;
-        int64_t x = 0;
-        for (; x + L <= count; x += L) store_as(out + x, Stored<T>::load(row + x));
-        for (; x < count; ++x) out[x] = widen<T>(row[x]);
+        widen_row(row, count, t.planes + c * stride);
       }
     }
   }
   const int slot = static_cast<int>(y & 1);
-  Acc* out = t.rows[slot];
-  const Acc* lower_weight = static_cast<const Acc*>(a.lower_weight) + t.first_column;
-  const Acc* upper_weight = static_cast<const Acc*>(a.upper_weight) + t.first_column;
+  A* out = t.rows[slot];
+  const A* lower_weight = static_cast<const A*>(a.lower_weight) + t.first_column;
+  const A* upper_weight = static_cast<const A*>(a.upper_weight) + t.first_column;
   const int32_t* lower = a.lower + t.first_column;
   const int32_t* upper = a.upper + t.first_column;
   V sticky = V{};  // becomes NaN as soon as one value is NaN or infinite
@@ -73,26 +129,26 @@ void interpolate_row(SubdivideTile<T>& t, int64_t y) {
   for (int64_t c0 = 0; c0 < channels; c0 += 4) {
     const int64_t c1 = c0 + 4 < channels ? c0 + 4 : channels;
     for (int64_t b = 0; b < t.blocks; ++b) {
-      const V wl = load_as<V>(lower_weight + b * L), wu = load_as<V>(upper_weight + b * L);
+      const V wl = load(lower_weight + b * L), wu = load(upper_weight + b * L);
       if (permuting) {
         int64_t base = lower[b * L] - begin;
         if (base > count - L) base = count - L;
         I il, iu;
         for (int j = 0; j < L; ++j) il[j] = lower[b * L + j], iu[j] = upper[b * L + j];
-        const typename Simd<Acc>::Index offset = static_cast<typename Simd<Acc>::Index>(base + begin);
+        const Lane<A> offset = static_cast<Lane<A>>(base + begin);
         il -= offset, iu -= offset;
         for (int64_t c = c0; c < c1; ++c) {
-          const V s = load_as<V>(plane + c * stride + base);
-          sticky += s * Acc(0);
-          store_as(out + (b * channels + c) * L, permute(s, il) * wl + permute(s, iu) * wu);
+          const V s = load(plane + c * stride + base);
+          sticky += s * A(0);
+          store(out + (b * channels + c) * L, permute<A>(s, il) * wl + permute<A>(s, iu) * wu);
         }
       } else {
         for (int64_t c = c0; c < c1; ++c) {
-          const Acc* s = plane + c * stride - begin;
+          const A* s = plane + c * stride - begin;
           V vl, vu;
           for (int j = 0; j < L; ++j) vl[j] = s[lower[b * L + j]], vu[j] = s[upper[b * L + j]];
-          sticky += vl * Acc(0) + vu * Acc(0);
-          store_as(out + (b * channels + c) * L, vl * wl + vu * wu);
+          sticky += vl * A(0) + vu * A(0);
+          store(out + (b * channels + c) * L, vl * wl + vu * wu);
         }
       }
     }
@@ -103,22 +159,52 @@ void interpolate_row(SubdivideTile<T>& t, int64_t y) {
   t.held[slot] = y;
 }
 
-RENDSEG_INLINE VecU margin_keys(VecF margin) {
-  const VecU key = ((VecU)margin & 0x7fffffffu) + 1u;
-  return margin == margin ? key : VecU{};
+typedef uint8_t LabelBytes __attribute__((vector_size(kVectorBytes / 4)));  // as many as floats in a vector
+
+RENDSEG_INLINE Bits<float> margin_keys(Vec<float> margin) {
+  const Bits<float> key = ((Bits<float>)margin & 0x7fffffffu) + 1u;
+  return margin == margin ? key : Bits<float>{};
 }
 
 enum SubdivideMode : int { kStore = 1, kLabel = 2, kSingle = 4, kCareful = 8 };
 
+// Keys, and labels where they are wanted, of the `valid` cells from `at` on.
+template <typename A, int kMode, bool kPartial>
+RENDSEG_INLINE void write_keys(const SubdivideArgs& a, int64_t at, int64_t valid, Vec<A> margin, Ints<A> label) {
+  if constexpr (sizeof(A) == 8) {
+    for (int64_t j = 0; j < valid; ++j) {
+      a.keys[at + j] = margin_key(static_cast<float>(margin[j]));
+      if constexpr ((kMode & kLabel) != 0) {
+        if (a.wide_labels) {
+          static_cast<int16_t*>(a.labels)[at + j] = static_cast<int16_t>(label[j]);
+        } else {
+          static_cast<uint8_t*>(a.labels)[at + j] = static_cast<uint8_t>(label[j]);
+        }
+      }
+    }
+  } else {
+    const Bits<float> key = margin_keys(margin);
+    __builtin_memcpy(a.keys + at, &key, kPartial ? valid * 4 : sizeof(key));
+    if constexpr ((kMode & kLabel) != 0) {
+      if (a.wide_labels) {
+        const HalfBits packed = __builtin_convertvector((Bits<float>)label, HalfBits);
+        __builtin_memcpy(static_cast<int16_t*>(a.labels) + at, &packed, kPartial ? valid * 2 : sizeof(packed));
+      } else {
+        const LabelBytes packed = __builtin_convertvector((Bits<float>)label, LabelBytes);
+        __builtin_memcpy(static_cast<uint8_t*>(a.labels) + at, &packed, kPartial ? valid : sizeof(packed));
+      }
+    }
+  }
+}
+
 // `U` blocks of columns from block `b`, in `R` output rows from row `y` that lie between the same two source rows.
 template <typename T, int kMode, int R, int U, bool kPartial>
-RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, const typename Stored<T>::Acc* row0,
-                                    const typename Stored<T>::Acc* row1,
-                                    const UpsampleTap<typename Stored<T>::Acc>* taps) {
-  using Acc = typename Stored<T>::Acc;
-  using V = typename Simd<Acc>::V;
-  using I = typename Simd<Acc>::I;
-  constexpr int L = Simd<Acc>::kLanes;
+RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, const Wide<T>* row0, const Wide<T>* row1,
+                                    const UpsampleTap<Wide<T>>* taps) {
+  using A = Wide<T>;
+  using V = Vec<A>;
+  using I = Ints<A>;
+  constexpr int L = kLanes<A>;
   const SubdivideArgs& a = *t.args;
   const int64_t channels = a.c, plane = a.height * a.width;
   const int64_t column = t.first_column + b * L;
@@ -129,7 +215,7 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
   I label[R][U], unknown[R][U];
   for (int r = 0; r < R; ++r) {
     for (int u = 0; u < U; ++u) {
-      first[r][u] = second[r][u] = splat<Acc>(-__builtin_inf());
+      first[r][u] = second[r][u] = splat<A>(-__builtin_inf());
       label[r][u] = unknown[r][u] = I{};
     }
   }
@@ -137,27 +223,25 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
   const int64_t c_begin = (kMode & kSingle) != 0 && (kMode & kStore) == 0 ? chosen : 0;
   const int64_t c_end = (kMode & kSingle) != 0 && (kMode & kStore) == 0 ? chosen + 1 : channels;
   for (int64_t c = c_begin; c < c_end; ++c) {
-    const I channel = I{} + static_cast<typename Simd<Acc>::Index>(c);
+    const I channel = I{} + static_cast<Lane<A>>(c);
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      const V s0 = load_as<V>(row0 + ((b + u) * channels + c) * L);
-      const V s1 = load_as<V>(row1 + ((b + u) * channels + c) * L);
+      const V s0 = load(row0 + ((b + u) * channels + c) * L);
+      const V s1 = load(row1 + ((b + u) * channels + c) * L);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        const V v = Stored<T>::round(s0 * taps[r].lower_weight + s1 * taps[r].upper_weight);
+        const V v = round_to<T>(s0 * taps[r].lower_weight + s1 * taps[r].upper_weight);
         if constexpr ((kMode & kStore) != 0) {
           if (a.channels_last) {
-            store_as(t.block + ((r * U + u) * channels + c) * L, v);
+            store(t.block + ((r * U + u) * channels + c) * L, v);
           } else {
             T* out = fine + c * plane + (y + r) * a.width + column + u * L;
             if constexpr (kPartial) {
-              T kept[L];
-              Stored<T>::store(kept, v);
-              __builtin_memcpy(out, kept, valid * sizeof(T));
+              store_part(out, v, valid);
             } else if (a.stream) {
               stream<T>(out, v);
             } else {
-              Stored<T>::store(out, v);
+              store(out, v);
             }
           }
         }
@@ -173,10 +257,10 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
             }
             unknown[r][u] |= nan;
           } else if constexpr ((kMode & kLabel) != 0) {
-            label[r][u] = label_where_greater(v, first[r][u], label[r][u], channel);
+            label[r][u] = select_greater<A>(v, first[r][u], channel, label[r][u]);
           }
-          second[r][u] = vmax(second[r][u], vmin(first[r][u], v));
-          first[r][u] = vmax(v, first[r][u]);
+          second[r][u] = larger<A>(second[r][u], smaller<A>(first[r][u], v));
+          first[r][u] = larger<A>(v, first[r][u]);
         }
       }
     }
@@ -187,35 +271,12 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
     for (int r = 0; r < R; ++r) {
       V margin = first[r][u];
       if constexpr ((kMode & kSingle) == 0) margin -= second[r][u];
-      if constexpr ((kMode & kCareful) != 0) margin = unknown[r][u] ? splat<Acc>(__builtin_nan("")) : margin;
+      if constexpr ((kMode & kCareful) != 0) margin = unknown[r][u] ? splat<A>(__builtin_nan("")) : margin;
       const int64_t at = (t.image * a.height + y + r) * a.width + column + u * L;
-      if constexpr (sizeof(Acc) == 8) {
-        for (int64_t j = 0; j < valid; ++j) {
-          a.keys[at + j] = margin_key(static_cast<float>(margin[j]));
-          if constexpr ((kMode & kLabel) != 0) {
-            if (a.wide_labels) {
-              static_cast<int16_t*>(a.labels)[at + j] = static_cast<int16_t>(label[r][u][j]);
-            } else {
-              static_cast<uint8_t*>(a.labels)[at + j] = static_cast<uint8_t>(label[r][u][j]);
-            }
-          }
-        }
-      } else {
-        const VecU key = margin_keys(margin);
-        __builtin_memcpy(a.keys + at, &key, kPartial ? valid * 4 : sizeof(key));
-        if constexpr ((kMode & kLabel) != 0) {
-          if (a.wide_labels) {
-            const VecHalfBits packed = __builtin_convertvector((VecU)label[r][u], VecHalfBits);
-            __builtin_memcpy(static_cast<int16_t*>(a.labels) + at, &packed, kPartial ? valid * 2 : sizeof(packed));
-          } else {
-            const VecBytes packed = __builtin_convertvector((VecU)label[r][u], VecBytes);
-            __builtin_memcpy(static_cast<uint8_t*>(a.labels) + at, &packed, kPartial ? valid : sizeof(packed));
-          }
-        }
-      }
+      write_keys<A, kMode, kPartial>(a, at, valid, margin, label[r][u]);
       if constexpr ((kMode & kStore) != 0) {
         if (a.channels_last) {
-          const Acc* from = t.block + (r * U + u) * channels * L;
+          const A* from = t.block + (r * U + u) * channels * L;
           T* out = fine + ((y + r) * a.width + column + u * L) * channels;
           for (int64_t j = 0; j < valid; ++j) {
             for (int64_t c = 0; c < channels; ++c) out[j * channels + c] = static_cast<T>(from[c * L + j]);
@@ -227,11 +288,11 @@ RENDSEG_INLINE void upsample_blocks(SubdivideTile<T>& t, int64_t b, int64_t y, c
 }
 
 template <typename T, int kMode, int R>
-void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<typename Stored<T>::Acc>* taps) {
-  using Acc = typename Stored<T>::Acc;
-  constexpr int L = Simd<Acc>::kLanes;
-  const Acc* row0 = t.rows[taps[0].lower & 1];
-  const Acc* row1 = t.rows[taps[0].upper & 1];
+void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<Wide<T>>* taps) {
+  using A = Wide<T>;
+  constexpr int L = kLanes<A>;
+  const A* row0 = t.rows[taps[0].lower & 1];
+  const A* row1 = t.rows[taps[0].upper & 1];
   // Stores come in runs of four vectors per channel, which the memory likes; without them two suffice to hide latency.
   constexpr int U = (kMode & kCareful) != 0                     ? 1
                     : (kMode & kStore) != 0 && RENDSEG_ISA == 2 ? 4
@@ -248,14 +309,14 @@ void upsample_rows(SubdivideTile<T>& t, int64_t y, const UpsampleTap<typename St
 
 template <typename T, int kMode>
 void upsample_band(SubdivideTile<T>& t, int64_t y_begin, int64_t y_end, uint32_t* histogram) {
-  using Acc = typename Stored<T>::Acc;
+  using A = Wide<T>;
   const SubdivideArgs& a = *t.args;
   for (int64_t y = y_begin; y < y_end;) {
-    UpsampleTap<Acc> taps[2];
-    taps[0] = upsample_tap<Acc>(y, a.h, a.scale, a.align_corners);
+    UpsampleTap<A> taps[2];
+    taps[0] = upsample_tap<A>(y, a.h, a.scale, a.align_corners);
     int64_t rows = 1;
     if (y + 1 < y_end) {
-      taps[1] = upsample_tap<Acc>(y + 1, a.h, a.scale, a.align_corners);
+      taps[1] = upsample_tap<A>(y + 1, a.h, a.scale, a.align_corners);
       if (taps[1].lower == taps[0].lower && taps[1].upper == taps[0].upper) rows = 2;
     }
     for (int64_t source : {taps[0].lower, taps[0].upper}) {
@@ -284,8 +345,8 @@ void upsample_band(SubdivideTile<T>& t, int64_t y_begin, int64_t y_end, uint32_t
 
 template <typename T>
 void run_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram) {
-  using Acc = typename Stored<T>::Acc;
-  constexpr int L = Simd<Acc>::kLanes;
+  using A = Wide<T>;
+  constexpr int L = kLanes<A>;
   const int64_t tile = task % a.tiles, band = task / a.tiles % a.bands;
   SubdivideTile<T> t;
   t.args = &a;
@@ -300,7 +361,7 @@ void run_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* his
     t.source_end = a.w < L ? a.w : (t.source_end > t.source_begin + L ? t.source_end : t.source_begin + L);
   }
   const int64_t row_size = a.c * a.tile_width;
-  t.rows[0] = reinterpret_cast<Acc*>(scratch);
+  t.rows[0] = reinterpret_cast<A*>(scratch);
   t.rows[1] = t.rows[0] + row_size;
   t.block = t.rows[1] + row_size;
   t.planes = t.block + a.c * 8 * L;
@@ -324,20 +385,9 @@ void run_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* his
   }
 }
 
-}  // namespace
-
 // One task: an image, a band of rows and a tile of columns. `histogram` has two tables, which the caller adds.
 void subdivide_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram) {
-  switch (a.dtype) {
-    case c10::ScalarType::Float:
-      return run_task<float>(a, task, scratch, histogram);
-    case c10::ScalarType::Double:
-      return run_task<double>(a, task, scratch, histogram);
-    case c10::ScalarType::Half:
-      return run_task<c10::Half>(a, task, scratch, histogram);
-    default:
-      return run_task<c10::BFloat16>(a, task, scratch, histogram);
-  }
+  with_element(a.dtype, [&]<typename T>() { run_task<T>(a, task, scratch, histogram); });
 }
 
 // Makes streamed stores visible before the next ordinary one of this thread.
@@ -347,5 +397,8 @@ void subdivide_fence() {
 #endif
 }
 
+}  // namespace
 }  // namespace RENDSEG_ISA_NAMESPACE
 }  // namespace rendseg
+
+#endif

@@ -14,16 +14,10 @@
 #include <vector>
 
 #include "../uncertain_points_common.h"
-#include "isa.h"
 #include "select.h"
-#include "uncertain_points_includes.h"
 
-#define RENDSEG_ISA 0
-#include "isa_begin.h"
-
-#include "uncertain_points_kernels.h"
-
-#include "isa_end.h"
+#define RENDSEG_KERNELS "uncertain_points_kernels.h"
+#include "compile_kernels.h"
 
 namespace rendseg {
 namespace {
@@ -31,58 +25,42 @@ namespace {
 constexpr int64_t kCellGrain = 16384;  // fewest cells worth a thread
 constexpr int64_t kPointGrain = 4096;  // fewest candidate points worth a thread
 
-#if defined(__x86_64__)
-#define RENDSEG_PICK(function) pick(&baseline::function, &avx2::function, &avx512::function)
-#else
-#define RENDSEG_PICK(function) (&baseline::function)
-#endif
-
-LogitType logit_type(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return LogitType::kDouble;
-    case at::kHalf:
-      return LogitType::kHalf;
-    case at::kBFloat16:
-      return LogitType::kBFloat16;
-    default:
-      return LogitType::kFloat;
-  }
-}
-
 // The maps of a batch; keeps the copy that unreadable strides need.
 class LogitMaps {
  public:
   LogitMaps(const at::Tensor& logits, const std::optional<at::Tensor>& class_index)
       : logits_(readable_maps(logits)), class_index_(class_index) {
-    map_ = {nullptr,
-            logit_type(logits_.scalar_type()),
-            logits_.size(1),
-            logits_.size(2),
-            logits_.size(3),
-            logits_.stride(1),
-            cell_stride(logits_)};
+    map_.data = const_cast<void*>(logits_.const_data_ptr());
+    map_.dtype = dtype_of(logits_.scalar_type());
+    map_.images = logits_.size(0);
+    map_.channels = logits_.size(1);
+    map_.height = logits_.size(2);
+    map_.width = logits_.size(3);
+    map_.points = map_.height * map_.width;
+    map_.stride_n = logits_.stride(0);
+    map_.stride_c = logits_.stride(1);
+    map_.stride_p = cell_stride(logits_);
   }
 
-  LogitMap operator[](int64_t n) const {
-    LogitMap map = map_;
-    int64_t offset = n * logits_.stride(0);
+  MarginMap operator[](int64_t n) const {
+    MarginMap map = map_;
+    int64_t offset = n * map.stride_n;
     if (class_index_.has_value()) {
       const int64_t chosen = class_index_->const_data_ptr<int64_t>()[n * class_index_->stride(0)];
-      offset += chosen * logits_.stride(1);
+      offset += chosen * map.stride_c;
       map.channels = 1;
     }
-    map.base = static_cast<const char*>(logits_.const_data_ptr()) + offset * logits_.element_size();
+    map.data = static_cast<char*>(map.data) + offset * element_size(map.dtype);
     return map;
   }
 
   int64_t images() const { return logits_.size(0); }
-  int64_t cells() const { return map_.height * map_.width; }
+  int64_t cells() const { return map_.points; }
 
  private:
   at::Tensor logits_;
   std::optional<at::Tensor> class_index_;
-  LogitMap map_;
+  MarginMap map_;
 };
 
 // Calls f(n, begin, end) for parts of the `size` cells of each of `images`, spread over the threads as one range.
@@ -181,7 +159,7 @@ class SampledSelection {
       : counts_(counts), options_(options), kernel_(RENDSEG_PICK(sampled_margin_keys_kernel)) {}
 
   // Threaded, unless called inside a parallel region. `keys` and `indices` are scratch of candidates and of kept.
-  void operator()(const LogitMap& map, const float* drawn, uint32_t* keys, int64_t* indices, float* out) const {
+  void operator()(const MarginMap& map, const float* drawn, uint32_t* keys, int64_t* indices, float* out) const {
     if (counts_.kept > 0) {
       SharedHistogram histogram;
       at::parallel_for(0, counts_.candidates, kPointGrain, [&](int64_t begin, int64_t end) {

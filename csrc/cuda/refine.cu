@@ -67,18 +67,16 @@ class Refiner {
     auto* zeroed = static_cast<unsigned char*>(zeros.mutable_data_ptr());
     at::Tensor current = coarse_;
     for (int64_t step = 0; step < options_.steps; ++step) {
-      const bool labels = options_.labels && step + 1 == options_.steps;
-      const int64_t height = current.size(2) * options_.scale_factor, width = current.size(3) * options_.scale_factor;
-      at::Tensor next, indices, coords;
-      if (options_.num_points >= height * width) {  // all is recomputed: nothing is upsampled or selected
-        next = empty_step(coarse_, labels, height, width);
+      Cells cells{refine_cells(current, step, options_), {}, {}};
+      at::Tensor next;
+      if (cells.every) {
+        next = empty_step(coarse_, cells.labels, cells.height, cells.width);
       } else {
-        std::tie(next, indices, coords) =
-            subdivide_step(current, options_.num_points, options_.scale_factor, options_.align_corners, labels, zeroed);
-        zeroed += subdivide_zeroed_bytes(current.size(0), current.size(1), height * width, labels);
+        std::tie(next, cells.indices, cells.coords) = subdivide_step(
+            current, options_.num_points, options_.scale_factor, options_.align_corners, cells.labels, zeroed);
+        zeroed += subdivide_zeroed_bytes(current.size(0), current.size(1), cells.height * cells.width, cells.labels);
       }
-      const Cells cells{indices, coords, std::min(options_.num_points, height * width), height, width};
-      const RefineTarget target = refine_target(next, coarse_.scalar_type(), labels);
+      const RefineTarget target = refine_target(next, coarse_.scalar_type(), cells.labels);
       if (next.numel() > 0) fused ? run_fused(current, cells, target) : run_aten(current, cells, target);
       current = std::move(next);
     }
@@ -103,10 +101,9 @@ class Refiner {
     return zeros;
   }
 
-  // What a step recomputes: indices[N,count] and their coords[N,count,2], undefined for every cell.
-  struct Cells {
+  // indices[N,count] and their coords[N,count,2]; undefined for every cell.
+  struct Cells : RefineCells {
     at::Tensor indices, coords;
-    int64_t count, height, width;
   };
 
   // f.operator()<H>() with the type of the head: half_t, bfloat16_t or float, which stands for tf32.
@@ -263,16 +260,9 @@ at::Tensor refine_mlp_cuda(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorLis
                            at::TensorList weights /*each [O,I]*/, at::TensorList biases /*each [O]*/, int64_t steps,
                            int64_t num_points, c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
                            c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels) {
-  const RefineOptions options{steps,
-                              num_points,
-                              coarse_source == "current",
-                              scale_factor,
-                              align_corners,
-                              padding_mode == "border",
-                              coarse_each_layer,
-                              coarse_first,
-                              labels};
-  check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
+  const RefineOptions options =
+      refine_options(coarse, features, weights, biases, steps, num_points, coarse_source, scale_factor, align_corners,
+                     padding_mode, coarse_each_layer, coarse_first, labels);
   if (steps == 0) {
     CudaLaunch guard(coarse);
     return unrefined(coarse, labels);

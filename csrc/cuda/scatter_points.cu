@@ -8,14 +8,11 @@
 #include <tuple>
 
 #include "../scatter_points_common.h"
+#include "../strided_tensors.h"
 #include "scatter_points.cuh"
 
 namespace rendseg {
 namespace {
-
-MapLayout layout_of(const at::Tensor& map) {
-  return {map.size(1), map.size(2), map.size(3), map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
-}
 
 bool is_channels_last(const at::Tensor& map) { return map.size(1) > 1 && map.stride(1) == 1; }
 
@@ -25,8 +22,8 @@ void scatter(const at::Tensor& logits, const at::Tensor& indices, const at::Tens
   const at::Tensor source = values.contiguous();
   with_bits(logits.element_size(), [&](auto zero) {
     using Bits = decltype(zero);
-    run_scatter_points(launch, mutable_data<Bits>(logits), layout_of(logits), data<int64_t>(points), data<Bits>(source),
-                       points.size(1), source.numel(), is_channels_last(logits));
+    run_scatter_points(launch, mutable_map_view(logits), data<int64_t>(points), data<Bits>(source), points.size(1),
+                       source.numel(), is_channels_last(logits));
   });
 }
 
@@ -57,9 +54,9 @@ std::tuple<at::Tensor, at::Tensor> scatter_points_backward_cuda(const at::Tensor
   const at::Tensor points = indices.contiguous();
   with_bits(grad.element_size(), [&](auto zero) {
     using Bits = decltype(zero);
-    run_scatter_points_backward(launch, data<Bits>(grad), layout_of(grad), mutable_data<Bits>(grad_logits),
-                                layout_of(grad_logits), data<int64_t>(points), mutable_data<Bits>(grad_values),
-                                points.size(1), grad_values.numel(), is_channels_last(grad));
+    run_scatter_points_backward(launch, map_view(grad), mutable_map_view(grad_logits), data<int64_t>(points),
+                                mutable_data<Bits>(grad_values), points.size(1), grad_values.numel(),
+                                is_channels_last(grad));
   });
   return {grad_logits, grad_values};
 }

@@ -6,13 +6,9 @@
 
 #include "device.cuh"
 
-namespace rendseg {
+#include "../strided.h"
 
-// Where cell (row, col) of channel c of image n sits in a map[N,C,H,W] of any strides, in elements.
-struct MapLayout {
-  int64_t channels, height, width;
-  int64_t stride_n, stride_c, stride_h, stride_w;
-};
+namespace rendseg {
 
 // The work item `i` of n * channels * points as (image, channel, point). With channels_last maps the channels of one
 // point are neighbours in memory, else the points of one channel are: neighbouring threads take neighbours.
@@ -31,56 +27,55 @@ __device__ inline ScatterItem scatter_item(int64_t i, int64_t channels, int64_t 
 }
 
 // Offset of the cell, or -1 (never returned where asserts are on) for an index outside the map.
-__device__ inline int64_t cell_offset(const MapLayout& map, const ScatterItem& item, int64_t index) {
+__device__ inline int64_t cell_offset(const MapView& map, const ScatterItem& item, int64_t index) {
   const bool inside = index >= 0 && index < map.height * map.width;
   RENDSEG_DEVICE_ASSERT(inside, "scatter_points: indices must lie in [0, H*W)");
   if (!inside) return -1;
-  return item.n * map.stride_n + item.c * map.stride_c + (index / map.width) * map.stride_h +
-         (index % map.width) * map.stride_w;
+  return item.n * map.stride_n + item.c * map.stride_c + (index / map.width) * map.stride_y +
+         (index % map.width) * map.stride_x;
 }
 
 // logits[n, c, indices[n, p]] = values[n, c, p]. indices[N,P] and values[N,C,P] are contiguous.
 template <typename Bits>
-__global__ void __launch_bounds__(256)
-    scatter_points_kernel(Bits* logits, MapLayout map, const int64_t* indices, const Bits* values, int64_t points,
-                          int64_t total, bool channels_last) {
+__global__ void __launch_bounds__(256) scatter_points_kernel(MapView logits, const int64_t* indices, const Bits* values,
+                                                             int64_t points, int64_t total, bool channels_last) {
   for (int64_t i = global_thread(); i < total; i += global_threads()) {
-    const ScatterItem item = scatter_item(i, map.channels, points, channels_last);
-    const int64_t offset = cell_offset(map, item, indices[item.n * points + item.p]);
-    if (offset >= 0) logits[offset] = values[(item.n * map.channels + item.c) * points + item.p];
+    const ScatterItem item = scatter_item(i, logits.channels, points, channels_last);
+    const int64_t offset = cell_offset(logits, item, indices[item.n * points + item.p]);
+    if (offset < 0) continue;
+    static_cast<Bits*>(logits.data)[offset] = values[(item.n * logits.channels + item.c) * points + item.p];
   }
 }
 
 // grad_values[n, c, p] = grad[n, c, indices[n, p]], and zero there in grad_logits, which holds a copy of grad.
 template <typename Bits>
 __global__ void __launch_bounds__(256)
-    scatter_points_backward_kernel(const Bits* grad, MapLayout from, Bits* grad_logits, MapLayout to,
-                                   const int64_t* indices, Bits* grad_values, int64_t points, int64_t total,
-                                   bool channels_last) {
+    scatter_points_backward_kernel(MapView grad, MapView grad_logits, const int64_t* indices, Bits* grad_values,
+                                   int64_t points, int64_t total, bool channels_last) {
   for (int64_t i = global_thread(); i < total; i += global_threads()) {
-    const ScatterItem item = scatter_item(i, from.channels, points, channels_last);
+    const ScatterItem item = scatter_item(i, grad.channels, points, channels_last);
     const int64_t index = indices[item.n * points + item.p];
-    const int64_t source = cell_offset(from, item, index);
+    const int64_t source = cell_offset(grad, item, index);
     if (source < 0) continue;
-    grad_values[(item.n * from.channels + item.c) * points + item.p] = grad[source];
-    grad_logits[cell_offset(to, item, index)] = Bits{0};  // all bits zero is 0.0 in every dtype
+    grad_values[(item.n * grad.channels + item.c) * points + item.p] = static_cast<const Bits*>(grad.data)[source];
+    static_cast<Bits*>(grad_logits.data)[cell_offset(grad_logits, item, index)] =
+        Bits{0};  // all bits zero is 0.0 in every dtype
   }
 }
 
 // `total` is N * C * P.
-template <typename Launch, typename Bits>
-void run_scatter_points(Launch& launch, Bits* logits, const MapLayout& map, const int64_t* indices, const Bits* values,
+template <typename Bits, typename Launch>
+void run_scatter_points(Launch& launch, const MapView& logits, const int64_t* indices, const Bits* values,
                         int64_t points, int64_t total, bool channels_last) {
-  launch({blocks_for(total), 256}, scatter_points_kernel<Bits>, logits, map, indices, values, points, total,
-         channels_last);
+  launch({blocks_for(total), 256}, scatter_points_kernel<Bits>, logits, indices, values, points, total, channels_last);
 }
 
-template <typename Launch, typename Bits>
-void run_scatter_points_backward(Launch& launch, const Bits* grad, const MapLayout& from, Bits* grad_logits,
-                                 const MapLayout& to, const int64_t* indices, Bits* grad_values, int64_t points,
-                                 int64_t total, bool channels_last) {
-  launch({blocks_for(total), 256}, scatter_points_backward_kernel<Bits>, grad, from, grad_logits, to, indices,
-         grad_values, points, total, channels_last);
+template <typename Bits, typename Launch>
+void run_scatter_points_backward(Launch& launch, const MapView& grad, const MapView& grad_logits,
+                                 const int64_t* indices, Bits* grad_values, int64_t points, int64_t total,
+                                 bool channels_last) {
+  launch({blocks_for(total), 256}, scatter_points_backward_kernel<Bits>, grad, grad_logits, indices, grad_values,
+         points, total, channels_last);
 }
 
 }  // namespace rendseg

@@ -3,7 +3,7 @@
 from .ade20k import Ade20kOptions
 from .base import SegmentationDataset
 from .broden import BrodenOptions
-from .build import build_dataset, parse_options
+from .build import build_dataset, file_values, linked, parse_options
 from .camvid import CamVidOptions
 from .cityscapes import CityscapesOptions
 from .folder import FolderOptions
@@ -28,6 +28,8 @@ __all__ = [
     "VocOptions",
     "build_dataset",
     "dataset_names",
+    "file_values",
+    "linked",
     "parse_options",
     "register_dataset",
 ]

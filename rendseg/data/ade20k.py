@@ -83,3 +83,7 @@ class Ade20k(ImageFiles):
                 for image in find_images(images):
                     self._add(image, annotations / f"{image.stem}.png", image.stem)
         self._listed(options.cache)
+
+    @classmethod
+    def file_values(cls, options: Ade20kOptions) -> np.ndarray:
+        return np.arange(1, len(CLASSES) + 1)

@@ -209,12 +209,12 @@ def training_transform(options: AugmentOptions) -> v2.Compose:
 def to_sample(
     image: torch.Tensor,
     label: torch.Tensor,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     size: tuple[int, int] | None = None,
     channel_order: str = "rgb",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised float32 [3, H, W] and int64 [H, W] of RGB uint8 [3, H, W] and [H, W], padded at the right and the
+    """Normalised float32 [C, H, W] and int64 [H, W] of RGB uint8 [C, H, W] and [H, W], padded at the right and the
     bottom to at least `size`.
 
     With `channel_order` "bgr" the channels are reversed; `mean` and `std` are in the order of the result. The

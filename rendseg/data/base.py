@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .augment import fit_size, resize_pair, seeded, to_sample, training_transform
-from .images import IGNORE, LabelReader, read_image
+from .images import IGNORE, LabelReader, as_rgb, orientation, read_image
 from .options import AugmentOptions, DataError
 
 Split = Literal["train", "val"]
@@ -23,18 +23,19 @@ Split = Literal["train", "val"]
 
 @dataclass
 class Examined:
-    """What :meth:`SegmentationDataset.examine` found: uint8 image [H, W, 3] and label [H, W], None where unreadable,
-    and one line per problem."""
+    """What :meth:`SegmentationDataset.examine` found: uint8 image [H, W, C] and label [H, W], None where unreadable,
+    one line per problem, and whether an EXIF tag turns the image."""
 
     image: np.ndarray | None
     label: np.ndarray | None
     problems: list[str]
+    turned: bool = False
 
 
 class SegmentationDataset(Dataset[dict[str, Any]]):
     """Images with label maps. Subclasses give ``__len__``, :meth:`read` and :meth:`sample_name`.
 
-    ``dataset[i]`` is ``{"image": float32 [3, H, W], "label": int64 [H, W], "name": str}``: RGB (or BGR, see
+    ``dataset[i]`` is ``{"image": float32 [C_in, H, W], "label": int64 [H, W], "name": str}``: RGB (or BGR, see
     `channel_order`), normalised by `mean` and `std`; classes with 255 for ignored pixels. The split ``train`` is
     augmented; ``val`` is as in the file, or resized to ``val_size``.
 
@@ -48,7 +49,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         palette: uint8 [C, 3] colours for pictures.
         ignore_index: 255.
         channel_order: "rgb" or "bgr", of the samples' images.
-        mean, std: of the normalisation, three numbers each for values in [0, 1], in `channel_order`.
+        mean, std: of the normalisation, C_in numbers each for values in [0, 1], in `channel_order`.
     """
 
     ignore_index = IGNORE
@@ -80,12 +81,26 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 image [H, W, 3] and uint8 label [H, W], as stored."""
+        """uint8 image [H, W, C_in] and uint8 label [H, W], as stored."""
         raise NotImplementedError
 
     def sample_name(self, index: int) -> str:
         """A name that is unique within the split and usable as a file name stem."""
         raise NotImplementedError
+
+    def label(self, index: int) -> np.ndarray:
+        """uint8 [H, W], as :meth:`read` has it; data sets of files do without the image."""
+        return self.read(index)[1]
+
+    def ignored_values(self, index: int) -> list[int]:
+        """The values in the file of a label map that are ignored although no key of the configuration maps them."""
+        return []
+
+    @classmethod
+    def file_values(cls, options: Any) -> np.ndarray | None:
+        """The value of each class in the data set's own label maps, [C], or its colour, uint8 [C, 3], by the options of
+        the data set; None: its number."""
+        return None
 
     def examine(self, index: int) -> Examined:
         """Everything that is wrong with the files of an image, where :meth:`read` raises the first."""
@@ -117,7 +132,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The image and its label map (uint8 [H, W]) before augmentation."""
         image, label = self._pair(index)
-        return Image.fromarray(image), label.copy()
+        return Image.fromarray(as_rgb(image)), label.copy()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, self.epoch)
@@ -127,6 +142,11 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         in different epochs at one time needs it."""
         pixels, classes = self._pair(index)
         index %= len(self)
+        if pixels.shape[2] != self.options.channels:
+            raise DataError(
+                f"{self.sample_name(index)}: the image has {pixels.shape[2]} channels, model.backbone.in_chans is "
+                f"{self.options.channels}; set it to {pixels.shape[2]}"
+            )
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         label = torch.from_numpy(classes)
         size = None
@@ -146,9 +166,17 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
 def check_pair(image_shape: tuple[int, ...], label_shape: tuple[int, ...], image_path: Any, label_path: Any) -> None:
     """Raises DataError unless the image and its label map have one size."""
     if image_shape[:2] != label_shape[:2]:
+        tag = orientation(image_path)
+        stored = tag > 4 and image_shape[:2] == label_shape[1::-1]
+        remedy = (
+            f"the EXIF tag Orientation ({tag}) turns the image: turn the label map too, or set "
+            "data.exif_orientation=false if the labels were drawn on the images as they are stored"
+            if stored
+            else "resize one of them or pair the right files"
+        )
         raise DataError(
             f"{label_path}: label map has size {label_shape[1]}x{label_shape[0]}, its image {image_path} "
-            f"{image_shape[1]}x{image_shape[0]}; resize one of them or pair the right files"
+            f"{image_shape[1]}x{image_shape[0]}; {remedy}"
         )
 
 
@@ -234,12 +262,15 @@ class ImageFiles(SegmentationDataset):
         return self._names[index]
 
     def read_image(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3]."""
-        return read_image(self._files[index][0])
+        """uint8 [H, W, C_in]."""
+        return read_image(self._files[index][0], self.options)
 
     def read_label(self, index: int) -> np.ndarray:
         """uint8 [H, W]."""
-        return self._reader(self._files[index][1])
+        return self._reader(self._files[index][1], self.options.max_pixels)
+
+    def label(self, index: int) -> np.ndarray:
+        return self._cache[index][1] if self._cache is not None else self.read_label(index)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = self.read_image(index), self.read_label(index)
@@ -262,4 +293,5 @@ class ImageFiles(SegmentationDataset):
                 check_pair(image.shape, label.shape, *self._files[index])
             except DataError as error:
                 problems.append(str(error))
-        return Examined(image, label, problems)
+        turned = image is not None and self.options.exif_orientation and orientation(self._files[index][0]) != 1
+        return Examined(image, label, problems, turned)

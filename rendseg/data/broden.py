@@ -40,7 +40,7 @@ from .._options import Flag
 from .augment import seeded, to_sample
 from .base import SegmentationDataset, Split, check_pair
 from .folder import distinct_colors
-from .images import IGNORE, _open, read_image
+from .images import IGNORE, open_label, read_image, stored_values
 from .options import DataError, DatasetOptions
 from .registry import register_dataset
 
@@ -157,14 +157,14 @@ def read_parts(path: Path, objects: ClassList, parts: ClassList) -> list[list[in
     return [[owner, *found] for owner, found in groups.items()]
 
 
-def read_label(path: Path, classes: ClassList) -> np.ndarray:
+def read_label(path: Path, classes: ClassList, max_pixels: int) -> np.ndarray:
     """Classes as uint16 ``[H, W]`` with ``NONE``; DataError names file, number and pixel of what is no class."""
-    image = _open(path, "label map")
+    image = open_label(path, max_pixels)
     if image.mode in ("RGB", "RGBA"):
         channels = np.asarray(image)
         numbers = channels[..., 0].astype(np.int64) + 256 * channels[..., 1].astype(np.int64)
     elif image.mode in ("L", "P", "1", "I") or image.mode.startswith("I;16"):
-        numbers = np.asarray(image).astype(np.int64)
+        numbers = stored_values(image, path).astype(np.int64)
     else:
         raise DataError(
             f"{path}: label map has mode {image.mode}, wanted one channel of integers or red + 256 green; save it so"
@@ -355,7 +355,7 @@ class Broden(SegmentationDataset):
         return image, {task: labels[task] for task in self.sources[source] if task in labels}
 
     def _read_record(self, record: _Record) -> tuple[np.ndarray, Labels]:
-        image = read_image(record.image)
+        image = read_image(record.image, self.options)
         height, width = image.shape[:2]
         if record.image_size not in (None, (height, width)):
             raise DataError(
@@ -372,7 +372,7 @@ class Broden(SegmentationDataset):
             total = np.full((height, width), NONE, np.uint16)
             for text in paths:
                 path = self._base / text
-                label = read_label(path, classes)
+                label = read_label(path, classes, self.options.max_pixels)
                 if label.shape != (height, width) and label.shape == record.label_size:
                     label = _enlarge(label, (height, width))
                 if label.shape != (height, width) and record.label_size is not None:

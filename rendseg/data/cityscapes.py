@@ -87,6 +87,10 @@ class Cityscapes(ImageFiles):
                 self._add_part(images, root / ("gtCoarse" if coarse else "gtFine"), part, options)
         self._listed(options.cache)
 
+    @classmethod
+    def file_values(cls, options: CityscapesOptions) -> np.ndarray:
+        return np.array(EVALUATED_IDS)
+
     def _add_part(self, images: Path, labels: Path, part: str, options: CityscapesOptions) -> None:
         folder = images / part
         if not folder.is_dir():
@@ -112,4 +116,5 @@ class Cityscapes(ImageFiles):
 
     def read_label(self, index: int) -> np.ndarray:
         path = self.files(index)[1]
-        return (self._by_train_id if path.stem.endswith("_labelTrainIds") else self._by_id)(path)
+        reader = self._by_train_id if path.stem.endswith("_labelTrainIds") else self._by_id
+        return reader(path, self.options.max_pixels)

@@ -17,6 +17,10 @@ class DataError(ValueError):
     """A data set, an image, a label map or an option that cannot be used. One line: what, where and the remedy."""
 
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 def _check_names(value: Any) -> Any:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n.strip() for n in names):
@@ -86,8 +90,12 @@ class AugmentOptions(Options):
     vertical_flip: Share = 0.0
     color_jitter: ColorJitterOptions | None = field(default_factory=ColorJitterOptions)  # null: none
     photometric_distortion: PhotometricOptions | None = None  # {}: SSD's, instead of color_jitter
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels in [0, 1]; the usual ImageNet values
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    channels: Count = 3  # of the images, as model.backbone.in_chans, which sets it; 1: grey, more: bands or pages of TIFFs
+    image_max: Positive | None = None  # value of 16-bit or float images that is white (12 bits: 4095); null: 65535
+    exif_orientation: Flag = True  # turn images as their EXIF tag says; false: if labels were drawn on them as stored
+    max_pixels: Count = 178_956_970  # of a file (PIL's limit): a guard against files made to fill the memory
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the channels in [0, 1]; other than 3 channels: made from these
+    std: tuple[Positive, ...] = IMAGENET_STD
     pixel_max: Literal[1, 255] = 1  # 255: mean and std are given for 0..255; they are divided by it at once
     channel_order: Literal["rgb", "bgr"] = "rgb"  # of the network's input, and so of mean and std; bgr: Caffe's weights
     val_size: tuple[Count, Count] | None = None  # [height, width] of val images and labels; null: as in the files
@@ -112,6 +120,7 @@ class AugmentOptions(Options):
         for name in ("short_edge", "base_size"):
             if getattr(self, name) is not None and self.crop_size is None:
                 raise ValueError(f"{name} needs crop_size: the images of a batch must have one size")
+        self._fit_channels()
         largest = max(abs(value) for value in self.mean)
         if self.pixel_max == 1 and largest > 1:
             raise ValueError(f"mean {list(self.mean)} is of values 0..255: set pixel_max: 255, or divide mean and std")
@@ -121,6 +130,30 @@ class AugmentOptions(Options):
             divided = {name: tuple(value / 255 for value in getattr(self, name)) for name in ("mean", "std")}
             for name, value in {**divided, "pixel_max": 1}.items():  # 1, so that the options can be parsed again
                 object.__setattr__(self, name, value)
+
+    def _fit_channels(self) -> None:
+        """Mean and std for every channel: the mean of the three where there is no colour, and for what is beyond it."""
+        count = self.channels
+        for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            if len(getattr(self, name)) == count:
+                continue
+            if getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name} must have one value for each of the {count} channels of model.backbone.in_chans"
+                )
+            grey = round(sum(usual) / 3, 3)
+            values = (*usual, *[grey] * (count - 3)) if count > 3 else (grey,) * count
+            object.__setattr__(self, name, values)  # which frozen options allow too
+        if count == 3:
+            return
+        if self.channel_order == "bgr":
+            raise ValueError(f"channel_order: bgr needs 3 channels, the images have {count}")
+        if self.photometric_distortion is not None:
+            raise ValueError(f"photometric_distortion needs 3 channels, the images have {count}: leave it out")
+        if count != 1 and self.color_jitter is not None:
+            if self.color_jitter != ColorJitterOptions():
+                raise ValueError(f"color_jitter needs 1 or 3 channels, the images have {count}: set it to null")
+            object.__setattr__(self, "color_jitter", None)
 
 
 class DatasetOptions(AugmentOptions):

@@ -101,7 +101,7 @@ class Voc(ImageFiles):
         if not listing.is_file():
             known = ", ".join(sorted(path.stem for path in self._lists.glob("*.txt"))) or "nothing"
             raise DataError(f"{listing}: no such list; data.{self.split} may name what is there: {known}")
-        return [Path(line.split()[0]).stem for line in read_list(listing, self.split)]
+        return [Path(line.split()[0].replace("\\", "/")).stem for line in read_list(listing, self.split)]
 
     def _add_names(self, names: list[str], labels: str, part: str) -> None:
         folder = self._home / labels
@@ -149,7 +149,7 @@ class Voc(ImageFiles):
 
     def read_label(self, index: int) -> np.ndarray:
         path = self.files(index)[1]
-        return self._reader.translate(read_mat(path), path) if path.suffix == ".mat" else self._reader(path)
+        return self._reader.translate(read_mat(path), path) if path.suffix == ".mat" else super().read_label(index)
 
 
 def read_mat(path: Path) -> np.ndarray:

@@ -22,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+IN_PART = 3  # exit code of a command that has done some of several images
+
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -29,6 +31,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Configuration keys to set, such as train.optimizer.lr=0.02."),
 ]
+
+
+def _expanded(value: Any) -> Any:
+    """Paths with the home folder for a ``~`` at their start, which not every shell has put there."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +53,7 @@ def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         from rendseg.engine.train import Interrupted, TrainingError
 
         try:
-            command(*args, **kwargs)
+            command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
         except (ConfigError, DataError, CheckpointError, ExportError, TrainingError, Interrupted) as error:
             if os.environ.get("RENDSEG_DEBUG") == "1":
                 raise
@@ -56,6 +65,11 @@ def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(130) from None
 
     return run
+
+
+class _Labels(str, Enum):
+    classes = "classes"
+    dataset = "dataset"
 
 
 @app.command()
@@ -79,6 +93,13 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: CHECKPOINT without extension + _eval.")
     ] = None,
+    labels: Annotated[
+        _Labels | None,
+        typer.Option(
+            help="Write the predicted label maps too: the numbers of the classes, or the data set's own values "
+            "(Cityscapes' label ids, those of data.class_map), as servers want them."
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -88,11 +109,22 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Evaluate a checkpoint on its validation data: coarse and refined side by side."""
+    """Evaluate a checkpoint on its validation data: coarse and refined side by side.
+
+    Exit code 0: all images count; 3: some could not be read; 2: none could.
+    """
     from rendseg.engine.evaluate import evaluate_checkpoint
 
     chosen = [] if preset is None else [f"eval.preset={preset}"]
-    evaluate_checkpoint(checkpoint, [*chosen, *(overrides or ())], out)
+    result = evaluate_checkpoint(checkpoint, [*chosen, *(overrides or ())], out, labels.value if labels else None)
+    if result["left_out"]:
+        if os.environ.get("RANK", "0") != "0":
+            raise typer.Exit(IN_PART)
+        total = len(result["left_out"]) + result["images"]
+        print(
+            f"rendseg: {len(result['left_out'])} of {total} images could not be read and do not count", file=sys.stderr
+        )
+        raise typer.Exit(IN_PART)
 
 
 @app.command()
@@ -105,14 +137,21 @@ def predict(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as device=cpu."),
     ] = None,
+    labels: Annotated[
+        _Labels,
+        typer.Option(help="What label maps hold: the numbers of the classes, or the data set's own values (see eval)."),
+    ] = _Labels.classes,
 ) -> None:
-    """Write label map, colour overlay and a side-by-side picture of every image."""
+    """Write label map, colour overlay and a side-by-side picture of every image.
+
+    Exit code 0: all images are done; 3: some could not be; 2: none could.
+    """
     from rendseg.engine.predict import predict_files
 
-    done, failed = predict_files(checkpoint, images, out, overrides or ())
+    done, failed = predict_files(checkpoint, images, out, overrides or (), labels is _Labels.dataset)
     if failed:
-        print(f"rendseg: {failed} of {done + failed} images could not be read", file=sys.stderr)
-        raise typer.Exit(1)
+        print(f"rendseg: {failed} of {done + failed} images or folders could not be predicted", file=sys.stderr)
+        raise typer.Exit(IN_PART if done else 2)
 
 
 class _Splits(str, Enum):

@@ -1,8 +1,8 @@
 """The YAML configuration as types: every key with its meaning, unknown keys refused with the nearest known one.
 
 ``load_config(path, ["train.optimizer.lr=0.02"])`` reads a file, applies dotted overrides (the part after ``=`` is
-YAML), expands ``${NAME}`` and ``${NAME:-default}`` from the environment in every string, and resolves a relative
-``data.root`` against the folder of the file, then against the current folder.
+YAML), expands ``${NAME}`` and ``${NAME:-default}`` from the environment in every string and a ``~`` at its start, and
+resolves a relative ``data.root`` against the folder of the file, then against the current folder.
 """
 
 from __future__ import annotations
@@ -307,6 +307,16 @@ class Config(Options):
 
     # The models and the data sets own their options, check them and fill in what presets say.
 
+    @model_validator(mode="before")
+    @classmethod
+    def _linked(cls, values: Any) -> Any:
+        from rendseg.data import linked
+
+        if not isinstance(values, Mapping) or not {"model", "data"} <= values.keys():
+            return values
+        model, data = linked(values["model"], values["data"])
+        return {**values, "model": model, "data": data}
+
     @field_validator("model", mode="before")
     @classmethod
     def _resolved_model(cls, value: Any) -> Any:
@@ -327,7 +337,7 @@ class Config(Options):
     @property
     def run_dir(self) -> Path:
         """The folder of this run."""
-        return Path(self.output.dir) / self.name
+        return Path(self.output.dir).expanduser() / self.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings: what YAML and a checkpoint hold."""
@@ -435,7 +445,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _expand(value: Any, source: str) -> Any:
-    """Replace ``${NAME}`` and ``${NAME:-default}`` in all strings of a nested structure."""
+    """Replace ``${NAME}``, ``${NAME:-default}`` and a ``~`` at the start in all strings of a nested structure."""
     if isinstance(value, dict):
         return {key: _expand(item, source) for key, item in value.items()}
     if isinstance(value, list):
@@ -449,7 +459,8 @@ def _expand(value: Any, source: str) -> Any:
             return found or default
         raise ConfigError(f"{source}: the environment variable {name} of {value!r} is not set")
 
-    return _VARIABLE.sub(variable, value)
+    value = _VARIABLE.sub(variable, value)
+    return os.path.expanduser(value) if value.startswith("~") else value
 
 
 def _resolve(root: str, folder: Path | None) -> str:

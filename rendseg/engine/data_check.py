@@ -28,21 +28,97 @@ from tqdm import tqdm
 
 from rendseg.data import DataError, SegmentationDataset, build_dataset, parse_options
 from rendseg.data.base import ImageFiles, Split
+from rendseg.data.images import IGNORE, class_map_line
 from rendseg.engine.checkpoint import CheckpointError, write_json
 
+PROBE = 32  # label maps of training that are looked at when it starts, if they hold two classes
 SPLITS: tuple[Split, ...] = ("train", "val")
 VALUES = 256  # of a byte
+
+
+def check_labels(training: SegmentationDataset, validation: SegmentationDataset) -> list[str]:
+    """What is to be told of label maps from which nothing, or not all, can be learnt or measured; a line each.
+
+    Reads label maps spread over the splits, as few as show that there are two classes and a labelled pixel; all only
+    where there are none.
+
+    Raises:
+        DataError: training would learn a single class, since values in the files are ignored.
+    """
+    count = training.num_classes
+    pixels, read = np.zeros(count, np.int64), []
+    for index, label in _labels(training):
+        pixels += np.bincount(label.ravel(), minlength=count)[:count]
+        read.append(index)
+        if pixels.all() or (len(read) >= PROBE and np.count_nonzero(pixels) > 1):
+            break
+    present = pixels > 0
+    notes = []
+    if read and present.sum() < min(2, count):
+        names = [name for name, occurs in zip(training.class_names, present, strict=True) if occurs]
+        only = f"no class but {names[0]!r}" if names else "no class at all"
+        problem = f"the {len(read)} label maps of the training set hold {only}, so that nothing can be learnt"
+        line = ignored_line(training, present, read)
+        if line or not names:
+            raise DataError(f"{problem}; {line or 'correct data.class_map or the label maps'}")
+        notes.append(f"{problem}; correct data.classes or the label maps")
+    elif len(read) == len(training) and (line := ignored_line(training, present, read)):
+        notes.append(f"the training set: {line}")
+    if not any((label < validation.num_classes).any() for _, label in _labels(validation)):
+        notes.append(
+            "no label map of the validation set has a labelled pixel: its metrics stay empty and there will be no "
+            "best.pt; correct data.val, data.class_map or the label maps"
+        )
+    return notes
+
+
+def ignored_line(dataset: SegmentationDataset, present: np.ndarray, indices: Sequence[int]) -> str:
+    """Where one value of the files is ignored without a key that says so, and a class never occurs: what to set."""
+    absent = np.flatnonzero(~present)
+    values: set[int] = set()
+    for index in indices[:PROBE] if len(absent) else ():
+        try:
+            values.update(dataset.ignored_values(index))
+        except DataError:  # told where the whole file is read
+            continue
+    if len(values) != 1:
+        return ""
+    (value,), label = values, int(absent[0])
+    return (
+        f"class {dataset.class_names[label]!r} never occurs, but {value} does, which is ignored; if it means that "
+        f"class, set {class_map_line(dataset.num_classes, value, label)}; if not, "
+        f"{class_map_line(dataset.num_classes, value, IGNORE)} says so"
+    )
+
+
+def _labels(dataset: SegmentationDataset) -> Iterator[tuple[int, np.ndarray]]:
+    """Numbers and label maps of a split, without those that cannot be read, which is said elsewhere."""
+    for index in _spread(len(dataset)):
+        try:
+            yield index, dataset.label(index)
+        except DataError:
+            continue
+
+
+def _spread(count: int) -> list[int]:
+    """The numbers below ``count``, those far from each other first."""
+    if count < 2:
+        return list(range(count))
+    bits = (count - 1).bit_length()
+    reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [i for i in reversed_bits if i < count]
 
 
 @dataclass
 class Record:
     """One image: size (height, width), pixels of each class and, last, ignored ones [C + 1], pixels of each red, green
-    and blue value [768]; None: it has problems."""
+    and blue value (of any number of channels) [256 C]; None: it has problems; whether an EXIF tag turns it."""
 
     problems: list[str]
     size: tuple[int, int] = (0, 0)
     pixels: np.ndarray | None = None
     colors: np.ndarray | None = None
+    turned: bool = False
 
 
 class _Records(Dataset[Record]):
@@ -55,8 +131,13 @@ class _Records(Dataset[Record]):
             return Record(found.problems)
         height, width = found.label.shape
         pixels = np.bincount(found.label.ravel(), minlength=self.dataset.num_classes)[: self.dataset.num_classes]
-        colors = np.array(Image.fromarray(found.image).histogram(), np.int64)
-        return Record([], (height, width), np.append(pixels, found.label.size - pixels.sum()), colors)
+        colors = np.concatenate([np.array(Image.fromarray(band).histogram(), np.int64) for band in _bands(found.image)])
+        pixels = np.append(pixels, found.label.size - pixels.sum())
+        return Record([], (height, width), pixels, colors, found.turned)
+
+
+def _bands(image: np.ndarray) -> list[np.ndarray]:
+    return [np.ascontiguousarray(image[..., band]) for band in range(image.shape[2])]
 
 
 def _itself(record: Any) -> Any:
@@ -97,7 +178,8 @@ class SplitReport:
         sizes: (height, width) -> images.
         pixels, images: [C + 1], of each class and, last, of what is ignored: pixels, and images in which it occurs.
         reach: [C + 1], likewise: labelled pixels of the images in which it occurs.
-        colors: pixels of each red, green and blue value [768].
+        colors: pixels of each value of each channel [256 C_in]; 768 for red, green and blue.
+        turned: images that their EXIF tag turns.
     """
 
     split: Split
@@ -110,10 +192,13 @@ class SplitReport:
     pixels: np.ndarray = field(init=False)
     images: np.ndarray = field(init=False)
     reach: np.ndarray = field(init=False)
-    colors: np.ndarray = field(default_factory=lambda: np.zeros(3 * VALUES, np.int64))
+    channels: int = 3
+    colors: np.ndarray = field(init=False)
+    turned: int = 0
 
     def __post_init__(self) -> None:
         self.pixels, self.images, self.reach = np.zeros((3, len(self.class_names) + 1), np.int64)
+        self.colors = np.zeros(self.channels * VALUES, np.int64)
 
     def add(self, record: Record) -> None:
         self.problems += record.problems
@@ -127,6 +212,7 @@ class SplitReport:
         self.images += occurs
         self.reach += occurs * labelled
         self.colors += record.colors
+        self.turned += record.turned
 
     @property
     def ignored(self) -> int:
@@ -160,8 +246,8 @@ class SplitReport:
         return {"share": _rounded(fourth_root), "median_frequency": _rounded(median)}
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of the red, green and blue values in [0, 1] over all pixels."""
-        counts = self.colors.reshape(3, VALUES)
+        """Mean and standard deviation of every channel's values in [0, 1] over all pixels."""
+        counts = self.colors.reshape(self.channels, VALUES)
         values = np.arange(VALUES, dtype=np.int64)
         total = np.maximum(1, counts.sum(1))
         mean = (counts * values).sum(1) / total
@@ -177,6 +263,7 @@ class SplitReport:
             "sound": self.sound,
             "unlabelled": self.unlabelled,
             "problems": self.problems,
+            "turned_by_exif": self.turned,
             "sizes": [
                 {"height": height, "width": width, "images": count}
                 for (height, width), count in sorted(self.sizes.items(), key=lambda item: (-item[1], item[0]))
@@ -239,7 +326,7 @@ def check_data(
         DataError: options that cannot be used at all.
     """
     options = parse_options(options)
-    reports, paths, told = [], [], set()
+    reports, paths, told, datasets = [], [], set(), []
 
     def tell_once(lines: Iterable[str]) -> None:
         for line in lines:
@@ -255,10 +342,12 @@ def check_data(
             dataset = None
             problems.append(str(error))
         tell_once(problems)
-        report = SplitReport(split, [] if dataset is None else dataset.class_names, problems=problems)
+        names = [] if dataset is None else dataset.class_names
+        report = SplitReport(split, names, problems=problems, channels=options.channels)
         reports.append(report)
         if dataset is None:
             continue
+        datasets.append(dataset)
         report.listed = len(dataset)
         if isinstance(dataset, ImageFiles):
             report.listed += dataset.left_out
@@ -272,6 +361,12 @@ def check_data(
     notes = []
     if len(paths) == 2 and (common := sorted(paths[0] & paths[1])):
         notes.append(f"{len(common)} images belong to train and to val, such as {common[0]}")
+    if len(datasets) == 2 and all(report.sound for report in reports):
+        try:
+            notes += check_labels(datasets[0], datasets[1])
+        except DataError as error:
+            reports[0].problems.append(str(error))
+            tell_once([str(error)])
     return DataReport(reports, notes)
 
 
@@ -294,12 +389,18 @@ def format_report(report: SplitReport) -> str:
     total = report.labelled + report.ignored
     of_all = f"  {'ignored':<{width}}  {report.ignored:>15,}  {report.ignored / total:>9.4%}"
     lines.append(f"{of_all}  {report.images[-1]:>8,}  (share of all pixels)")
+    if report.turned:
+        lines.append(
+            f"  turned by their EXIF tag Orientation: {_plural(report.turned, 'image')} (labels must fit the turned "
+            "image; data.exif_orientation=false takes images as they are stored)"
+        )
     if report.unlabelled:
         lines.append(f"  without a labelled pixel: {_plural(report.unlabelled, 'image')}")
     if absent := report.absent():
         lines.append(f"  never occurring: {', '.join(absent)}")
     mean, std = report.mean_and_std()
-    lines.append(f"  data.mean={_listed(mean)} data.std={_listed(std)}  # of red, green and blue")
+    channels = "of red, green and blue" if report.channels == 3 else f"of {_plural(report.channels, 'channel')}"
+    lines.append(f"  data.mean={_listed(mean)} data.std={_listed(std)}  # {channels}")
     if report.split == "train" and weights:
         lines += [f"  model.loss.class_weights={_listed(values)}  # {rule}" for rule, values in weights.items()]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import io
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from rendseg.engine.config import ConfigError, EvalConfig
 from rendseg.engine.inference import KINDS, black, predict_labels
 from rendseg.engine.loader import Sample, evaluation_samples
 from rendseg.engine.metrics import SegmentationMetrics, mean_iou
-from rendseg.engine.predict import predict_image, save_png
+from rendseg.engine.predict import file_stem, label_values, predict_image, save_labels, save_png
 from rendseg.engine.runtime import clock, gather, make_accelerator, move
 from rendseg.engine.tasks import task_lines, task_metrics
 from rendseg.engine.visualize import Comparison, comparison_grid, confusion_picture, to_uint8
@@ -50,6 +51,28 @@ def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
             yield batch
 
 
+class _Tolerant:
+    """A data set whose samples have their number, and only a ``problem`` where they cannot be read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        try:
+            return {**self.dataset.sample(index, epoch), "index": index}
+        except DataError as error:
+            return {"problem": str(error)}
+
+
+def _readable(samples: Iterator[Sample], left_out: list[str]) -> Iterator[Sample]:
+    """Those without a ``problem``; the problems are appended to ``left_out``."""
+    for sample in samples:
+        if "problem" in sample:
+            left_out.append(sample["problem"])
+        else:
+            yield sample
+
+
 @dataclass
 class Details:
     """What :func:`evaluate` leaves besides its result; the same in every process."""
@@ -59,6 +82,10 @@ class Details:
     images: list[dict[str, Any]] = field(default_factory=list)
     """``index``, ``name``, ``pixels`` (valid ones), ``coarse`` and ``refined`` (mIoU, None without a valid pixel) of
     each image, in order."""
+    left_out: list[str] = field(default_factory=list)
+    """A line for each image that could not be read."""
+    save: Callable[[str, np.ndarray], object] | None = None
+    """Called with the name and the refined label map [H, W] of each image."""
 
 
 def evaluate(
@@ -71,6 +98,8 @@ def evaluate(
     details: Details | None = None,
 ) -> dict[str, Any] | None:
     """Metrics over a data set, the same in every process; None if ``stop()`` became true on the way.
+
+    An image that cannot be read is a ``DataError``; given ``details``, it is noted there and left out.
 
     Each process takes every W-th image and the counts are added up, so no image counts twice. The counts are integers:
     they depend neither on the number of processes nor on the batch size as far as the network gives an image the same
@@ -98,7 +127,9 @@ def evaluate(
     times: list[float] = []
     rows: list[dict[str, Any]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    for batch in _batches(evaluation_samples(dataset, options.num_workers, mine), options.batch_size):
+    left_out: list[str] = []
+    samples = evaluation_samples(dataset if details is None else _Tolerant(dataset), options.num_workers, mine)
+    for batch in _batches(_readable(samples, left_out), options.batch_size):
         if stop is not None and stop():
             return None
         images, labels = move(
@@ -116,10 +147,15 @@ def evaluate(
                 metrics[kind].update(prediction, labels)
         else:
             for sample, *image in zip(batch, labels, *(predictions[kind] for kind in KINDS), strict=True):
-                rows.append({"index": mine[len(rows)], "name": sample["name"], **_count(metrics, *image)})
+                rows.append({"index": sample["index"], "name": sample["name"], **_count(metrics, *image)})
+                if details.save is not None:
+                    details.save(sample["name"], image[-1].cpu().numpy())
         if progress is not None:
             progress(len(batch))
-    result: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - started, 3)}
+    left_out = gather(left_out)
+    if len(left_out) == count:
+        raise DataError(left_out[0])
+    result: dict[str, Any] = {"images": count - len(left_out), "seconds": round(time.perf_counter() - started, 3)}
     times = gather(times[min(WARM_UP, len(times) - 1) :] if times else [])
     result["ms_per_image"] = round(1000 * statistics.median(times), 3)
     for kind in KINDS:
@@ -129,6 +165,7 @@ def evaluate(
     if details is not None:
         details.confusion = {kind: metrics[kind].confusion.cpu().numpy() for kind in KINDS}
         details.images = sorted(gather(rows), key=lambda row: row["index"])
+        details.left_out = left_out
     return result
 
 
@@ -214,13 +251,19 @@ def _percent(value: float | None) -> str:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Path | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: str | Path, overrides: Sequence[str] = (), out: Path | None = None, labels: str | None = None
+) -> dict[str, Any]:
     """``rendseg eval``: evaluate a checkpoint on its validation data, print the table and write the results.
 
     They go to ``out``, by default ``<checkpoint without extension>_eval`` beside the checkpoint: ``metrics.json`` (with
     the conventions and the environment), ``images.csv`` (mIoU of each image), the confusion matrices of the refined and
     the coarse prediction (``confusion.npy``, ``confusion_coarse.npy``: int64 [C, C], row: label, column: prediction;
-    ``.csv`` with class names; ``confusion.png``), and ``worst.png``, the ``eval.pictures`` images of lowest mIoU.
+    ``.csv`` with class names; ``confusion.png``), and ``worst.png``, the ``eval.pictures`` images of lowest mIoU. With
+    ``labels`` the predicted label map of every image goes to ``labels/NAME.png``: the numbers of the classes
+    ("classes"), or the values that the data set's own label maps have for them ("dataset").
+
+    Images that cannot be read are named, left out, and listed in ``metrics.json`` under ``left_out``.
     """
     config, classes, network, contents = load_trained(path, overrides)
     accelerator = make_accelerator(config)
@@ -231,7 +274,11 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Pa
         )
     network.to(accelerator.device)
     total = min(len(dataset), config.eval.limit or len(dataset))
+    out = out or Path(path).parent / f"{Path(path).stem}_eval"
     details = Details()
+    if labels is not None:
+        values = label_values(config, dataset.num_classes, labels == "dataset")
+        details.save = lambda name, found: save_labels(out / "labels" / f"{file_stem(name)}.png", found, values)
     with tqdm(total=total, desc="eval", unit="image", disable=not accelerator.is_main_process) as bar:
         step = accelerator.num_processes
         result = evaluate(
@@ -241,11 +288,15 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Pa
     if accelerator.is_main_process:
         print(format_table(result))
         print(f"{result['ms_per_image']:.1f} ms per image ({_device_name(accelerator.device)})")
-        out = out or Path(path).parent / f"{Path(path).stem}_eval"
+        for line in details.left_out:
+            print(f"rendseg: {line}", file=sys.stderr)
+        if not any(row["pixels"] for row in details.images):
+            print("note: no image has a labelled pixel, so that nothing could be measured", file=sys.stderr)
         report = {
             "checkpoint": str(path),
             "iteration": contents["training"]["progress"]["iteration"],
             **result,
+            "left_out": details.left_out,
             "confusion_sum": {kind: int(matrix.sum()) for kind, matrix in details.confusion.items()},
             "class_names": list(dataset.class_names),
             "conventions": {**config.to_dict()["eval"], "window_stride": config.eval.stride},
@@ -268,7 +319,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), out: Pa
             _write_worst(out, network, dataset, worst, config.eval, accelerator)
         print(f"written to {out}")
     accelerator.wait_for_everyone()
-    return result
+    return {**result, "left_out": details.left_out}
 
 
 def _device_name(device: torch.device) -> str:
@@ -309,7 +360,7 @@ def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     csv.writer(text, lineterminator="\n").writerows(rows)
 
     def write(file: Any) -> None:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))  # names of files may be any bytes
 
     _write(path, write)
 

@@ -87,7 +87,7 @@ class ExperimentConfig(Options):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output.dir) / self.name
+        return Path(self.output.dir).expanduser() / self.name
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ predicted whole or window by window (overlapping windows are averaged), flipped 
 that is asked for, and added to the sum, whose argmax is the label. PointRend refines within each window and scale.
 
 One set of scores is kept per kind of prediction (``coarse``, ``refined``), for any number of views; with a single
-view of the image as it is, there are no full-size scores at all (``network.predict(output="labels")``).
+view of the image as it is, there are no full-size scores at all (``network.predict(output="labels")``). Windows of an
+image at its own size are worked off in strips: only the scores of one row of windows are kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -112,7 +113,61 @@ def predict_labels(
         output = network.predict(images, output="labels")
         coarse = network.upsample(output.coarse, images.shape[-2:]).argmax(1)
         return {"coarse": coarse, "refined": output.labels}
+    if _fits_strips(height, width, size, options):
+        return _strips(network, images, options, padding)
     return {kind: _labels(scores) for kind, scores in predict_scores(network, images, size, options, padding).items()}
+
+
+def _fits_strips(height: int, width: int, size: Sequence[int], options: EvalConfig) -> bool:
+    """Whether rows of labels are final once the windows above them are done: one scale, no resizing, and no views
+    upside down, whose windows come in another order."""
+    if options.window is None or options.flip_vertical or len(options.scales) > 1 or tuple(size) != (height, width):
+        return False
+    return scaled_size(height, width, options.scales[0], options) == (height, width)
+
+
+def _strips(network: Any, images: Tensor, options: EvalConfig, padding: Sequence[float]) -> dict[str, Tensor]:
+    """The labels that :func:`predict_scores` gives, with scores of the rows of one row of windows at a time."""
+    assert options.window is not None and options.stride is not None
+    outer, inner, softmax = _views(options)
+    (batch, height, width), labels = (images.shape[0], *images.shape[-2:]), {}
+    rows, columns = _grid(height, width, options)
+    nothing: Scores = {}
+    # The last of each view: sums of scores by kind, from row `start` on.
+    views = [(flip, images.flip(flip) if flip else images, dict(nothing)) for flip in outer]
+    counts, start = images.new_zeros(1, 1, 0, width), 0
+    for (top, bottom), (following, _) in zip(rows, [*rows[1:], (height, height)], strict=True):
+        counts = _lengthened(counts, bottom - start)
+        for left, right in columns:
+            counts[:, :, top - start :, left:right] += 1
+        for _, view, sums in views:
+            for left, right in columns:
+                for kind, scores in _window(network, view, (top, bottom, left, right), inner, options, padding).items():
+                    if kind not in sums:
+                        sums[kind] = scores.new_zeros(*scores.shape[:2], 0, width)
+                    sums[kind] = _lengthened(sums[kind], bottom - start)
+                    sums[kind][:, :, top - start :, left:right] += scores
+        done = following - start  # rows that no further window reaches
+        for kind in views[0][2]:
+            total = None
+            for flip, _, sums in views:
+                part = sums[kind][:, :, :done].div_(counts[:, :, :done])
+                part = part.flip(flip) if flip else part
+                part = part.softmax(1) if softmax else part
+                total = part if total is None else total.add_(part)
+            found = _labels(total)  # type: ignore[arg-type]
+            if kind not in labels:
+                labels[kind] = found.new_empty(batch, height, width)
+            labels[kind][:, start:following] = found
+            for _, _, sums in views:
+                sums[kind] = sums[kind][:, :, done:].clone()
+        counts, start = counts[:, :, done:], following
+    return labels if "coarse" in labels else {kind: labels["refined"] for kind in KINDS}
+
+
+def _lengthened(values: Tensor, rows: int) -> Tensor:
+    """``[B, C, rows, W]``: the values and zeros below them."""
+    return values if values.shape[2] == rows else F.pad(values, (0, 0, 0, rows - values.shape[2]))
 
 
 @torch.no_grad()
@@ -122,10 +177,7 @@ def predict_scores(
     """The scores ``[B, C, *size]`` whose argmax :func:`predict_labels` takes, as sums over the views (no mean: the
     argmax is the same); of a single view the logits, unless ``merge`` is ``exp``. Arguments as there."""
     aligned = getattr(network, "align_corners", False) if options.align_corners == "model" else options.align_corners
-    flips = _flips(options)
-    # PyTorch-Encoding adds mirror images in each window, the others whole images.
-    outer, inner = ([()], flips) if options.merge == "exp" else (flips, [()])
-    softmax = options.merge == "softmax" and len(options.scales) * len(flips) > 1
+    outer, inner, softmax = _views(options)
     totals: Scores = {}
     source, (height, width) = images, images.shape[-2:]
     for scale in options.scales:
@@ -143,10 +195,18 @@ def predict_scores(
     return totals if "coarse" in totals else {kind: totals["refined"] for kind in KINDS}
 
 
-def _flips(options: EvalConfig) -> list[tuple[int, ...]]:
-    """The dimensions that are flipped, view by view."""
-    columns, rows = ([(), (3,)] if options.flip else [()]), ([(), (2,)] if options.flip_vertical else [()])
-    return [column + row for row, column in product(rows, columns)]
+Flips = list[tuple[int, ...]]
+
+
+def _views(options: EvalConfig) -> tuple[Flips, Flips, bool]:
+    """The dimensions that are flipped, of each view of the image and of each view of a window, and whether
+    probabilities are added up."""
+    columns: Flips = [(), (3,)] if options.flip else [()]
+    rows: Flips = [(), (2,)] if options.flip_vertical else [()]
+    flips = [column + row for row, column in product(rows, columns)]
+    softmax = options.merge == "softmax" and len(options.scales) * len(flips) > 1
+    # PyTorch-Encoding adds mirror images in each window, the others whole images.
+    return ([()], flips, softmax) if options.merge == "exp" else (flips, [()], softmax)
 
 
 def _resized(images: Tensor, size: tuple[int, int], options: EvalConfig) -> Tensor:
@@ -169,27 +229,41 @@ def _slide(
     height, width = view.shape[-2:]
     totals: Scores = {}
     counts = view.new_zeros(1, 1, height, width)
-    for top, bottom, left, right in _windows(height, width, options):
-        crop = view[:, :, top:bottom, left:right]
-        if options.window_border == "pad":
-            crop = _padded(crop, options.window, padding)
-        for kind, scores in _scores(network, crop, flips, options).items():
+    for (top, bottom), (left, right) in product(*_grid(height, width, options)):
+        for kind, scores in _window(network, view, (top, bottom, left, right), flips, options, padding).items():
             if kind not in totals:
                 totals[kind] = scores.new_zeros(*scores.shape[:2], height, width)
-            totals[kind][:, :, top:bottom, left:right] += scores[:, :, : bottom - top, : right - left]
+            totals[kind][:, :, top:bottom, left:right] += scores
         counts[:, :, top:bottom, left:right] += 1
     return {kind: scores.div_(counts) for kind, scores in totals.items()}
 
 
-def _windows(height: int, width: int, options: EvalConfig) -> Iterator[tuple[int, int, int, int]]:
-    """(top, bottom, left, right) of each window, row by row."""
+def _window(
+    network: Any,
+    view: Tensor,
+    box: tuple[int, int, int, int],
+    flips: Sequence[tuple[int, ...]],
+    options: EvalConfig,
+    padding: Sequence[float],
+) -> Scores:
+    """Scores of the window (top, bottom, left, right)."""
+    top, bottom, left, right = box
+    crop = view[:, :, top:bottom, left:right]
+    if options.window_border == "pad":
+        assert options.window is not None
+        crop = _padded(crop, options.window, padding)
+    found = _scores(network, crop, flips, options)
+    return {kind: scores[:, :, : bottom - top, : right - left] for kind, scores in found.items()}
+
+
+def _grid(height: int, width: int, options: EvalConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(top, bottom) and (left, right) of the rows and columns of windows."""
     assert options.window is not None and options.stride is not None
     rows, columns = (
         window_spans(length, window, stride, options.window_border)
         for length, window, stride in zip((height, width), options.window, options.stride, strict=True)
     )
-    for (top, bottom), (left, right) in product(rows, columns):
-        yield top, bottom, left, right
+    return rows, columns
 
 
 def _padded(crop: Tensor, window: Sequence[int], padding: Sequence[float]) -> Tensor:

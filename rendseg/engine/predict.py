@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +13,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from rendseg.data import DataError, parse_options
+from rendseg.data import DataError, DatasetOptions, file_values, parse_options
 from rendseg.data.augment import to_sample
-from rendseg.data.images import find_images, read_image
+from rendseg.data.images import as_rgb, find_images, read_image
 from rendseg.engine.assemble import load_trained
 from rendseg.engine.checkpoint import CheckpointError, write_atomically
-from rendseg.engine.config import EvalConfig
+from rendseg.engine.config import Config, EvalConfig
 from rendseg.engine.inference import black, is_plain, predict_labels
 from rendseg.engine.runtime import make_accelerator
 from rendseg.engine.visualize import boundary_zoom, overlay, side_by_side, to_uint8
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+MARK = "rendseg"  # in the PNG files that are written, so that they are not predicted in their turn
+LONGEST = 200  # bytes of a file name before its ending; file systems take 255 altogether
+PARTS = ("labels", "overlay", "side_by_side")  # what is written of each image: NAME_labels.png ...
+BAND = 256  # rows that are normalised at a time
 
 
 @dataclass
@@ -88,63 +96,140 @@ def make_pictures(
 def save_pictures(network: nn.Module, dataset: Any, count: int, folder: Path, accelerator: Accelerator) -> None:
     """Write ``make_pictures`` as ``folder/<name>.png`` and ``folder/<name>_zoom.png``."""
     for name, picture in make_pictures(network, dataset, count, accelerator, zoom=True):
-        save_png(folder / f"{name}.png", picture)
+        save_png(folder / f"{file_stem(name)}.png", picture)
+
+
+def file_stem(name: str) -> str:
+    """A name as a file can have it with an ending: a longer one is cut and made unique by a hash."""
+    raw = os.fsencode(name)
+    if len(raw) <= LONGEST:
+        return name
+    return f"{raw[: LONGEST - 9].decode('utf-8', 'ignore')}_{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
 def save_png(path: Path, picture: Image.Image) -> None:
     """Write a picture; ``CheckpointError`` says why if that fails."""
+    about = PngInfo()
+    about.add_text("Software", MARK)
     try:
-        write_atomically(path, lambda file: picture.save(file, format="PNG"))
+        write_atomically(path, lambda file: picture.save(file, format="PNG", pnginfo=about))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}") from error
 
 
-def _expand(images: Sequence[Path]) -> list[Path]:
-    """Files as given, and for each folder the images in it."""
+def label_values(config: Config, num_classes: int, own: bool) -> np.ndarray:
+    """What stands for each class in a label map that is written: its number, or ``own``: its value in the label maps of
+    the data set; [C], or colours [C, 3]."""
+    values = file_values(config.data) if own else None
+    values = np.arange(num_classes) if values is None else values
+    return values.astype(np.uint8 if values.ndim == 2 or values.max() < 256 else np.uint16)
+
+
+def save_labels(path: Path, labels: np.ndarray, values: np.ndarray) -> None:
+    """Write a label map [H, W] in the ``values`` of :func:`label_values`."""
+    save_png(path, Image.fromarray(values[labels]))
+
+
+def _expand(images: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
+    """Files as given, and for each folder the images in it, without what an earlier run wrote to ``out``; and a line
+    for each folder without images."""
     paths: list[Path] = []
+    problems: list[str] = []
     for path in images:
-        paths += find_images(path) if path.is_dir() else [path]
-    return paths
+        try:
+            paths += find_images(path) if path.is_dir() else [path]
+        except DataError as error:
+            problems.append(str(error))
+    kept = [path for path in paths if not (_same(path.parent, out) and _is_result(path))]
+    if len(kept) < len(paths):
+        print(f"not predicted: {len(paths) - len(kept)} files in {out} that rendseg wrote itself")
+    return kept, problems
+
+
+def _same(folder: Path, other: Path) -> bool:
+    return folder.is_dir() and other.is_dir() and folder.samefile(other)
+
+
+def _is_result(path: Path) -> bool:
+    if path.suffix != ".png":
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except Exception:  # what is wrong with it is said where it is read
+        return False
 
 
 def predict_files(
-    checkpoint: str | Path, images: Sequence[Path], out: Path, overrides: Sequence[str] = ()
+    checkpoint: str | Path, images: Sequence[Path], out: Path, overrides: Sequence[str] = (), own_values: bool = False
 ) -> tuple[int, int]:
-    """``rendseg predict``: for every image NAME write ``NAME_labels.png`` (class numbers), ``NAME_overlay.png`` and
-    ``NAME_side_by_side.png`` (image, coarse, refined, points) to ``out``.
+    """``rendseg predict``: for every image NAME write ``NAME_labels.png`` (class numbers; ``own_values``: the values of
+    the data set's own label maps), ``NAME_overlay.png`` and ``NAME_side_by_side.png`` (image, coarse, refined, points)
+    to ``out``.
 
-    Windows, scales and flip are those of the section ``eval``; with several views no points are shown. A file that
-    cannot be read is reported and the others are still done. Returns how many were done, how many failed.
+    Windows, scales and flip are those of the section ``eval``; with several views no points are shown. What goes wrong
+    with one image is reported and the others are still done. Returns how many were done, how many failed.
     """
     config, classes, network, _ = load_trained(checkpoint, overrides)
+    values = label_values(config, len(classes["names"]), own_values)
     accelerator = make_accelerator(config)
     network.to(accelerator.device)
-    palette = np.array(classes["palette"], np.uint8)
-    data = parse_options(config.data)
-    done, failed, taken = 0, 0, set()
-    for path in _expand(images):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"could not write to {out}: {error}; choose another --out") from error
+    paths, problems = _expand(images, out)
+    for problem in problems:
+        print(f"rendseg: {problem}", file=sys.stderr)
+    done, failed = 0, len(problems)
+    taken = {path.name for path in paths if _same(path.parent, out)}  # files that must not be written: images
+    for path in paths:
+        name, n = file_stem(path.stem), 1
+        while any(f"{name}_{kind}.png" in taken for kind in PARTS):  # and images of one name from several folders
+            n += 1
+            name = f"{file_stem(path.stem)}_{n}"
         try:
-            pixels = read_image(path)
-        except DataError as error:
-            print(f"rendseg: {error}", file=sys.stderr)
+            _predict_file(path, out / name, network, accelerator, config, classes, values)
+        except Exception as error:  # one of many: the others must not suffer for it
+            if os.environ.get("RENDSEG_DEBUG") == "1":
+                raise
+            known = isinstance(error, (DataError, CheckpointError))
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"rendseg: {reason if known else f'{path}: could not be predicted: {reason}'}", file=sys.stderr)
             failed += 1
             continue
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        image, _ = to_sample(image, torch.zeros(pixels.shape[:2]), data.mean, data.std, None, data.channel_order)
-        found = predict_image(network, image, accelerator, config.eval, data.mean, data.std)
-        name, n = path.stem, 1
-        while name in taken:  # images of one name from several folders
-            n += 1
-            name = f"{path.stem}_{n}"
-        taken.add(name)
-        labels = found.refined.astype(np.uint8 if len(palette) <= 256 else np.uint16)
-        save_png(out / f"{name}_labels.png", Image.fromarray(labels))
-        save_png(out / f"{name}_overlay.png", overlay(pixels, labels, palette))
-        points = found.points or None
-        picture = side_by_side(
-            pixels, found.coarse, found.refined, points, palette=palette, class_names=classes["names"]
-        )
-        save_png(out / f"{name}_side_by_side.png", picture)
-        print(f"{path} -> {out / name}_{{labels,overlay,side_by_side}}.png")
+        taken.add(f"{name}_{PARTS[0]}.png")
+        print(f"{path} -> {out / name}_{{{','.join(PARTS)}}}.png")
         done += 1
     return done, failed
+
+
+def _predict_file(
+    path: Path,
+    target: Path,
+    network: nn.Module,
+    accelerator: Accelerator,
+    config: Config,
+    classes: Mapping[str, Any],
+    values: np.ndarray,
+) -> None:
+    """Predict one image; ``target`` is the beginning of the files' names."""
+    data, palette = parse_options(config.data), np.array(classes["palette"], np.uint8)
+    pixels = read_image(path, data)
+    found = predict_image(network, _normalised(pixels, data), accelerator, config.eval, data.mean, data.std)
+    pixels = as_rgb(pixels)
+    save_labels(target.with_name(f"{target.name}_labels.png"), found.refined, values)
+    save_png(target.with_name(f"{target.name}_overlay.png"), overlay(pixels, found.refined, palette))
+    points = found.points or None
+    picture = side_by_side(pixels, found.coarse, found.refined, points, palette=palette, class_names=classes["names"])
+    save_png(target.with_name(f"{target.name}_side_by_side.png"), picture)
+
+
+def _normalised(pixels: np.ndarray, data: DatasetOptions) -> Tensor:
+    """float32 [C, H, W] of uint8 [H, W, C], made a few rows at a time, since a large image has no room for copies."""
+    height, width, channels = pixels.shape
+    image = torch.empty(channels, height, width)
+    for top in range(0, height, BAND):
+        rows = torch.from_numpy(pixels[top : top + BAND]).permute(2, 0, 1)
+        image[:, top : top + BAND] = to_sample(rows, rows[0], data.mean, data.std, None, data.channel_order)[0]
+    return image

@@ -36,6 +36,7 @@ from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.assemble import build_data, build_network
 from rendseg.engine.checkpoint import BEST, LAST
 from rendseg.engine.config import Config, ConfigError
+from rendseg.engine.data_check import check_labels
 from rendseg.engine.evaluate import evaluate, format_table, summary
 from rendseg.engine.loader import training_batches
 from rendseg.engine.optimize import build_optimizer, learning_rate
@@ -132,6 +133,10 @@ class Run:
         accelerator = make_accelerator(config)
         device, main = accelerator.device, accelerator.is_main_process
         training_data, validation_data = build_data(config, "train"), build_data(config, "val")
+        notes = check_labels(training_data, validation_data)
+        if main:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
         config = with_tasks(config, training_data)
         found = find_resume(config)
         check_shared(accelerator, config.run_dir, found)
@@ -484,7 +489,13 @@ def _tensorboard(config: Config, iteration: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(f"train.tensorboard: true needs the package tensorboard ({error})") from error
-    return SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=iteration + 1 if iteration else None)
+    folder = config.run_dir / "tensorboard"
+    try:
+        return SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+    except UnicodeError as error:
+        raise ConfigError(
+            f"TensorBoard cannot write to {folder}, whose name is no text: set train.tensorboard=false or output.dir"
+        ) from error
 
 
 def _write_evaluation(writer: Any, result: Mapping[str, Any], iteration: int) -> None:

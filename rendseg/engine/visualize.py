@@ -17,12 +17,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from rendseg.data.images import as_rgb
+
 ImageLike = Image.Image | np.ndarray | torch.Tensor
 LabelsLike = np.ndarray | torch.Tensor
 
 _PAPER = (255, 255, 255)
 _INK = (32, 32, 36)
 _VOID = (0, 0, 0)
+_BAND = 256  # rows that are mixed at a time
 # Colours of the points of steps 1, 2, ...: told apart in print and by the colour-blind, and on a grey image.
 _STEPS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (120, 255, 90), (180, 130, 255))
 
@@ -30,13 +33,14 @@ _STEPS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (120, 255, 90), (180, 13
 def to_uint8(
     image: torch.Tensor, mean: Sequence[float], std: Sequence[float], channel_order: str = "rgb"
 ) -> np.ndarray:
-    """Normalised float ``[3, H, W]``, its channels in ``channel_order`` -> RGB uint8 ``[H, W, 3]``."""
+    """Normalised float ``[C, H, W]``, its channels in ``channel_order`` -> RGB uint8 ``[H, W, 3]``: of more channels
+    the first three, of fewer the first one as grey."""
     values = image.detach().float().cpu()
     scale, shift = (torch.tensor(list(v), dtype=torch.float32)[:, None, None] for v in (std, mean))
     values = ((values * scale + shift) * 255).round_().clamp_(0, 255).to(torch.uint8)
     if channel_order == "bgr":
         values = values.flip(0)
-    return values.permute(1, 2, 0).contiguous().numpy()
+    return np.ascontiguousarray(as_rgb(values.permute(1, 2, 0).numpy()))
 
 
 def _pixels(image: ImageLike) -> np.ndarray:
@@ -91,12 +95,22 @@ def overlay(
     """
     pixels, colors = _pixels(image), _palette(palette)
     array = _labels(labels, shape=pixels.shape[:2])
-    tint = colorize(array, colors)
-    known = ((array >= 0) & (array < len(colors)))[..., None]
-    mixed = np.where(known, (1 - alpha) * pixels + alpha * tint, pixels)
-    if contour:
-        mixed = np.where(contours(array)[..., None], np.where(known, tint, 255), mixed)
-    return Image.fromarray((mixed + 0.5).astype(np.uint8))
+    outlines = contours(array) if contour else None
+    result = np.empty_like(pixels)
+    for top in range(0, len(array), _BAND):  # so that the floats of a large image do not fill the memory
+        band = slice(top, top + _BAND)
+        tint = colorize(array[band], colors)
+        known = ((array[band] >= 0) & (array[band] < len(colors)))[..., None]
+        mixed = np.where(known, (1 - alpha) * pixels[band] + alpha * tint, pixels[band])
+        if outlines is not None:
+            mixed = np.where(outlines[band, :, None], np.where(known, tint, 255), mixed)
+        result[band] = mixed + 0.5
+    return Image.fromarray(result)
+
+
+def printable(text: str) -> str:
+    """Text as it can be drawn and encoded: what is no character (bytes of a file's name) as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -115,6 +129,7 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 def _legend(names: Sequence[str], colors: np.ndarray, width: int, size: int) -> Image.Image:
     """Colour boxes with names, in as many lines as the width needs."""
     font, line, gap = _font(size), round(1.6 * size), round(1.1 * size)
+    names = [printable(name) for name in names]
     spots, x, y = [], gap, 0
     for index, name in enumerate(names):
         length = round(1.4 * size + font.getlength(name))
@@ -152,7 +167,7 @@ def panels(
     for index, (array, caption) in enumerate(zip(arrays, captions, strict=True)):
         row, column = divmod(index, columns)
         left, top = gap + column * (width + gap), row * (height + bar + gap)
-        fitted = size
+        caption, fitted = printable(caption), size
         while fitted > 8 and _font(fitted).getlength(caption) > width:
             fitted -= 1
         draw.text((left + width / 2, top + bar / 2), caption, _INK, _font(fitted), anchor="mm")
@@ -427,7 +442,7 @@ def comparison_grid(
         coarse, refined, truth = (np.asarray(overlay(pixels, labels, colors, alpha)) for labels in maps)
         height = max(1, round(shape[0] * width / shape[1]))
         strip = Image.new("RGB", (total, height + 2 * size), _PAPER)
-        ImageDraw.Draw(strip).text((gap, size), row.title, _INK, _font(size), anchor="lm")
+        ImageDraw.Draw(strip).text((gap, size), printable(row.title), _INK, _font(size), anchor="lm")
         for column, panel in enumerate(
             (pixels, coarse, refined, error_map(maps[0], maps[1], maps[2], ignore_index), truth)
         ):

@@ -557,7 +557,7 @@ def test_modes_without_rgb(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     options = {"name": "camvid", "root": str(camvid)}
     Image.new("F", (60, 40)).save(camvid / "val" / "im0.jpg", "tiff")
     fails(options, r"val/im0.jpg: image of floating point values; convert", index=0)
-    monkeypatch.setattr("rendseg.data.images._open", lambda path, kind: Image.new("La", (60, 40)))
+    monkeypatch.setattr("rendseg.data.images._open", lambda *_: Image.new("La", (60, 40)))
     fails(options, r"val/im0.jpg: image has mode La, which has no RGB; convert it to 8-bit RGB", index=0)
 
 

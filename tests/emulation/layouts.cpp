@@ -1,5 +1,4 @@
 // Maps of memory in bytes, and which kernels of encode fit a GPU, for test_layouts.py.
-#include "../../csrc/cuda/encode.cuh"
 #include "../../csrc/cuda/encode_mma_run.cuh"
 #include "../../csrc/cuda/select.cuh"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shlex
-import subprocess
 
 import pytest
 
@@ -17,12 +15,8 @@ F16, BF16, F32 = range(3)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    out = tmp_path_factory.mktemp("layouts") / "layouts.so"
-    sources = [str(build.HERE / name) for name in ("layouts.cpp", "cuda_on_cpu.cpp")]
-    command = [*shlex.split(build.compiler()), *build.flags(build.SANITIZE), "-shared", *sources, "-o", str(out)]
-    subprocess.run(command, check=True, env=build.compile_environment(), timeout=300)
-    return ctypes.CDLL(str(out))
+def library() -> ctypes.CDLL:
+    return build.load("layouts")
 
 
 def numbers(function, *args: int) -> list[int]:

@@ -94,15 +94,17 @@ class Call:
             else:
                 fine, indices, coords = self.ops.subdivide(previous, self.num_points, self.factor, self.align)
                 kept = torch.ones(n, height * width, dtype=torch.bool, device=got.device).scatter(1, indices, False)
-            with torch.no_grad():
-                source = self.coarse
-                if self.source == "current":
-                    source = upsample(previous, self.factor, self.align) if fine is None else fine
-                exact = copy.deepcopy(self.head).double()(
-                    reference.point_sample([f.double() for f in self.features], coords, padding_mode=self.padding),
-                    reference.point_sample(source.double(), coords, padding_mode=self.padding),
-                )
             at = indices.unsqueeze(1).expand(-1, classes, -1)
+            with torch.no_grad():
+                if self.source == "original":
+                    points = reference.point_sample(self.coarse.double(), coords, padding_mode=self.padding)
+                else:  # the cells themselves of the upsampled map
+                    source = upsample(previous, self.factor, self.align) if fine is None else fine
+                    points = source.double().flatten(2).gather(2, at)
+                features = reference.point_sample(
+                    [f.double() for f in self.features], coords, padding_mode=self.padding
+                )
+                exact = copy.deepcopy(self.head).double()(features, points)
             torch.testing.assert_close(got.flatten(2).gather(2, at).double(), exact, rtol=tolerance, atol=tolerance)
             if fine is not None:
                 everywhere = kept.unsqueeze(1).expand(-1, classes, -1)

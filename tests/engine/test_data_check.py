@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from rendseg.cli import main
-from rendseg.engine.data_check import check_data
+from rendseg.data import build_dataset
+from rendseg.engine.data_check import _spread, check_data, check_labels
 from tests.engine.tiny import tiny_content
 
 CLASSES = ["wall", "door", "cat", "unicorn"]  # the last never occurs
@@ -230,3 +231,97 @@ def test_json_that_cannot_be_written(tree: Path, capsys: pytest.CaptureFixture[s
     arguments = ["--json", str(tree / "file" / "x.json"), "--workers", "0", "--split", "val"]
     assert main(["data", "check", config(tree), *arguments]) == 2
     assert "could not write" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- nothing to learn
+
+
+def masks(folder: Path, values: list[int], split: str = "train") -> None:
+    for path in (folder / "labels" / split).iterdir():
+        size = np.array(Image.open(path)).shape
+        save(path, np.resize(np.array(values, np.uint8), size))
+
+
+def check(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, **keys: Any) -> tuple[int, str]:
+    code = main(["data", "check", config(folder, **keys), "--workers", "0", *arguments])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+@pytest.mark.bad_input
+def test_masks_of_0_and_255_with_two_classes(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"classes": ["ground", "crack"], "crop_size": [8, 12]}
+    for split in ("train", "val"):
+        masks(tree, [0, 255, 255], split)
+    path = config(tree, **keys)
+    assert main(["train", path, "train.iterations=1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rendseg: ")]
+    assert len(lines) == 1 and "'crack' never occurs, but 255 does" in lines[0]
+    assert '"data.class_map={0: 0, 255: 1}"' in lines[0]
+    code, text = check(tree, capsys, **keys)
+    assert code == 1 and lines[0] in text
+    # both lines to paste are taken: the value is the class, or it is ignored on purpose
+    code, text = check(tree, capsys, "data.class_map={0: 0, 255: 1}", **keys)
+    assert code == 0 and "never occur" not in text
+    code, text = check(tree, capsys, "data.class_map={0: 0, 1: 1, 255: 255}", **keys)
+    assert code == 0 and "hold no class but 'ground'" in text
+
+
+@pytest.mark.bad_input
+def test_one_class_of_several_that_is_ignored(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        masks(tree, [0, 1, 2, 255], split)
+    code, text = check(tree, capsys)
+    assert code == 0 and "note: the training set: class 'unicorn' never occurs, but 255 does" in text
+    assert '"data.class_map={0: 0, 1: 1, 2: 2, 255: 3}"' in text
+    for split in ("train", "val"):
+        masks(tree, [0, 1, 2, 200, 255], split)  # two values: no telling which
+    code, text = check(tree, capsys, ignore_label=[200, 255])
+    assert code == 0 and "note" not in text and "never occurring: unicorn" in text
+
+
+@pytest.mark.bad_input
+def test_training_labels_without_a_class(tree: Path) -> None:
+    masks(tree, [255])
+    (tree / "labels/train/1.png").write_bytes(b"")  # one bad file hides nothing
+    report = check_data(options(tree, class_map={0: 0, 1: 1, 2: 2, 255: 255}))
+    assert report.exit_code == 1 and "hold no class at all" in report.splits[0].problems[-1]
+
+
+@pytest.mark.bad_input
+def test_validation_labels_without_a_class(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks(tree, [0, 1])
+    masks(tree, [255], "val")
+    code, text = check(tree, capsys, classes=2)
+    assert code == 0 and "no label map of the validation set has a labelled pixel" in text and "no best.pt" in text
+    for path in (tree / "images/train").iterdir():
+        save(path, np.resize(np.array(Image.open(path)), (24, 32, 3)))
+        save(tree / "labels/train" / path.name, np.resize(np.array([0, 1], np.uint8), (24, 32)))
+    assert main(["train", config(tree, classes=2, crop_size=[24, 32]), "train.iterations=1"]) == 0
+    assert "there will be no best.pt" in capsys.readouterr().err
+    assert not (tree / "runs/tiny/best.pt").exists() and (tree / "runs/tiny/last.pt").is_file()
+
+
+def test_few_label_maps_are_read_where_they_suffice(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, validation = (build_dataset(options(tree), split) for split in ("train", "val"))
+    read: list[int] = []
+    monkeypatch.setattr(type(training), "label", lambda self, index: read.append(index) or self.read_label(index))
+    monkeypatch.setattr("rendseg.engine.data_check.PROBE", 2)
+    assert check_labels(training, validation) == []
+    assert len(read) == 3  # two of training, one of validation
+    assert [_spread(n) for n in (0, 1, 2, 5)] == [[], [0], [0, 1], [0, 4, 2, 1, 3]]
+
+
+def test_images_turned_by_exif_are_counted(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.open(tree / "images/train/0.png").save(tree / "images/train/0.png", exif=exif)
+    report = check_data(options(tree)).splits[0]
+    assert report.turned == 1 and report.to_dict()["turned_by_exif"] == 1
+    assert "turned by their EXIF tag Orientation: 1 image " in check(tree, capsys)[1]
+
+
+def test_statistics_of_other_channels(tree: Path) -> None:
+    report = check_data(options(tree, channels=1)).splits[0]
+    grey = np.concatenate([np.array(Image.open(p).convert("L")).ravel() for p in (tree / "images/train").iterdir()])
+    assert np.allclose(report.mean_and_std(), [[grey.mean() / 255], [grey.std() / 255]], atol=1e-4)

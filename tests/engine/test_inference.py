@@ -223,3 +223,24 @@ def test_sizes() -> None:
     assert size(3, 50, 0.1) == (1, 5)  # never nothing
     for rounding in ("half_up", "mmcv", "long_side", "short_side"):
         assert size(37, 91, 1.0, rounding=rounding) == size(37, 91, 1, rounding=rounding) == (37, 91)
+
+
+@pytest.mark.parametrize("merge", ["softmax", "logits", "exp"])
+@pytest.mark.parametrize("border", ["shift", "pad"])
+@pytest.mark.parametrize(
+    ("size", "window", "stride"), [((50, 37), 16, 5), ((33, 64), [16, 64], 11), ((20, 70), 24, 24)]
+)
+def test_strips_give_the_labels_of_whole_scores(
+    merge: str, border: str, size: tuple[int, int], window: Any, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rendseg.engine import inference
+
+    heights, labels_of = [], inference._labels
+    monkeypatch.setattr(inference, "_labels", lambda scores: heights.append(scores.shape[2]) or labels_of(scores))
+    options = EvalConfig(window=window, window_stride=stride, window_border=border, merge=merge, flip=True)
+    network, images = Net(), torch.cat([image(*size), image(*size, seed=1)])
+    found = predict_labels(network, images, size, options, black(MEAN, STD))
+    assert max(heights) <= options.window[0]  # of full height there are no scores
+    scores = predict_scores(network, images, size, options, black(MEAN, STD))
+    for kind in ("coarse", "refined"):
+        assert found[kind].shape == (2, *size) and torch.equal(found[kind], scores[kind].argmax(1).to(torch.uint8))

@@ -42,4 +42,6 @@ def test_wide_instructions_stay_in_their_namespace() -> None:
             if registers.search(instruction):
                 (inside if any(n in function for n in namespaces) else outside)[name].add(function)
     assert outside == {name: set() for name in WIDE}
+    if "avx512 (emulated)" in getattr(_extension.facts(), "CPU_ISAS", ()):
+        del inside["AVX-512"]
     assert all(len(functions) > 20 for functions in inside.values()), "the report does not show the kernels"
