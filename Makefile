@@ -29,12 +29,12 @@ BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp cs
 help:
 	@sed -n 1,2p Makefile
 
+# --no-compile: Python compiles what it imports, which is a small part of the packages.
 $(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || test -n "$(PYTHON)" || { echo "make: no Python 3.10 or later was found; set PYTHON=path"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install "torch>=2.11" torchvision numpy ninja
-	RENDSEG_NO_EXTENSION=1 RENDSEG_REQUIRE_EXTENSION=0 $(PY) -m pip install --no-build-isolation -e ".[train,dev]"
+	$(PY) -m pip install --no-compile --upgrade pip "setuptools>=77" wheel
+	RENDSEG_NO_EXTENSION=1 RENDSEG_REQUIRE_EXTENSION=0 $(PY) -m pip install --no-compile --no-build-isolation -e ".[train,dev]"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
