@@ -19,7 +19,7 @@ from rendseg.data.images import find_images, read_image
 from rendseg.engine.assemble import load_trained
 from rendseg.engine.checkpoint import CheckpointError, write_atomically
 from rendseg.engine.config import EvalConfig
-from rendseg.engine.inference import black, is_plain, predict_labels
+from rendseg.engine.inference import black, is_plain, predict_labels, predicted
 from rendseg.engine.runtime import make_accelerator
 from rendseg.engine.visualize import boundary_zoom, overlay, side_by_side, to_uint8
 
@@ -55,7 +55,7 @@ def predict_image(
         if options is not None and not is_plain(*size, size, options):
             found = predict_labels(network, images, size, options, black(mean, std))
             return Prediction(found["coarse"][0].cpu().numpy(), found["refined"][0].cpu().numpy(), [])
-        output = network.predict(images, output="labels", return_points=True)
+        output = predicted(network, images, output="labels", return_points=True)
         coarse = network.upsample(output.coarse, size).argmax(1)
     points = [step[0].float().cpu().numpy() for step in output.points or []]
     return Prediction(coarse[0].cpu().numpy(), output.labels[0].cpu().numpy(), points)
