@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .auxiliary import AuxiliaryHeads, labels_at_cells
 from .backbones import Backbone, strided_points, to_channels_last
 from .decoder import Decoder, DecoderOutput, Targets
-from .losses import weighted_terms
+from .losses import weighted_terms, widened
 from .options import AuxiliaryOptions, LossOptions
 
 
@@ -192,9 +192,7 @@ class Segmenter(nn.Module):
 
     def _coarse(self, output: DecoderOutput, images: Tensor) -> Tensor:
         """The coarse logits in float32 (float64), of exactly the padded size over the coarse stride."""
-        coarse = output.coarse
-        if coarse.dtype in (torch.float16, torch.bfloat16):
-            coarse = coarse.float()
+        coarse = widened(output.coarse)
         size = (images.shape[2] // self.coarse_stride, images.shape[3] // self.coarse_stride)
         if tuple(coarse.shape[2:]) != size:
             coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
