@@ -146,6 +146,13 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["trian"]) == 2
 
 
+@pytest.mark.bad_input
+def test_an_error_inside_a_step_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(write_config(tmp_path)), "train.batch_size=1", "train.iterations=1"]) == 2
+    line = one_line(capsys)
+    assert "a batch norm cannot train on a single value per channel: set train.batch_size=2 or more" in line
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rendseg.engine.config import ConfigError
 

@@ -111,7 +111,7 @@ def predict_labels(
     """
     height, width = images.shape[-2:]
     if is_plain(height, width, size, options):
-        output = network.predict(images, output="labels")
+        output = predicted(network, images, output="labels")
         coarse = network.upsample(output.coarse, images.shape[-2:]).argmax(1)
         return {"coarse": coarse, "refined": output.labels}
     if _fits_strips(height, width, size, options):
@@ -296,9 +296,17 @@ def _scores(network: Any, images: Tensor, flips: Sequence[tuple[int, ...]], opti
     return {kind: logits.double().exp_() for kind, logits in totals.items()}
 
 
+def predicted(network: Any, images: Tensor, **options: Any) -> Any:
+    """``network.predict``; ``ConfigError`` says what the network has against the images."""
+    try:
+        return network.predict(images, **options)
+    except ValueError as error:
+        raise ConfigError(f"the network cannot predict these images: {error}") from error
+
+
 def _logits(network: Any, images: Tensor) -> Scores:
     """``refined``, and ``coarse`` too if that is another prediction."""
-    output = network.predict(images, output="logits")
+    output = predicted(network, images, output="logits")
     if not getattr(network, "refines", True):
         return {"refined": output.refined}
     return {"coarse": network.upsample(output.coarse, images.shape[-2:]), "refined": output.refined}

@@ -293,7 +293,10 @@ class Run:
         accelerator, model, limit = self.accelerator, self.network.model, self.config.train.clip_grad_norm
         with accelerator.accumulate(model):
             with accelerator.autocast():  # DDP's own, but FSDP has none
-                terms = model(images, labels, *keys)
+                try:
+                    terms = model(images, labels, *keys)
+                except ValueError as error:
+                    raise TrainingError(_step_error(error)) from error
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             accelerator.backward(loss)
             if limit is not None and accelerator.sync_gradients:
@@ -473,6 +476,16 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------- parts of a run
+
+
+def _step_error(error: ValueError) -> str:
+    """What the network says against its input, with a remedy."""
+    if "Expected more than 1 value per channel" in str(error):
+        return (
+            "a batch norm cannot train on a single value per channel: set train.batch_size=2 or more, or a larger "
+            "data.crop_size, or model.decoder.norm=gn"
+        )
+    return f"the network cannot train on these images: {error}"
 
 
 @dataclass(frozen=True)

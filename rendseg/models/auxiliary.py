@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.fcn_head import FCNHead
-from .losses import weighted_terms
+from .losses import weighted_terms, widened
 from .options import AuxiliaryOptions
 
 
@@ -88,9 +87,7 @@ class AuxiliaryHeads(nn.ModuleList):
 
 def enlarge(logits: Tensor, factor: int, align_corners: bool) -> Tensor:
     """Bilinear upsampling; half logits are widened to float32 first, and come in the layout that losses read."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    logits = logits.contiguous()
+    logits = widened(logits).contiguous()
     if factor == 1:
         return logits
     size = (logits.shape[2] * factor, logits.shape[3] * factor)

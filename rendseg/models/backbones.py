@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +36,36 @@ class Backbone(nn.Module):
     ``size_divisor`` gives maps that do not fit together: pad first (the models do). Maps of networks that work on
     ``[N, H, W, C]`` (timm's ``output_fmt``) are transposed.
 
+    ``native`` is the side of the images for which ``net`` was made. Where ``net`` takes no other size, so that windows
+    of attention fit, it is the ``size_divisor``; ``fixed``: ``net`` takes images of that very size alone, and
+    ``forward`` raises ``ValueError`` for others.
+
     ``branched``: some parameters serve only some of the maps (HRNet). In training every parameter then receives a
     gradient, of zeros where its map is not used, so that DDP does not wait for it.
     """
 
     def __init__(
-        self, net: nn.Module, channels: list[int], strides: list[int], in_chans: int = 3, *, branched: bool = False
+        self,
+        net: nn.Module,
+        channels: list[int],
+        strides: list[int],
+        in_chans: int = 3,
+        *,
+        branched: bool = False,
+        native: int | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
         self.net = net
         self.in_chans = in_chans
         self.branched = branched
-        self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.name = name
+        self.fixed = False
+        self.nhwc = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.channels = list(channels)
         self.strides = list(strides)
         self.names = [f"c{5 - len(channels) + 1 + i}" for i in range(len(channels))]
-        self.size_divisor = self._find_divisor()
+        self.size_divisor = self._find_divisor(native)
 
     @property
     def channels_of(self) -> dict[str, int]:
@@ -64,32 +78,53 @@ class Backbone(nn.Module):
         return dict(zip(self.names, self.strides, strict=True))
 
     @torch.no_grad()
-    def _find_divisor(self) -> int:
-        """1 when every stage rounds its size up (as ResNets do), otherwise the largest stride."""
+    def _find_divisor(self, native: int | None) -> int:
+        """1 when every stage rounds its size up (as ResNets do), otherwise the largest stride, or ``native``."""
         largest = max(self.strides)
-        height, width = largest + 5, largest + 3 + largest // 2  # odd: patches must not drop pixels either
+        if maps := self._tried(largest + 5, largest + 3 + largest // 2):  # odd: patches must not drop pixels either
+            height, width = largest + 5, largest + 3 + largest // 2
+            exact = (
+                tuple(m.shape[2:]) == (-(-height // s), -(-width // s)) for m, s in zip(maps, self.strides, strict=True)
+            )
+            return 1 if all(exact) else largest
+        if native is None or self._tried(2 * largest, 3 * largest):
+            return largest
+        self.fixed = not self._tried(native, 2 * native)
+        if self.fixed and (native % largest or not self._tried(native, native)):
+            raise ValueError(
+                f"backbone {self.name!r} was made for images of {native} x {native} and cannot segment them (output "
+                f"stride {largest}): choose another backbone.name"
+            )
+        return native
+
+    def _tried(self, height: int, width: int) -> list[Tensor]:
+        """The maps of an image of this size; none where ``net`` does not take it."""
         training = self.net.training
         self.net.eval()
         try:
-            maps = self(next(self.net.parameters()).new_zeros(1, self.in_chans, height, width))
-            exact = all(
-                tuple(m.shape[2:]) == (-(-height // s), -(-width // s)) for m, s in zip(maps, self.strides, strict=True)
-            )
-        except (RuntimeError, AssertionError, ValueError):  # a network of fixed input size
-            exact = False
+            return self._maps(next(self.net.parameters()).new_zeros(1, self.in_chans, height, width))
+        except (RuntimeError, AssertionError, ValueError):
+            return []
         finally:
             self.net.train(training)
-        return 1 if exact else largest
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must have shape [N, {self.in_chans}, H, W], got {list(images.shape)}")
-        maps = list(self.net(images))
-        if self.channels_last:
-            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        side = self.size_divisor
+        if self.fixed and images.shape[2:] != (side, side):
+            raise ValueError(
+                f"backbone {self.name!r} takes images of {side} x {side} alone, got {images.shape[2]} x "
+                f"{images.shape[3]}: set data.crop_size=[{side},{side}] and eval.window={side}"
+            )
+        maps = self._maps(images)
         if self.branched and self.training and torch.is_grad_enabled():
             maps = list(_Together.apply(*maps))
         return maps
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        maps = list(self.net(images))
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.nhwc else maps
 
 
 class _Together(torch.autograd.Function):
@@ -140,13 +175,22 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
             return create_stride4(options.name, wanted, pretrained=pretrained, in_chans=options.in_chans)
         return timm.create_model(options.name, pretrained=pretrained, **arguments)
 
+    failures = (RuntimeError, TypeError, AttributeError, NotImplementedError, AssertionError)
+    asked = f"backbone {options.name!r} cannot be built with features_only and output_stride {wanted}"
     try:
         net = create(False)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
-        only = "" if wanted == 32 else "; networks that cannot be dilated need backbone.output_stride: 32"
-        raise ValueError(
-            f"backbone {options.name!r} cannot be built with features_only and output_stride {wanted}: {error}{only}"
-        ) from error
+    except failures as error:
+        if arguments.pop("output_stride", None) is None:
+            raise ValueError(f"{asked}: {error}") from error
+        try:
+            net = create(False)  # it cannot be dilated, and may have this stride by itself
+        except failures:
+            raise ValueError(f"{asked}: {error}") from error
+        own = max(net.feature_info.reduction())  # type: ignore[operator, union-attr]
+        if own != wanted:
+            raise ValueError(
+                f"{asked}: {str(error) or 'it cannot be dilated'}; set backbone.output_stride to {own}, its own"
+            ) from error
     if options.pretrained:
         try:
             net = create(True)
@@ -160,15 +204,45 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
     info: Any = net.feature_info
     channels, strides = list(info.channels()), [int(s) // (2 if stride4 else 1) for s in info.reduction()]
     if options.output_stride is not None and max(strides) != options.output_stride:
-        raise ValueError(f"backbone {options.name!r} has output stride {max(strides)}, not {options.output_stride}")
+        raise ValueError(
+            f"backbone {options.name!r} has output stride {max(strides)}, not {options.output_stride}: "
+            f"set backbone.output_stride to {max(strides)}"
+        )
     _set_dilation(net, options)
     if options.freeze_norm:
         from timm.layers import freeze_batch_norm_2d
 
         net = freeze_batch_norm_2d(net)
     branched = not stride4 and is_model_in_modules(options.name, ["hrnet"])
-    backbone = Backbone(net, channels, strides, options.in_chans, branched=branched)
-    return backbone.to(memory_format=torch.channels_last) if channels_last else backbone  # type: ignore[call-overload]
+    made_for = None if stride4 else timm.get_pretrained_cfg(options.name)
+    backbone = Backbone(
+        net,
+        channels,
+        strides,
+        options.in_chans,
+        branched=branched,
+        native=None if made_for is None else max(made_for.input_size[1:]),
+        name=options.name,
+    )
+    return to_channels_last(backbone) if channels_last else backbone
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def to_channels_last(module: M) -> M:
+    """``module`` with its weights in channels_last, except those of :func:`strided_points`."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in strided_points(module):
+        layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+    return module
+
+
+def strided_points(module: nn.Module) -> list[nn.Conv2d]:
+    """Convolutions 1x1 of a stride over an image of up to 4 channels (stems of RepVGG, FastViT and MobileOne): on the
+    CPU, PyTorch writes out of bounds where these get channels_last."""
+    layers = (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.in_channels <= 4)
+    return [m for m in layers if m.kernel_size == (1, 1) and max(m.stride) > 1]
 
 
 def _set_dilation(net: nn.Module, options: BackboneOptions) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._options import Count, Flag, ShareBelowOne, Whole, read
 from ..nn.aspp import ASPP, default_rates
-from ..nn.conv import ConvNorm, SeparableConvNorm
+from ..nn.conv import ConvNorm, SeparableConvNorm, make_classifier
 from ..nn.fpn import upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
@@ -97,13 +97,6 @@ def _aspp(s: Any, in_channels: int, stride: int) -> ASPP:
     )
 
 
-def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    layer = nn.Conv2d(channels, num_classes, 1)
-    nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return layer
-
-
 class DeepLabV3(Decoder):
     """ASPP on the last backbone map, ``head_convs`` 3x3 convolutions, dropout, a 1x1 classifier.
 
@@ -128,7 +121,7 @@ class DeepLabV3(Decoder):
         self.aspp = _aspp(s, in_channels[s.level], self.stride)
         self.convs = nn.Sequential(*(ConvNorm(channels, channels, 3, norm=s.norm) for _ in range(s.head_convs)))
         self.dropout = nn.Dropout2d(s.dropout)
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = make_classifier(channels, num_classes)
         self.feature_channels = {"aspp": channels, "decoder": channels}
         self.feature_strides = {"aspp": self.stride, "decoder": self.stride}
 
@@ -181,7 +174,7 @@ class DeepLabV3Plus(Decoder):
             width = s.channels
         self.convs = nn.Sequential(*convs)
         self.dropout = nn.Dropout2d(s.dropout)
-        self.classifier = _classifier(width, num_classes)
+        self.classifier = make_classifier(width, num_classes)
         self.feature_channels = {"aspp": s.channels, "decoder": width}
         self.feature_strides = {"aspp": coarse, "decoder": self.stride}
 

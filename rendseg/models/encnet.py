@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._options import Count, Flag, NonNegative, ShareBelowOne, filled, read
-from ..nn.conv import ConvNorm
+from ..nn.conv import ConvNorm, make_classifier
 from ..nn.enc_module import EncModule
 from ..nn.fcn_head import FCNHead
 from ..nn.fpn import upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
 from .fcn import check_levels
-from .losses import segmentation_loss
+from .losses import segmentation_loss, widened
 from .options import DecoderOptions, Norm
 from .registry import register_decoder
 from .se_loss import se_loss
@@ -129,9 +129,7 @@ class ENCNet(Decoder):
         )
         self.se_layer = nn.Linear(channels, num_classes) if self.se_weight else None
         self.dropout = nn.Dropout2d(s.dropout) if s.dropout_channels else nn.Dropout(s.dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+        self.classifier = make_classifier(channels, num_classes)
         self.aux_head: FCNHead | None = None
         if s.aux_weight:
             check_levels([s.aux_level], in_channels, "aux_level")
@@ -166,10 +164,8 @@ class ENCNet(Decoder):
             losses["loss_se"] = self.se_weight * se_loss(logits, labels, ignore_index)
         if self.aux_head is not None:
             logits = self.aux_head(output.extra["aux"])
-            if logits.dtype in (torch.float16, torch.bfloat16):
-                logits = logits.float()
             logits = upsample_to(
-                logits,
+                widened(logits),
                 self.aux_stride,
                 (labels.shape[1], labels.shape[2]),
                 "bilinear_aligned" if self.align_corners else "bilinear",

@@ -42,7 +42,7 @@ def segmentation_loss(
     ``mean="all"`` divides it by the number of labels, ignored ones included.
     """
     _option(mean, "mean", MEANS)
-    logits, labels = _wide(logits), labels.long()
+    logits, labels = widened(logits), labels.long()
     weights = None if class_weights is None else class_weights.to(logits.dtype)
     total = F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum")
     valid = labels != ignore_index
@@ -253,14 +253,15 @@ def _option(value: str, name: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
 
 
-def _wide(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
+    """Half logits in float32; others as they are."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _prepare(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """``[N, C, P]`` logits, ``[N, P]`` labels, and which of them are valid. On the CPU, where looking is free,
     ``IndexError`` for a label that is no class."""
-    logits, labels = _wide(logits).flatten(2), labels.long().flatten(1)
+    logits, labels = widened(logits).flatten(2), labels.long().flatten(1)
     valid = labels != ignore_index
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[valid & ((labels < 0) | (labels >= logits.shape[1]))]

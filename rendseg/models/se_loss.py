@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .losses import widened
+
 
 def presence_targets(labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
     """Which classes occur in each image: integer ``labels [N, H, W]`` -> float32 ``[N, C]`` of zeros and ones.
@@ -41,8 +43,7 @@ def se_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
             f"logits must have shape [N, C] with N = {labels.shape[0]} as in labels, got {list(logits.shape)}"
         )
     targets = presence_targets(labels, logits.shape[1], ignore_index)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = widened(logits)
     counted = targets.amax(1, keepdim=True)  # 1 for an image with a valid label, else 0
     values = F.binary_cross_entropy_with_logits(
         logits.masked_fill(counted == 0, 0.0), targets.to(logits.dtype), counted.expand_as(logits), reduction="sum"

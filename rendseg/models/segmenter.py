@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .auxiliary import AuxiliaryHeads, labels_at_cells
-from .backbones import Backbone
+from .backbones import Backbone, strided_points, to_channels_last
 from .decoder import Decoder, DecoderOutput, Targets
-from .losses import weighted_terms
+from .losses import weighted_terms, widened
 from .options import AuxiliaryOptions, LossOptions
 
 
@@ -93,7 +93,8 @@ class Segmenter(nn.Module):
         channels, strides = self.map_channels(), self.map_strides()
         self.auxiliary = AuxiliaryHeads(auxiliary, channels, strides, self.num_classes)
         if channels_last:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            to_channels_last(self)
+        self._plain_on_cpu = bool(strided_points(backbone))
 
     def map_channels(self) -> dict[str, int]:
         """Channels of every named map: the backbone's and the decoder's."""
@@ -191,9 +192,7 @@ class Segmenter(nn.Module):
 
     def _coarse(self, output: DecoderOutput, images: Tensor) -> Tensor:
         """The coarse logits in float32 (float64), of exactly the padded size over the coarse stride."""
-        coarse = output.coarse
-        if coarse.dtype in (torch.float16, torch.bfloat16):
-            coarse = coarse.float()
+        coarse = widened(output.coarse)
         size = (images.shape[2] // self.coarse_stride, images.shape[3] // self.coarse_stride)
         if tuple(coarse.shape[2:]) != size:
             coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
@@ -242,7 +241,10 @@ class Segmenter(nn.Module):
         pad = self._padding(height, width)
         if any(pad):
             images = F.pad(images, pad)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        if not self.channels_last:
+            return images
+        plain = self._plain_on_cpu and images.device.type == "cpu"
+        return images.contiguous(memory_format=torch.contiguous_format if plain else torch.channels_last)
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._options import Count, Flag, filled, read
-from ..nn.conv import ConvNorm
+from ..nn.conv import ConvNorm, make_classifier
 from ..nn.fpn import FPN, upsample_to
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
+from .fcn import check_levels
 from .options import PRESET_PARTS, DecoderOptions, Norm
 from .registry import register_decoder
 
@@ -80,9 +81,7 @@ class SemanticFPN(Decoder):
         super().__init__(num_classes)
         s: Any = filled(read(SemanticFPNOptions, switches, start=options), PRESET_PARTS["rendseg"]["decoder"])
         levels, channels, head_channels = s.levels, s.channels, s.head_channels
-        unknown = [name for name in levels if name not in in_channels]
-        if unknown or not levels:
-            raise ValueError(f"levels must name maps of the backbone ({', '.join(in_channels)}), got {list(levels)}")
+        check_levels(levels, in_channels, "levels")
         self.levels = tuple(levels)
         self.outputs = tuple("p" + name[1:] for name in levels)
         self.align_corners = s.align_corners
@@ -118,9 +117,7 @@ class SemanticFPN(Decoder):
                 if doublings:
                     modules.append(_Upsample(s.align_corners))
             self.add_module(name, nn.Sequential(*modules))
-        self.predictor = nn.Conv2d(head_channels, num_classes, 1)
-        nn.init.normal_(self.predictor.weight, std=0.01)
-        nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]
+        self.predictor = make_classifier(head_channels, num_classes)
 
     def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
         maps = dict(zip(self.outputs, self.fpn([features[name] for name in self.levels]), strict=True))

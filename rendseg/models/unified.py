@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._options import Count, NonNegative, Whole, read
-from ..nn.conv import ConvNorm
+from ..nn.conv import ConvNorm, make_classifier
 from .backbones import Backbone
 from .decoder import DecoderOutput, Targets
-from .losses import segmentation_loss
+from .losses import segmentation_loss, widened
 from .pointrend import PointRend
 from .registry import register_decoder
 from .segmenter import Segmenter
@@ -75,10 +75,7 @@ def _head(channels: int, classes: int, norm: str, width: int | None = None, conv
     width = width or channels
     widths = [channels, *[width] * convs]
     layers = [ConvNorm(a, b, 3, norm=norm) for a, b in zip(widths, widths[1:], strict=False)]
-    last = nn.Conv2d(width, classes, 1)
-    nn.init.normal_(last.weight, std=0.01)
-    nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-    return nn.Sequential(*layers, last)
+    return nn.Sequential(*layers, make_classifier(width, classes))
 
 
 class UPP(UPerNet):
@@ -205,8 +202,7 @@ class UPP(UPerNet):
 
     def _part_loss(self, logits: Tensor, objects: Tensor, parts: Tensor, ignore_index: int) -> Tensor:
         """``logits [N, channels, h, w]``, ``objects`` and ``parts [N, h, w]`` with ``ignore_index`` -> scalar."""
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
+        logits = widened(logits)
         images, groups = logits.shape[0], len(self.object_parts)
         known = objects != ignore_index
         group = torch.where(known, self.group_of[objects.masked_fill(~known, 0)], -1)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._options import Count, Flag, ShareBelowOne, Whole, filled, read
-from ..nn.conv import ConvNorm
+from ..nn.conv import ConvNorm, make_classifier
 from ..nn.ppm import PPM
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput
+from .fcn import check_levels
 from .options import DecoderOptions, Norm
 from .registry import register_decoder
 
@@ -132,9 +133,7 @@ UPERNET_PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
 
 
 def _check_levels(levels: Sequence[str], in_channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
-    unknown = [name for name in levels if name not in in_channels]
-    if unknown or not levels:
-        raise ValueError(f"levels must name maps of the backbone ({', '.join(in_channels)}), got {list(levels)}")
+    check_levels(levels, in_channels, "levels")
     if len(set(levels)) < len(levels) or [strides[a] for a in levels] != sorted(strides[a] for a in levels):
         raise ValueError(f"levels must go from fine to coarse without repetition, got {list(levels)}")
 
@@ -203,11 +202,7 @@ class UPerNet(Decoder):
         self.top_down = nn.Conv2d(s.channels, s.channels, 1) if s.top_down_conv and len(levels) > 1 else None
         self.fuse = ConvNorm(len(levels) * s.channels, s.fuse_channels, s.fuse_kernel, norm=s.norm)
         self.dropout = nn.Dropout2d(s.dropout) if s.dropout_channels else nn.Dropout(s.dropout)
-        kernel: int = s.classifier_kernel
-        classifier = nn.Conv2d(s.fuse_channels, num_classes, kernel, padding=kernel // 2)
-        nn.init.normal_(classifier.weight, std=0.01)
-        nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
-        self.classifier: nn.Module = classifier
+        self.classifier: nn.Module = make_classifier(s.fuse_channels, num_classes, s.classifier_kernel)
 
     def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
         maps = self.pyramid([features[name] for name in self.levels])

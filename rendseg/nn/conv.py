@@ -80,6 +80,14 @@ class ConvNorm(nn.Conv2d):
         return F.relu(x, inplace=True) if self.relu else x
 
 
+def make_classifier(in_channels: int, num_classes: int, kernel_size: int = 1) -> nn.Conv2d:
+    """The convolution that gives the logits: weights from a normal rule of deviation 0.01, biases of zero."""
+    layer = nn.Conv2d(in_channels, num_classes, kernel_size, padding=kernel_size // 2)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
 class SeparableConvNorm(nn.Module):
     """A depthwise ``kernel_size`` convolution with ``norm`` (and ReLU when ``depthwise_relu``), then a 1x1 convolution
     with ``norm`` and ReLU. The two are called ``depthwise`` and ``pointwise``.

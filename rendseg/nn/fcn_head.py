@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .conv import ConvNorm
+from .conv import ConvNorm, make_classifier
 
 
 class FCNHead(nn.Module):
@@ -50,9 +50,7 @@ class FCNHead(nn.Module):
         self.conv_cat = ConvNorm(in_channels + channels, channels, kernel_size, norm=norm) if concat_input else None
         self.out_channels = widths[-1]
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+        self.classifier = make_classifier(widths[-1], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """The maps ``[N, out_channels, H, W]`` that dropout and classifier read."""

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from rendseg.models import create_backbone, parse_options
+from rendseg.models import FCN, Backbone, Segmenter, build_model, create_backbone, parse_options
 
 SMALL = [64, 64, 128, 256, 512]
 LARGE = [64, 256, 512, 1024, 2048]
@@ -218,9 +218,74 @@ def test_stride_4_by_configuration():
 def test_output_strides_that_a_network_does_not_have():
     with pytest.raises(ValueError, match="'resnet53' has output stride 4, 8 or 16, got 32: set output_stride"):
         create_backbone(name="resnet53", output_stride=32)
-    with pytest.raises(ValueError, match="cannot be built .* output_stride 8: .*need backbone.output_stride: 32"):
+    with pytest.raises(ValueError, match="output_stride 8: .*set backbone.output_stride to 32, its own"):
         create_backbone(name="swin_tiny_patch4_window7_224", output_stride=8)
-    with pytest.raises(ValueError, match="output_stride: 32|has output stride 32, not 8"):
+    with pytest.raises(ValueError, match="set backbone.output_stride to 32"):
         create_backbone(name="hrnet_w18_small", output_stride=8)
     with pytest.raises(ValueError, match="apply to ResNets only, got 'test_convnext'"):
         create_backbone(name="test_convnext", output_stride=8, first_dilation="full")
+
+
+# ---- networks of one image size, and layouts
+
+
+class Sized(nn.Module):
+    """Maps of strides 4 and 8; images whose sides do not please ``takes`` are refused, as timm's networks do."""
+
+    def __init__(self, takes):
+        super().__init__()
+        self.takes, self.conv = takes, nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        if not self.takes(*x.shape[2:]):
+            raise AssertionError(f"Input height ({x.shape[2]}) doesn't match model (64).")
+        return [self.conv(x[:, :, ::step, ::step]) for step in (4, 8)]
+
+
+def sized(takes):
+    return Backbone(Sized(takes), [4, 4], [4, 8], native=64, name="sized")
+
+
+def test_windows_decide_the_padding():
+    backbone = sized(lambda height, width: height % 64 == width % 64 == 0)
+    assert (backbone.size_divisor, backbone.fixed) == (64, False)
+    assert sized(lambda height, width: height % 8 == width % 8 == 0).size_divisor == 8
+    assert sized(lambda height, width: True).size_divisor == 1
+    model = Segmenter(backbone, FCN(backbone.channels_of, backbone.strides_of, 3, channels=4)).eval()
+    assert model(torch.randn(1, 3, 40, 70)).refined.shape == (1, 3, 40, 70)
+
+
+@pytest.mark.bad_input
+def test_a_network_of_one_size():
+    backbone = sized(lambda height, width: height == width == 64)
+    model = Segmenter(backbone, FCN(backbone.channels_of, backbone.strides_of, 3, channels=4)).eval()
+    assert model(torch.randn(1, 3, 40, 60)).refined.shape == (1, 3, 40, 60)
+    wanted = r"'sized' takes images of 64 x 64 alone, got 64 x 128: set data.crop_size=\[64,64\] and eval.window=64"
+    with pytest.raises(ValueError, match=wanted):
+        model(torch.randn(1, 3, 40, 70))
+    with pytest.raises(ValueError, match="'sized' was made for images of 64 x 64 and cannot segment them"):
+        sized(lambda height, width: False)
+
+
+def test_a_vision_transformer_builds_at_its_own_stride():
+    model = build_model({"name": "segmenter", "backbone": {"name": "test_vit", "output_stride": 16},
+                         "decoder": {"name": "fcn", "channels": 4}}, 3).eval()  # fmt: skip
+    assert set(model.backbone.strides) == {16}
+    assert model(torch.randn(1, 3, 50, 70)).refined.shape == (1, 3, 50, 70)
+    for stride in (32, 8):
+        with pytest.raises(ValueError, match=f"output.stride.*{stride}: .*set backbone.output_stride to 16"):
+            create_backbone(name="test_vit", output_stride=stride)
+
+
+def test_strided_points_of_the_image_never_run_in_channels_last():
+    """PyTorch's CPU kernels write out of bounds there."""
+    options = {"name": "segmenter", "backbone": {"name": "repvgg_a0"}, "decoder": {"name": "fcn", "channels": 4}}
+    model = build_model(options, 3)
+    stems = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels == 3]
+    assert len(stems) == 1 and stems[0].stride == (2, 2)
+    seen = []
+    stems[0].register_forward_pre_hook(lambda module, inputs: seen.extend([*inputs, module.weight]))
+    sum(model(torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64).long()).values()).backward()
+    assert [tuple(t.stride())[1] for t in seen] == [64 * 64, 1]
+    other = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 48)
+    assert other.weight.is_contiguous(memory_format=torch.channels_last)
