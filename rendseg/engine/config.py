@@ -333,16 +333,6 @@ class Config(Section):
 
     # The models and the data sets own their options, check them and fill in what presets say.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _linked(cls, values: Any) -> Any:
-        from rendseg.data import linked
-
-        if not isinstance(values, Mapping) or not {"model", "data"} <= values.keys():
-            return values
-        model, data = linked(values["model"], values["data"])
-        return {**values, "model": model, "data": data}
-
     @field_validator("model", mode="before")
     @classmethod
     def _resolved_model(cls, value: Any) -> Any:
@@ -435,6 +425,13 @@ def build_config(
     data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = _resolve(data["root"], folder)
+    if {"model", "data"} <= values.keys():
+        from rendseg.data import DataError, linked
+
+        try:
+            values["model"], values["data"] = linked(values["model"], data)
+        except DataError as error:
+            raise ConfigError(f"{error} (in {source})") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
