@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from .options import AugmentOptions, DataError
@@ -151,8 +151,17 @@ def orientation(path: Path) -> int:
     """The EXIF tag "Orientation" of an image file, 1 (as stored) where there is none."""
     try:
         with Image.open(path) as image:
-            return int(image.getexif().get(274, 1))
+            if image.format == "PNG" and "exif" not in image.info:  # PIL would decode it all to look further
+                return 1
+            return _orientation(image)
     except Exception:  # what is wrong with the file is said where it is read
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(274, 1))
+    except Exception:  # a damaged EXIF block does no harm to the image
         return 1
 
 
@@ -170,6 +179,7 @@ class _Tiff:
     height: int
     photometric: int
     extra: tuple[int, ...]
+    orientation: int
 
 
 def _inspect_tiff(path: Path) -> _Tiff | None:
@@ -198,6 +208,7 @@ def _inspect_tiff(path: Path) -> _Tiff | None:
             *size,
             first.get(262, 1),
             extra if isinstance(extra, tuple) else (extra,),
+            first.get(274, 1),
         )
     except Exception:  # _open says what is wrong with it
         return None
@@ -212,35 +223,45 @@ def read_image(path: Path, options: AugmentOptions = _DEFAULTS) -> np.ndarray:
         DataError: a file that cannot be read or has other channels; names the file and the remedy.
     """
     tiff = _inspect_tiff(path) if path.suffix.lower() in (".tif", ".tiff") else None
-    if tiff is not None and (values := _read_bands(path, tiff, options)) is not None:
-        return _to_bytes(values, path, options.image_max)
-    try:
-        image = _open(path, "image", options.max_pixels)
-    except DataError as error:
-        if tiff is None or not isinstance(error.__cause__, UnidentifiedImageError):
-            raise
-        values = _to_bytes(_by_tifffile(path, "a TIFF of this kind"), path, options.image_max)
-        return _of_channels(values, path, options)
-    if options.exif_orientation:
+    values = None if tiff is None else _read_bands(path, tiff, options)
+    by_pil, tag = values is None or tiff is None or tiff.pages > 1, 1 if tiff is None else tiff.orientation
+    if values is None:
         try:
-            ImageOps.exif_transpose(image, in_place=True)
-        except Exception:  # a damaged EXIF block does no harm to the image
-            pass
+            image = _open(path, "image", options.max_pixels)
+        except DataError as error:
+            if tiff is None or not isinstance(error.__cause__, UnidentifiedImageError):
+                raise
+            values, by_pil = _by_tifffile(path, "a TIFF of this kind"), False
+        else:
+            values = _read_by_pil(image, path, options)
+            tag = _orientation(image) if tiff is None else tag
+    values = _of_channels(_to_bytes(values, path, options.image_max), path, options)
+    if tiff is not None and by_pil:  # PIL has turned it
+        return values if options.exif_orientation else _turned(values, {6: 8, 8: 6}.get(tag, tag))
+    return _turned(values, tag) if options.exif_orientation else values
+
+
+def _read_by_pil(image: Image.Image, path: Path, options: AugmentOptions) -> np.ndarray:
+    """``[H, W]`` or ``[H, W, bands]`` as stored, of 8 bits or of what ``options.image_max`` will scale."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _of_channels(_to_bytes(np.asarray(image), path, options.image_max), path, options)
-    mode = {1: "L", 3: "RGB"}.get(options.channels, image.mode)
+        return np.asarray(image)
     try:
-        values = _of_channels(np.array(image.convert(mode)), path, options)
+        values = np.array(image.convert({1: "L", 3: "RGB"}.get(options.channels, image.mode)))
     except ValueError as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: image has mode {image.mode}, which has no RGB; convert it to 8-bit RGB") from error
-    if "cut" not in image.info or options.image_max == 65535:
-        return values
-    if options.image_max is None:
+    if "cut" in image.info and options.image_max not in (None, 65535):
+        return _read_16_bits(path, options)
+    if "cut" in image.info and options.image_max is None:
         _check_range(int(values.max()) << 8, path)
-        return values
-    return _of_channels(_to_bytes(_read_16_bits(path, options), path, options.image_max), path, options)
+    return values
+
+
+def _turned(values: np.ndarray, tag: int) -> np.ndarray:
+    """``[H, W, C]`` as the EXIF tag Orientation says."""
+    values = values.swapaxes(0, 1) if tag in (5, 6, 7, 8) else values
+    values = values[::-1] if tag in (3, 4, 7, 8) else values
+    values = values[:, ::-1] if tag in (2, 3, 6, 7) else values
+    return np.ascontiguousarray(values)
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
@@ -322,7 +343,7 @@ def _read_16_bits(path: Path, options: AugmentOptions) -> np.ndarray:
 def _to_bytes(values: np.ndarray, path: Path, image_max: float | None) -> np.ndarray:
     """uint8; see :func:`read_image`."""
     if values.dtype in (np.uint8, np.bool_):
-        return values.astype(np.uint8)
+        return values.astype(np.uint8, copy=False)
     if image_max is not None:
         return (np.clip(values.astype(np.float32) / np.float32(image_max), 0, 1) * 255 + 0.5).astype(np.uint8)
     what = "of floating point values" if values.dtype.kind == "f" else "holds values outside 0..65535"

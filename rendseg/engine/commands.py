@@ -173,7 +173,7 @@ def data_check(
 ) -> None:
     """Read a data set whole: count its images and classes, suggest class weights, and name every bad file.
 
-    Exit code 0: all files are sound; 1: some are not; 2: none could be read.
+    Exit code 0: all files are sound; 1: some are not, or nothing can be learnt from them; 2: none could be read.
     """
     from rendseg.engine.config import load_config
     from rendseg.engine.data_check import check_files

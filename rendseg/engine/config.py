@@ -323,18 +323,6 @@ class Config(Options):
 
     # The models and the data sets own their options, check them and fill in what presets say.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _linked(cls, given: Any) -> Any:
-        from rendseg.data import linked
-
-        values = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
-        if not isinstance(values, Mapping) or not {"model", "data"} <= values.keys():
-            return given
-        model, data = linked(values["model"], values["data"])
-        both = {**values, "model": model, "data": data}
-        return ArgsKwargs((), both) if isinstance(given, ArgsKwargs) else both
-
     @field_validator("model", mode="before")
     @classmethod
     def _resolved_model(cls, value: Any) -> Any:
@@ -467,6 +455,13 @@ def build_config(
     data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = _resolve(data["root"], folder)
+    if {"model", "data"} <= values.keys():
+        from rendseg.data import DataError, linked
+
+        try:
+            values["model"], values["data"] = linked(values["model"], data)
+        except DataError as error:
+            raise ConfigError(f"{error} (in {source})") from error
     return validated(Config, values, source, overridden)
 
 

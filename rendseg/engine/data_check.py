@@ -301,7 +301,7 @@ class DataReport:
 
     @property
     def exit_code(self) -> int:
-        """0: every file is sound; 1: some are not; 2: none is."""
+        """0: every file is sound; 1: some are not, or nothing can be learnt from them; 2: none is."""
         if not any(report.sound for report in self.splits):
             return 2
         return 1 if self.problems else 0

@@ -7,7 +7,7 @@ that is asked for, and added to the sum, whose argmax is the label. PointRend re
 
 One set of scores is kept per kind of prediction (``coarse``, ``refined``), for any number of views; with a single
 view of the image as it is, there are no full-size scores at all (``network.predict(output="labels")``). Windows of an
-image at its own size are worked off in strips: only the scores of one row of windows are kept.
+image at its own size are processed in strips: only the scores of one row of windows are kept.
 """
 
 from __future__ import annotations

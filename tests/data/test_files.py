@@ -30,7 +30,7 @@ def save(path: Path, pixels: np.ndarray, **how: Any) -> Path:
     return path
 
 
-def png(path: Path, values: np.ndarray, bits: int) -> Path:
+def png(path: Path, values: np.ndarray, bits: int, exif: Image.Exif | None = None) -> Path:
     """A PNG of ``bits`` per value, grey or colour, written by hand (PIL writes 8 bits and 16 of grey)."""
     rows = values.reshape(len(values), -1)
     if bits == 16:
@@ -44,8 +44,9 @@ def png(path: Path, values: np.ndarray, bits: int) -> Path:
 
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 2 * (values.ndim == 3), 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in packed))
+    tags = b"" if exif is None else chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + tags + chunk(b"IDAT", data) + chunk(b"IEND", b""))
     return path
 
 
@@ -100,6 +101,11 @@ def test_exif_orientation(tmp_path: Path) -> None:
         path = save(tmp_path / f"{tag}.png", PHOTO, exif=exif)
         assert np.array_equal(read_image(path), wanted), tag
         assert np.array_equal(read_image(path, AugmentOptions(exif_orientation=False)), PHOTO)
+        path = save(tmp_path / f"{tag}.tif", PHOTO, tiffinfo={274: tag})
+        assert np.array_equal(read_image(path), wanted), tag
+        assert np.array_equal(read_image(path, AugmentOptions(exif_orientation=False)), PHOTO)
+        deep = png(tmp_path / f"deep{tag}.png", PHOTO.astype(np.uint16), 16, exif)
+        assert np.array_equal(read_image(deep, AugmentOptions(image_max=255)), wanted), tag
 
 
 def folder(root: Path, split: str = "folders", **keys: Any) -> Any:
