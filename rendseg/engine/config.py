@@ -22,6 +22,7 @@ from rendseg.engine.eval_presets import PRESETS, check_preset
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
+# A name of one folder: not the dots that lead out of it.
 FolderName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\.*[\w\-][\w.\-]*$")]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -389,12 +390,17 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-MOST_VALUES = 100_000
+MOST_VALUES, DEEPEST = 100_000, 100
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error (plain YAML silently keeps the second), and so are a value that
     contains itself and aliases that make a short text very long."""
+
+    def increase_flow_level(self) -> None:
+        if self.flow_level >= DEEPEST:  # the scanner's time grows with the square of the depth
+            raise RecursionError
+        super().increase_flow_level()
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
