@@ -184,7 +184,8 @@ def _received(key: str, dataset: Any, workers: int, stack: Callable[[Any], Any],
         pin_memory=torch.cuda.is_available(),
         **options,
     )
-    remedy = f"set {key}=0{f' or below {workers}' if workers > 1 else ''}; {_shared_memory()} grows with docker run --shm-size=8g"
+    less = f" or below {workers}" if workers > 1 else ""
+    remedy = f"set {key}=0{less}; {_shared_memory()} grows with docker run --shm-size=8g"
     try:
         with _on_sigchld(signal.SIG_DFL):  # DataLoader's own handler raises at any moment, not only in a wait
             iterator = iter(loader)
