@@ -397,10 +397,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error (plain YAML silently keeps the second), and so are a value that
     contains itself and aliases that make a short text very long."""
 
-    def increase_flow_level(self) -> None:
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         if self.flow_level >= DEEPEST:  # the scanner's time grows with the square of the depth
             raise RecursionError
-        super().increase_flow_level()
+        super().fetch_flow_collection_start(TokenClass)
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()

@@ -142,7 +142,7 @@ def test_batches_come_through_a_pipe_where_shared_memory_is_full(
 
 def test_a_small_shared_memory() -> None:
     """A file system of 64 kB for /dev/shm, of this process alone; a batch takes 160 kB."""
-    [(code, out, err)] = processes.launch(processes.load_with_little_shared_memory, timeout=60)
+    [(code, out, err)] = processes.launch(processes.load_with_little_shared_memory)
     if "not permitted" in err:
         pytest.skip("mounting a file system is not permitted")
     assert code == 0 and "4 batches, 2 samples" in out, err
