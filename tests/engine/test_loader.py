@@ -131,7 +131,7 @@ def test_batches_come_through_a_pipe_where_shared_memory_is_full(
 
     data = shapes()
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    monkeypatch.setattr(loader._warn_of_little_shared_memory, "__defaults__", ([],))
+    loader._warn_of_little_shared_memory.cache_clear()
     wanted = list(training_batches(data, 1, 0, 3, 2, 0))
     found = list(training_batches(data, 1, 0, 3, 2, 1))
     for (images, labels), (wanted_images, wanted_labels) in zip(found, wanted, strict=True):
