@@ -21,6 +21,7 @@ from pydantic_core import ArgsKwargs
 from rendseg._options import Count, Flag, NonNegative, O, Options, Positive, Whole, problems
 from rendseg.engine.eval_presets import PRESETS
 
+# A name of one folder: not the dots that lead out of it.
 FolderName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\.*[\w\-][\w.\-]*$")]
 
 
@@ -364,12 +365,17 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-MOST_VALUES = 100_000
+MOST_VALUES, DEEPEST = 100_000, 100
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error (plain YAML silently keeps the second), and so are a value that
     contains itself and aliases that make a short text very long."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= DEEPEST:  # the scanner's time grows with the square of the depth
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()

@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -107,14 +107,14 @@ def _arrived(value: Any) -> Any:
     return type(value)(_arrived(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
-def _warn_of_little_shared_memory(warned: list[bool] = []) -> None:  # noqa: B006 (once per process)
-    if not warned:
-        warned.append(True)
-        tqdm.write(
-            f"rendseg: {_shared_memory()} is too small for the batches: they come through pipes, which is slower; "
-            "give it more (docker run --shm-size=8g) or set num_workers=0",
-            file=sys.stderr,
-        )
+@cache
+def _warn_of_little_shared_memory() -> None:
+    """Once in a process."""
+    tqdm.write(
+        f"rendseg: {_shared_memory()} is too small for the batches: they come through pipes, which is slower; "
+        "give it more (docker run --shm-size=8g) or set num_workers=0",
+        file=sys.stderr,
+    )
 
 
 def _shared_memory() -> str:
@@ -184,7 +184,8 @@ def _received(key: str, dataset: Any, workers: int, stack: Callable[[Any], Any],
         pin_memory=torch.cuda.is_available(),
         **options,
     )
-    remedy = f"set {key}=0, or fewer than {workers}; {_shared_memory()} grows with docker run --shm-size=8g"
+    less = f" or below {workers}" if workers > 1 else ""
+    remedy = f"set {key}=0{less}; {_shared_memory()} grows with docker run --shm-size=8g"
     try:
         with _on_sigchld(signal.SIG_DFL):  # DataLoader's own handler raises at any moment, not only in a wait
             iterator = iter(loader)

@@ -67,7 +67,7 @@ class StopSignals:
     """While active, SIGINT and SIGTERM set ``received`` instead of ending the process; a second SIGINT ends it.
 
     A process that is ``alone`` also stops waiting for data (:func:`interruptible`). One of several goes on to the next
-    moment at which all agree; a second signal of either kind ends its wait too.
+    moment at which all agree; while it waits for data, a second signal of either kind ends it.
     """
 
     active: StopSignals | None = None
@@ -78,9 +78,9 @@ class StopSignals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         again, self.received = bool(self.received), number
-        if self.waiting and (self.alone or again):
+        if self.waiting and self.alone:
             raise StopRequested
-        if again and number == signal.SIGINT:
+        if again and (number == signal.SIGINT or self.waiting):
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopSignals:

@@ -95,6 +95,7 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
 
 
 def _drive(run: Run, hook: Callable[[int], None] | None) -> None:
+    """The loop: until the last iteration, the time limit or a signal."""
     with run.signals, run.bar, closing(run.batches):
         if run.evaluation_due and not run.validate():  # which a signal had ended
             run.stop = run.signals.received

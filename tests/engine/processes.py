@@ -164,6 +164,7 @@ def load_with_little_shared_memory() -> None:
     from rendseg.data import build_dataset
     from rendseg.engine.loader import evaluation_samples, training_batches
 
+    multiprocessing.set_start_method("fork", force=True)  # workers that start quickly
     mount_small("/dev/shm", "64k")
     data = build_dataset({"name": "shapes", "size": [64, 64], "num_images": 4, "num_val_images": 2}, "train")
     batches = list(training_batches(data, 0, 0, 4, 2, 1))

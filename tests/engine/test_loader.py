@@ -131,7 +131,7 @@ def test_batches_come_through_a_pipe_where_shared_memory_is_full(
 
     data = shapes()
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    monkeypatch.setattr(loader._warn_of_little_shared_memory, "__defaults__", ([],))
+    loader._warn_of_little_shared_memory.cache_clear()
     wanted = list(training_batches(data, 1, 0, 3, 2, 0))
     found = list(training_batches(data, 1, 0, 3, 2, 1))
     for (images, labels), (wanted_images, wanted_labels) in zip(found, wanted, strict=True):
@@ -142,7 +142,7 @@ def test_batches_come_through_a_pipe_where_shared_memory_is_full(
 
 def test_a_small_shared_memory() -> None:
     """A file system of 64 kB for /dev/shm, of this process alone; a batch takes 160 kB."""
-    [(code, out, err)] = processes.launch(processes.load_with_little_shared_memory, timeout=60)
+    [(code, out, err)] = processes.launch(processes.load_with_little_shared_memory)
     if "not permitted" in err:
         pytest.skip("mounting a file system is not permitted")
     assert code == 0 and "4 batches, 2 samples" in out, err
