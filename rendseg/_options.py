@@ -34,8 +34,9 @@ else:
         _checked = None
 
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Whole = Annotated[int, Field(strict=True, ge=0)]
+LARGEST = 2**53  # a larger integer is a slip, and is not exact as a float
+Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
+Whole = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -147,7 +148,10 @@ def _problem(entry: Any, root: type[Options], values: Any) -> Problem:
         message = entry["msg"].removeprefix("Value error, ")
         return Problem("value", key, f": {message}{'' if field is None or ', got ' in message else got}")
     if sort in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return Problem("value", key, f" must {_range(dict(_limits(field.annotation, field.metadata)))}{got}")
+        limits = dict(_limits(field.annotation, field.metadata))
+        if limits.get("le") == LARGEST and sort != "less_than_equal":
+            del limits["le"]
+        return Problem("value", key, f" must {_range(limits)}{got}")
     if sort == "finite_number":
         return Problem("value", key, f" must be finite{got}")
     if sort in ("too_short", "string_too_short", "string_pattern_mismatch"):
@@ -160,8 +164,9 @@ def _problem(entry: Any, root: type[Options], values: Any) -> Problem:
 def _nearest_key(path: list[str], section: type[Options], root: type[Options]) -> str:
     """The nearest key of the same section, else of all; or the known ones."""
     name, everywhere = path[-1], all_keys(root)
-    near = next((key for key in everywhere if key.split(".")[-1] == name), None)
-    if near is None and (inside := nearest(name, field_names(section))) is not None:
+    begins = next((key for key in field_names(section) if key.startswith(f"{name}_")), None)
+    near = next((key for key in everywhere if key.split(".")[-1] == name), None) if begins is None else None
+    if near is None and (inside := begins or nearest(name, field_names(section))) is not None:
         near = ".".join([*path[:-1], inside])
     if near is None:  # of another section: less likely, and so more alike
         tails = {key.split(".")[-1]: key for key in everywhere}
@@ -216,6 +221,8 @@ def _limits(hint: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[str, Any]
 def _range(limits: Mapping[str, Any]) -> str:
     low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
     if low is not None and high is not None:
+        if high == LARGEST:
+            return "be at most 2^53"
         return f"lie in {'[' if 'ge' in limits else '('}{low:g}, {high:g}{']' if 'le' in limits else ')'}"
     if low is None:
         return f"be {'at most' if 'le' in limits else 'below'} {high}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +73,9 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.std = options.std
         self.channel_order = options.channel_order
         self.augment_seed = augment_seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        with suppress(RuntimeError):  # no shared memory: workers of other loaders than ours do not see set_epoch
+            self._epoch.share_memory_()
         self._transform = training_transform(options) if split == "train" else None
         self._cache: list[tuple[np.ndarray, np.ndarray]] | None = None
 

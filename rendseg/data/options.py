@@ -90,7 +90,7 @@ class AugmentOptions(Options):
     vertical_flip: Share = 0.0
     color_jitter: ColorJitterOptions | None = field(default_factory=ColorJitterOptions)  # null: none
     photometric_distortion: PhotometricOptions | None = None  # {}: SSD's, instead of color_jitter
-    channels: Count = 3  # of the images, as model.backbone.in_chans, which sets it; 1: grey, more: bands or pages of TIFFs
+    channels: Count = 3  # of the images; model.backbone.in_chans sets it. 1: grey; more than 3: bands or pages of TIFFs
     image_max: Positive | None = None  # value of 16-bit or float images that is white (12 bits: 4095); null: 65535
     exif_orientation: Flag = True  # turn images as their EXIF tag says; false: if labels were drawn on them as stored
     max_pixels: Count = 178_956_970  # of a file (PIL's limit): a guard against files made to fill the memory

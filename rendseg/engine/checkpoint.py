@@ -17,12 +17,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import secrets
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+
+from rendseg.engine.checkpoint_check import problem
 
 FORMAT = "rendseg-checkpoint"
 VERSION = 1
@@ -39,9 +43,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Until the last step ``path`` is untouched, so that a kill or a full disk leaves the previous file whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path.parent)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +54,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _temporary(folder: Path) -> Path:
+    """A name that no other writer uses, and that is short whatever the file is called."""
+    return folder / f".rendseg-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder; nobody else may be writing there."""
+    for old in folder.rglob(".rendseg-*.tmp"):
+        old.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -72,8 +87,11 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8, atomically."""
-    write_atomically(path, lambda file: _write_all(file, text.encode()))
+    """Write ``text`` in UTF-8, atomically; ``CheckpointError`` says why if that fails."""
+    try:
+        write_atomically(path, lambda file: _write_all(file, text.encode()))
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {error.strerror}") from error
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:
@@ -110,8 +128,7 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any], aliases: tuple[str,
 
 def _link(source: Path, target: Path) -> None:
     """Give a finished checkpoint a second name without writing it again; copy where links are not supported."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = _temporary(target.parent)
     try:
         os.link(source, temporary)
     except OSError:
@@ -132,7 +149,8 @@ def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and validate a checkpoint onto the CPU; nothing in the file is executed (``weights_only=True``).
 
-    Raises ``CheckpointError`` if the file is missing, truncated, or not a rendseg checkpoint.
+    Raises ``CheckpointError`` if the file is missing, truncated, damaged or not a rendseg checkpoint, and with the name
+    of the field that is not what it must be (``checkpoint_check.py``).
     """
     path = Path(path)
     if not path.is_file():
@@ -147,12 +165,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if magic != b"PK\x03\x04":
         raise CheckpointError(f"{path} is not a rendseg checkpoint: it does not begin like a file of torch.save")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise CheckpointError(f"{path} is truncated or damaged: the checksum of its part {damaged} is wrong")
         contents = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a rendseg checkpoint: it holds more than tensors and plain values, which is not loaded"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise any
         raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f'{path} is not a rendseg checkpoint: it has no entry format = "{FORMAT}"')
@@ -160,9 +184,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has checkpoint layout {contents.get('version')}, this version of rendseg reads layout {VERSION}"
         )
-    missing = [key for key in ("config", "classes", "model", "training") if key not in contents]
-    if missing:
-        raise CheckpointError(f"{path} is not a complete rendseg checkpoint: it has no {missing[0]!r}")
+    wrong = problem(contents)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not a sound rendseg checkpoint: {wrong}")
     return contents
 
 
@@ -192,6 +216,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | os.P
         )
     if problems:
         raise CheckpointError(f"{path} is a checkpoint of another model: {'; '.join(problems)}")
+    for key, value in state.items():
+        if value.is_floating_point() != own[key].is_floating_point():
+            raise CheckpointError(f"{path}: model.{key} holds {value.dtype}, the model {own[key].dtype}")
     model.load_state_dict(state)
 
 

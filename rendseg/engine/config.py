@@ -21,6 +21,8 @@ from pydantic_core import ArgsKwargs
 from rendseg._options import Count, Flag, NonNegative, O, Options, Positive, Whole, problems
 from rendseg.engine.eval_presets import PRESETS
 
+FolderName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\.*[\w\-][\w.\-]*$")]
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the file or the option, the key, and what is wanted."""
@@ -104,17 +106,31 @@ class FSDPConfig(Options):
     )
 
 
+def _length(value: Any) -> Any:
+    if (isinstance(value, float) and value.is_integer()) or (isinstance(value, str) and value.isdecimal()):
+        value = int(value)
+    if value != "auto" and not _is_side(value):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return value
+
+
 class TrainConfig(Options):
     """The training loop."""
 
-    iterations: Count = Field(description="optimizer steps of the whole run")
+    iterations: Annotated[int | Literal["auto"], BeforeValidator(_length)] = Field(
+        description="optimizer steps of the whole run; auto: as many as fit auto_minutes at the speed of the first 20"
+    )
+    auto_minutes: Positive = Field(
+        default=2.0, description="time that training takes, about, with iterations: auto; evaluation comes on top"
+    )
     batch_size: Count = Field(default=4, description="images per process and forward pass")
     gradient_accumulation: Count = Field(default=1, description="forward passes per optimizer step")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="see OptimizerConfig")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="see ScheduleConfig")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32",
-        description="arithmetic of the forward pass; bf16 and fp16 by autocast, fp16 (GPU) with loss scaling",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="arithmetic of the forward pass; bf16 and fp16 by autocast, fp16 (GPU) with loss scaling; auto: "
+        "bf16 on a GPU that has it; on a CPU the faster of fp32 and bf16, measured before training",
     )
     fsdp: FSDPConfig = Field(default=FSDPConfig(), description="see FSDPConfig")
     clip_grad_norm: Positive | None = Field(
@@ -163,7 +179,7 @@ def _base_size(value: Any) -> int | list[int]:
 
 
 def _is_side(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**53
 
 
 class EvalConfig(Options):
@@ -291,7 +307,7 @@ class OutputConfig(Options):
 class Config(Options):
     """One experiment."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="name of the run and of its folder")
+    name: FolderName = Field(description="name of the run and of its folder")
     seed: Whole = Field(default=0, description="seed of weights, order of the data, augmentation and point sampling")
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: the accelerator if there is one; cpu")
     resume: str = Field(
@@ -309,13 +325,15 @@ class Config(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _linked(cls, values: Any) -> Any:
+    def _linked(cls, given: Any) -> Any:
         from rendseg.data import linked
 
+        values = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
         if not isinstance(values, Mapping) or not {"model", "data"} <= values.keys():
-            return values
+            return given
         model, data = linked(values["model"], values["data"])
-        return {**values, "model": model, "data": data}
+        both = {**values, "model": model, "data": data}
+        return ArgsKwargs((), both) if isinstance(given, ArgsKwargs) else both
 
     @field_validator("model", mode="before")
     @classmethod
@@ -358,8 +376,32 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
+MOST_VALUES = 100_000
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error (plain YAML silently keeps the second)."""
+    """YAML in which a key given twice is an error (plain YAML silently keeps the second), and so are a value that
+    contains itself and aliases that make a short text very long."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+        """The values under ``node``, those behind aliases as often as they occur. 0 in ``counts``: begun."""
+        if node not in counts:
+            counts[node] = 0
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                children = [child for pair in children for child in pair]
+            counts[node] = 1 + sum(self._count(child, counts) for child in children)
+        if counts[node] == 0:
+            raise _error("a value contains itself", node)
+        if counts[node] > MOST_VALUES:
+            raise _error(f"with its aliases it holds more than {MOST_VALUES} values", node)
+        return counts[node]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -367,12 +409,28 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor, whose keys may be given again
                 continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise _error(f"a key must be one word or number, got a {type(key).__name__}", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
+                raise _error(f"the key {key!r} is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _error(message: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text; ``YAMLError`` for all that can be wrong with it."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except Exception as error:  # what the constructors of numbers and dates raise
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
@@ -386,7 +444,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
@@ -426,7 +484,7 @@ def _apply(content: dict[str, Any], override: str) -> str:
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(f"an override is written key=value with a dotted key, got {override!r}")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {override!r} is not YAML: {_one_line(error)}") from error
     *parents, last = key.split(".")

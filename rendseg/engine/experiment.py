@@ -30,10 +30,12 @@ from pydantic import Field, field_validator
 from rendseg._options import Count, Options
 from rendseg.data import DataError
 from rendseg.engine.assemble import build_data, load_trained
+from rendseg.engine.automatic import with_choice
 from rendseg.engine.checkpoint import LAST, CheckpointError, write_atomically, write_json, write_text
 from rendseg.engine.config import (
     Config,
     ConfigError,
+    FolderName,
     OutputConfig,
     build_config,
     override_mapping,
@@ -61,7 +63,7 @@ class SpeedConfig(Options):
 class ExperimentConfig(Options):
     """One experiment."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="name of the experiment and of its folder")
+    name: FolderName = Field(description="name of the experiment and of its folder")
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="every variant is trained with each")
     base: dict[str, Any] = Field(description="a training configuration without name, seed and output")
     variants: dict[str, dict[str, Any] | None] = Field(min_length=1, description="name -> what it changes in base")
@@ -141,11 +143,25 @@ def run_experiment(path: str | Path, overrides: Sequence[str] = (), only: Sequen
     # Seed by seed, so that an experiment that is stopped early still compares all variants.
     for seed in experiment.seeds:
         for variant in experiment.variants:
-            config = runs[variant, seed]
+            config = _alike(runs[variant, seed], runs.values())
             if (not only or variant in only) and finished(config) is None:
                 print(f"experiment {experiment.name}: {variant}, seed {seed}", flush=True)
                 train(config)
     return report(experiment, runs)
+
+
+def _alike(config: Config, runs: Iterable[Config]) -> Config:
+    """``config`` with the precision that another run chose for ``auto``: variants are compared in one precision."""
+    if config.train.precision != "auto":
+        return config
+    for other in runs:
+        if other.train.precision == "auto":
+            try:
+                kept = yaml.safe_load((other.run_dir / "config.yaml").read_text(encoding="utf-8"))
+                return with_choice(config, precision=build_config(kept).train.precision)
+            except (OSError, yaml.YAMLError, ConfigError, AttributeError):
+                continue
+    return config
 
 
 def report(experiment: ExperimentConfig, runs: Mapping[tuple[str, int], Config]) -> dict[str, Any]:

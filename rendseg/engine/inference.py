@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rendseg.engine.config import EvalConfig
+from rendseg._float64 import WITHOUT
+from rendseg.engine.config import ConfigError, EvalConfig
 
 KINDS = ("coarse", "refined")
 Scores = dict[str, Tensor]
@@ -282,6 +283,10 @@ def _scores(network: Any, images: Tensor, flips: Sequence[tuple[int, ...]], opti
     """Logits ``[B, C, H, W]`` of images or windows; with ``merge: exp`` their sum over ``flips``, exponentiated."""
     if options.merge != "exp":
         return _logits(network, images)
+    if images.device.type in WITHOUT:
+        raise ConfigError(
+            f"eval.merge: exp needs float64, which {images.device.type} has not: set eval.merge=softmax or device=cpu"
+        )
     totals: Scores = {}
     for flip in flips:
         for kind, logits in _logits(network, images.flip(flip)).items():

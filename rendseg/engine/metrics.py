@@ -270,6 +270,7 @@ class SegmentationMetrics:
 
 def mean_iou(confusion: Tensor) -> float:
     """mIoU of one confusion matrix [C, C] over the classes that occur; nan if it is empty."""
+    confusion = confusion.cpu()  # not every device has float64
     hit = confusion.diag().double()
     union = (confusion.sum(0) + confusion.sum(1)).double() - hit
     return float((hit[union > 0] / union[union > 0]).mean())

@@ -10,8 +10,8 @@ from torch import nn
 from rendseg.engine.config import OptimizerConfig, ScheduleConfig
 
 
-def learning_rate(iteration: int, iterations: int, lr: float, schedule: ScheduleConfig) -> float:
-    """The learning rate of optimizer step ``iteration`` (from 0) of ``iterations``.
+def learning_rate(iteration: int, iterations: float, lr: float, schedule: ScheduleConfig) -> float:
+    """The learning rate of optimizer step ``iteration`` (from 0) of ``iterations`` (infinite: not known yet).
 
     poly: ``min_lr + (lr - min_lr) (1 - t/T)^power``; cosine: ``min_lr + (lr - min_lr) (1 + cos(pi t/T)) / 2``; step:
     ``lr gamma^n`` after n milestones. During the first w warm-up iterations this is multiplied by ``f + (1 - f) t/w``

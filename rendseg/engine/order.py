@@ -9,6 +9,7 @@ may span two epochs, so no image is ever left out. With W processes of batch B o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -89,17 +90,16 @@ def sample_order(dataset: Any, seed: int, batch: int) -> SampleOrder | SourceOrd
 
 
 class BatchPositions(Sampler[list[tuple[int, int]]]):
-    """The batches of one process from ``start`` on, each a list of ``(epoch, index)``."""
+    """The batches of one process from ``start`` on, each a list of ``(epoch, index)``; there may be infinitely many."""
 
-    def __init__(self, order: Any, start: int, batches: int, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, order: Any, start: int, batches: float, batch_size: int, rank: int, world: int) -> None:
         self.order, self.start, self.batches = order, start, batches
         self.batch_size, self.rank, self.world = batch_size, rank, world
 
-    def __len__(self) -> int:
-        return self.batches
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.batches):
+        for step in count():
+            if step >= self.batches:
+                return
             first = self.start + (step * self.world + self.rank) * self.batch_size
             yield [self.order[position] for position in range(first, first + self.batch_size)]
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from rendseg.engine import checkpoint as checkpoints
+from rendseg.engine.automatic import adopt
 from rendseg.engine.checkpoint import CheckpointError
 from rendseg.engine.config import Config, ConfigError, build_config, differences
+from rendseg.engine.optimize import learning_rate
 from rendseg.engine.runtime import gather
 from rendseg.engine.sharding import shard_optimizer_state
 
@@ -41,11 +44,11 @@ class Progress:
 
 def training_differences(kept: Mapping[str, Any], config: Config, source: str) -> list[tuple[str, Any, Any]]:
     """``(dotted key, value kept, value now)`` where the configuration ``kept`` in ``source`` would train differently;
-    keys newer than it have their defaults. ``ConfigError`` if it cannot be read."""
-    complete = build_config(kept, source=source).to_dict()
+    keys newer than it have their defaults, and ``auto`` is what was chosen. ``ConfigError`` if it cannot be read."""
+    complete = build_config(kept, source=source)
     return [
         found
-        for found in differences(complete, config.to_dict())
+        for found in differences(complete.to_dict(), adopt(config, complete).to_dict())
         if not any(found[0] == key or found[0].startswith(key + ".") for key in HARMLESS_KEYS)
     ]
 
@@ -89,6 +92,20 @@ def check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, Any
         )
 
 
+def schedule_change(found: tuple[Path, Mapping[str, Any]], config: Config, iteration: int) -> list[str]:
+    """What changes in the learning rate where a run goes on with another schedule or length: a line, or none."""
+    before, now = build_config(found[1]["config"], source=str(found[0])).train, config.train
+    old, new = (
+        learning_rate(min(iteration, t.iterations), t.iterations, t.optimizer.lr, t.schedule) for t in (before, now)
+    )
+    if (before.iterations, before.schedule, before.optimizer.lr) == (now.iterations, now.schedule, now.optimizer.lr):
+        return []
+    return [
+        f"the learning rate changes at iteration {iteration}: {old:.3g} in the schedule of {before.iterations} "
+        f"iterations so far, {new:.3g} in that of {now.iterations} from here\n"
+    ]
+
+
 def restore(
     found: tuple[Path, Mapping[str, Any]],
     config: Config,
@@ -107,12 +124,33 @@ def restore(
             f"{path} has the optimizer state of {kept}, which train.optimizer.name={name} cannot continue; start again "
             "with resume=never and model.backbone.checkpoint"
         )
+    missing = [key for key in ("optimizer", "rng") if key not in state]
+    if missing:
+        raise CheckpointError(f"{path} cannot be continued: it has no training.{missing[0]}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         whole = state["optimizer"]
+        for index, entries in whole["state"].items():
+            shape = parameters[index].shape
+            if any(isinstance(v, Tensor) and v.dim() and v.shape != shape for v in entries.values()):
+                raise ValueError(f"the shapes in training.optimizer.state.{index} are not {list(shape)}")
+        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(shard_optimizer_state(optimizer, whole) if sharded else whole)
-    except (ValueError, KeyError, IndexError) as error:
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            group.update(options)  # of the configuration, not of the file
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has the optimizer state of another model: {error}") from error
-    if accelerator.scaler is not None and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.scaler is not None and state.get("scaler"):
+        try:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: training.scaler is no state of a loss scaler: {error}") from error
     same = len(state["rng"]) == accelerator.num_processes
-    return Progress(**state["progress"]), state["rng"][accelerator.process_index] if same else None
+    progress = Progress(**state["progress"])
+    length = config.train.iterations
+    if length != "auto" and progress.iteration > length:
+        raise ConfigError(
+            f"{path} is at iteration {progress.iteration}, beyond train.iterations={length}: raise that, or begin at "
+            "the start with resume=never"
+        )
+    return progress, state["rng"][accelerator.process_index] if same else None

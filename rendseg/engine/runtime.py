@@ -24,16 +24,22 @@ from rendseg.engine.config import Config, ConfigError
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Devices, processes and precision. ``ConfigError`` if the precision cannot be had on the device."""
+    """Devices, processes and precision. ``ConfigError`` if the precision cannot be had on the device.
+
+    ``precision: auto`` is bf16 on a GPU that has it, else fp32; training on a CPU measures (``automatic.py``).
+    """
     # accelerate keeps one state per process; a second run in it may differ
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     GradientState._reset_state()
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "fp32" if on_cpu or not _has_bf16() else "bf16"
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=config.train.gradient_accumulation,
     )
     kind = accelerator.distributed_type
@@ -45,17 +51,37 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-class StopSignals:
-    """While active, SIGINT and SIGTERM set ``received`` instead of ending the process; a second SIGINT ends it."""
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 by itself, without emulation."""
+    supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
+    if supported is None:
+        return False
+    return bool(supported(including_emulation=False))
 
-    def __init__(self) -> None:
-        self.received = 0
+
+class StopRequested(BaseException):
+    """A signal arrived in :func:`interruptible`."""
+
+
+class StopSignals:
+    """While active, SIGINT and SIGTERM set ``received`` instead of ending the process; a second SIGINT ends it.
+
+    A process that is ``alone`` also stops waiting for data (:func:`interruptible`). One of several goes on to the next
+    moment at which all agree; a second signal of either kind ends its wait too.
+    """
+
+    active: StopSignals | None = None
+
+    def __init__(self, alone: bool = True) -> None:
+        self.received, self.alone, self.waiting = 0, alone, False
         self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        again, self.received = bool(self.received), number
+        if self.waiting and (self.alone or again):
+            raise StopRequested
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -63,11 +89,29 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: signals are someone else's business
                 break
+        StopSignals.active = self
         return self
 
     def __exit__(self, *_: object) -> None:
+        StopSignals.active = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, a signal that :class:`StopSignals` would only note raises ``StopRequested``."""
+    signals = StopSignals.active
+    if signals is None:
+        yield
+        return
+    signals.waiting = True
+    try:
+        if signals.received and signals.alone:
+            raise StopRequested
+        yield
+    finally:
+        signals.waiting = False
 
 
 def move(batch: tuple[Tensor, Any], device: torch.device) -> tuple[Tensor, Any]:
@@ -156,7 +200,7 @@ def agree(accelerator: Accelerator, flag: bool) -> bool:
 
 def mean_over_processes(accelerator: Accelerator, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
     """Each of ``sums`` over ``count``, as the mean of all processes."""
-    values = torch.stack([value.double() for value in sums.values()]) / count
+    values = torch.stack([*sums.values()]) / count
     values = accelerator.reduce(values, "mean")
     return dict(zip(sums, values.tolist(), strict=True))
 

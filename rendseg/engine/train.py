@@ -18,10 +18,12 @@ all processes.
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,19 +33,23 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from rendseg._float64 import widest
 from rendseg._version import __version__
 from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.assemble import build_data, build_network
-from rendseg.engine.checkpoint import BEST, LAST
-from rendseg.engine.config import Config, ConfigError
+from rendseg.engine.automatic import Pace, adopt, faster_precision, with_choice
+from rendseg.engine.checkpoint import BEST, LAST, CheckpointError
+from rendseg.engine.config import Config, ConfigError, build_config
 from rendseg.engine.data_check import check_labels
 from rendseg.engine.evaluate import evaluate, format_table, summary
 from rendseg.engine.loader import training_batches
+from rendseg.engine.lock import RunLock
 from rendseg.engine.optimize import build_optimizer, learning_rate
 from rendseg.engine.order import image_keys
 from rendseg.engine.predict import make_pictures, save_pictures
-from rendseg.engine.resume import Progress, check_shared, find_resume, restore
+from rendseg.engine.resume import Progress, check_shared, find_resume, restore, schedule_change
 from rendseg.engine.runtime import (
+    StopRequested,
     StopSignals,
     agree,
     earliest,
@@ -79,10 +85,27 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
     Raises ``ConfigError``, ``DataError``, ``CheckpointError`` for what the user gave, ``TrainingError`` if the loss is
     no longer finite, ``Interrupted`` after SIGINT or SIGTERM, when everything has been saved.
     """
-    run = Run.prepare(config)
-    with run.signals, run.bar:
+    try:
+        run = Run.prepare(config)
+        with run.held:
+            _drive(run, hook)
+            return run.finish()
+    except OSError as error:  # what could not be read has errors of its own
+        raise CheckpointError(f"could not write to {config.run_dir}: {error}; free space, or set output.dir") from error
+
+
+def _drive(run: Run, hook: Callable[[int], None] | None) -> None:
+    with run.signals, run.bar, closing(run.batches):
+        if run.evaluation_due and not run.validate():  # which a signal had ended
+            run.stop = run.signals.received
+        run.clock.restart(run.progress)
         while not run.ended:
-            run.step()
+            try:
+                run.step()
+            except StopRequested:  # while it waited for data
+                run.check()
+                run.save()
+                break
             due = run.due()
             if due.check:
                 run.check()
@@ -98,7 +121,6 @@ def train(config: Config, hook: Callable[[int], None] | None = None) -> dict[str
                 hook(run.progress.iteration)
         if not run.stop and not run.evaluated and not run.validate():
             run.stop = run.signals.received
-    return run.finish()
 
 
 @dataclass
@@ -112,7 +134,7 @@ class Run:
     network: ParallelNetwork
     optimizer: torch.optim.Optimizer
     progress: Progress
-    batches: Iterator[tuple[Tensor, Any]]
+    batches: Generator[tuple[Tensor, Any]]
     writer: Any
     """Of TensorBoard, in the first process; None without."""
     bar: Any
@@ -120,7 +142,10 @@ class Run:
     """Of the loss and its terms since the last row."""
     clock: _Clock
     bad_loss: _BadLoss
-    signals: StopSignals = field(default_factory=StopSignals)
+    pace: Pace
+    signals: StopSignals
+    held: ExitStack = field(default_factory=ExitStack)
+    """Gives the run folder free for others."""
     lr: float = 0.0
     stop: int = 0
     """The signal that ends the run, as all processes know it; 0: none."""
@@ -129,21 +154,34 @@ class Run:
     @classmethod
     def prepare(cls, config: Config) -> Run:
         """Data, network and optimizer as ``config`` says, and the state of the checkpoint that it continues."""
-        options = config.train
         accelerator = make_accelerator(config)
-        device, main = accelerator.device, accelerator.is_main_process
         training_data, validation_data = build_data(config, "train"), build_data(config, "val")
         notes = check_labels(training_data, validation_data)
-        if main:
+        if accelerator.is_main_process:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         config = with_tasks(config, training_data)
+        with _hold(config, accelerator) as held:
+            run = cls._prepare(config, accelerator, training_data, validation_data)
+            run.held = held.pop_all()
+        return run
+
+    @classmethod
+    def _prepare(cls, config: Config, accelerator: Accelerator, training_data: Any, validation_data: Any) -> Run:
+        options, requested = config.train, config.train.precision
+        device, main = accelerator.device, accelerator.is_main_process
         found = find_resume(config)
+        if found is not None:
+            config = adopt(config, build_config(found[1]["config"], source=f"the configuration in {found[0]}"))
         check_shared(accelerator, config.run_dir, found)
         seed_everything(config.seed)  # before the network: its initial weights are a function of the seed
         network = build_network(config, training_data.num_classes)
         if found is not None:
             checkpoints.load_weights(network, found[1]["model"], found[0])
+        if config.train.precision == "auto":
+            config = _choose_precision(config, training_data, network, accelerator)
+        if config.train.precision != requested:
+            accelerator = make_accelerator(config)
         parallel, optimizer = ParallelNetwork.prepare(
             network, lambda module: build_optimizer(module, options.optimizer), options.fsdp, accelerator
         )
@@ -155,14 +193,15 @@ class Run:
             if options.fsdp.enabled and not parallel.sharded:
                 print("train.fsdp: one process has nothing to shard over; start several with torchrun")
             if found is not None:
-                print(f"continuing {found[0]} at iteration {progress.iteration} of {options.iterations}")
+                print(f"continuing {found[0]} at iteration {progress.iteration} of {config.train.iterations}")
+                print(*schedule_change(found, config, progress.iteration), sep="", end="")
             _make_folder(config)
         writer = _tensorboard(config, progress.iteration) if main and options.tensorboard else None
         batches = training_batches(
             training_data,
             config.seed,
             progress.samples,
-            (options.iterations - progress.iteration) * options.gradient_accumulation,
+            (_length(config) - progress.iteration) * options.gradient_accumulation,
             options.batch_size,
             options.num_workers,
             accelerator.process_index,
@@ -182,9 +221,11 @@ class Run:
             batches,
             writer,
             _progress_bar(config, progress.iteration, main),
-            {k: torch.tensor(v, device=device, dtype=torch.float64) for k, v in progress.window.items()},
+            {k: torch.tensor(v, device=device, dtype=widest(device)) for k, v in progress.window.items()},
             _Clock(progress),
             _BadLoss(device),
+            Pace(device),
+            StopSignals(alone=accelerator.num_processes == 1),
         )
 
     # ---- one iteration
@@ -192,7 +233,7 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether no further step is to be made."""
-        return self.progress.iteration >= self.config.train.iterations or bool(self.stop) or self.out_of_time
+        return self.progress.iteration >= _length(self.config) or bool(self.stop) or self.out_of_time
 
     @property
     def step_images(self) -> int:
@@ -203,22 +244,41 @@ class Run:
     def step(self) -> None:
         """One optimizer step on the next images."""
         options, progress = self.config.train, self.progress
-        self.lr = learning_rate(progress.iteration, options.iterations, options.optimizer.lr, options.schedule)
+        self.lr = learning_rate(progress.iteration, _length(self.config), options.optimizer.lr, options.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_factor"]
-        for part in range(options.gradient_accumulation):
-            images, labels = move(next(self.batches), self.accelerator.device)
+        # All before the first forward pass, so that a wait that ends early leaves the network as it was.
+        batches = [next(self.batches) for _ in range(options.gradient_accumulation)]
+        for part, batch in enumerate(batches):
+            images, labels = move(batch, self.accelerator.device)
             self.network.before_forward(last=part + 1 == options.gradient_accumulation)
             loss, terms = self._descend(images, labels, *self._keys(part))
             self.bad_loss.watch(progress.iteration, loss, terms)
             for name, term in {"loss": loss, **terms}.items():
-                share = term.double() / options.gradient_accumulation
+                share = term.to(widest(term.device)) / options.gradient_accumulation
                 self.sums[name] = self.sums[name] + share if name in self.sums else share
         progress.iteration += 1
         progress.samples += self.step_images
         progress.window_size += 1
         progress.seconds = self.clock.seconds()
         self.bar.update()
+        if options.iterations == "auto":
+            self._choose_length()
+
+    def _choose_length(self) -> None:
+        """Once the speed is known: as many iterations as take ``auto_minutes``."""
+        seconds, progress, minutes = self.pace.step(), self.progress, self.config.train.auto_minutes
+        if seconds is None:
+            return
+        left = max(0, round((60 * minutes - gather([progress.seconds])[0]) / seconds))
+        self.config = with_choice(self.config, iterations=progress.iteration + left)
+        if self.accelerator.is_main_process:
+            self.bar.total = self.config.train.iterations
+            self.bar.write(
+                f"train.iterations: auto is {self.config.train.iterations} here: one takes {seconds:.3g} s, and "
+                f"training should take about {minutes:g} minutes"
+            )
+            checkpoints.write_text(self.config.run_dir / "config.yaml", self.config.to_yaml())
 
     def _keys(self, part: int) -> tuple[Tensor, ...]:
         """Keys of the images of one forward pass, where the network draws points on them."""
@@ -245,12 +305,18 @@ class Run:
     def due(self) -> _Due:
         """What is to be done after this iteration."""
         options, done = self.config.train, self.progress.iteration
-        last = done == options.iterations
+        last = done == _length(self.config)
         log = done % options.log_every == 0 or last
         save = done % options.checkpoint_every == 0 or last
-        evaluate_now = bool(options.eval_every) and done % options.eval_every == 0 and not last
+        evaluate_now = self.evaluation_due
         every = 1 if self.accelerator.device.type == "cpu" else options.log_every  # reading a loss makes a GPU wait
         return _Due(done % every == 0 or log or save or evaluate_now, log, save, evaluate_now)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the network as it is now is to be evaluated, before the end of the run."""
+        every, done = self.config.train.eval_every, self.progress.iteration
+        return bool(every and done) and done % every == 0 and done < _length(self.config) and not self.evaluated
 
     def check(self) -> None:
         """``TrainingError`` if a loss was not finite; asks all processes for signals and the time limit."""
@@ -295,7 +361,10 @@ class Run:
         with unchanged_rng():
             stopped = (lambda: bool(self.signals.received)) if accelerator.num_processes == 1 else None
             network = self.network.trained(accelerator.device)
-            result = evaluate(network, data, self.config.eval, accelerator, stopped)
+            try:
+                result = evaluate(network, data, self.config.eval, accelerator, stopped)
+            except StopRequested:
+                result = None
             if result is not None and self.writer is not None:
                 _write_evaluation(self.writer, result, progress.iteration)
                 for _, picture in make_pictures(network, data, 1, accelerator):
@@ -361,7 +430,7 @@ class Run:
             final.update({k: v for k, v in progress.evaluations[-1].items() if k not in ("iteration", "seconds")})
         return {
             "name": self.config.name,
-            "finished": progress.iteration >= self.config.train.iterations,
+            "finished": progress.iteration >= _length(self.config),
             "final": final,
             "environment": {
                 "rendseg": __version__,
@@ -369,6 +438,7 @@ class Run:
                 "device": str(self.accelerator.device),
                 "processes": self.accelerator.num_processes,
                 "threads": torch.get_num_threads(),
+                "precision": self.config.train.precision,
                 "parameters": sum(p.numel() for p in network.parameters()),
                 "training_images": len(self.training_data),
                 "validation_images": len(self.validation_data),
@@ -462,10 +532,48 @@ class _BadLoss:
         return dict(zip(self._names, self._values.expand(len(self._names)).tolist(), strict=True))
 
 
+def _length(config: Config) -> float:
+    """The iterations of the run; infinite until they are chosen."""
+    iterations = config.train.iterations
+    return math.inf if iterations == "auto" else iterations
+
+
+def _choose_precision(config: Config, data: Any, network: Any, accelerator: Accelerator) -> Config:
+    """``config`` with the precision that ``auto`` means here."""
+    if accelerator.device.type != "cpu":
+        return with_choice(config, precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
+    size, rank, world = config.train.batch_size, accelerator.process_index, accelerator.num_processes
+    images, labels = next(training_batches(data, config.seed, 0, 1, size, 0, rank, world))
+    keys = (image_keys(config.seed, rank * size, size, accelerator.device),) if getattr(network, "draws", False) else ()
+    precision, why = faster_precision(network, images, labels, *keys)
+    if accelerator.is_main_process:
+        print(f"train.precision: auto is {precision} here: {why}", flush=True)
+    return with_choice(config, precision=precision)
+
+
+def _hold(config: Config, accelerator: Accelerator) -> ExitStack:
+    """The folder of the run, made if need be, and kept from other runs until the stack is closed. ``ConfigError`` in
+    every process if the first one cannot have it."""
+    held, run_dir, problem = ExitStack(), config.run_dir, ""
+    if accelerator.is_main_process:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.callback(RunLock(run_dir).release)
+            checkpoints.remove_temporaries(run_dir)
+        except OSError as error:
+            problem = f"{run_dir} cannot be written: {error.strerror}; set output.dir or name to what can"
+        except ConfigError as error:
+            problem = str(error)
+    problem = gather([problem])[0]
+    if problem:
+        held.close()
+        raise ConfigError(problem)
+    return held
+
+
 def _make_folder(config: Config) -> None:
-    """The folder of the run with its configuration; ``resume: never`` removes the checkpoints in it."""
+    """What the run folder holds at the start: the configuration, and with ``resume: never`` no checkpoints."""
     run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     if config.resume == "never":
         for old in (run_dir / LAST, run_dir / BEST, *checkpoints.numbered_checkpoints(run_dir)):
             old.unlink(missing_ok=True)
@@ -474,7 +582,7 @@ def _make_folder(config: Config) -> None:
 
 def _progress_bar(config: Config, iteration: int, shown: bool) -> Any:
     return tqdm(
-        total=config.train.iterations,
+        total=None if config.train.iterations == "auto" else config.train.iterations,
         initial=iteration,
         desc=config.name,
         unit="it",

@@ -44,6 +44,7 @@ def save(made: Any, path: Path, about: Mapping[str, str], *, channels: int) -> N
     names: list[str | None] = ["batch", "height", "width"]
     names.insert(channels, None)
     _name_dimensions(made.model, names)
+    _casts_to_the_type_of_weights(made.model)
     made.save(path, external_data=False)
 
 
@@ -58,6 +59,22 @@ def _name_dimensions(model: Any, names: list[str | None]) -> None:
             known[str(dimension)] = name
     for value in (images, answer):
         value.shape = Shape([d if isinstance(d, int) else known.get(str(d), d) for d in value.shape])
+
+
+def _casts_to_the_type_of_weights(model: Any) -> None:
+    """``CastLike`` of a weight for every cast to float32, so that tools that convert a file to half precision convert
+    these with the weights: a cast that names float32 would then contradict what reads it."""
+    from onnx_ir import DataType, Node
+
+    weight = next((w for w in model.graph.initializers.values() if w.dtype == DataType.FLOAT), None)
+    for node in list(model.graph):
+        if weight is not None and node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
+            like = Node("", "CastLike", [node.inputs[0], weight], num_outputs=1)
+            (old,), (new,) = node.outputs, like.outputs
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            model.graph.insert_before(node, like)
+            model.graph.remove(node, safe=True)
 
 
 def open_file(path: Path) -> tuple[Callable[[Tensor], Tensor], Mapping[str, str]]:

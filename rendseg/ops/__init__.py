@@ -1,5 +1,6 @@
 """The operators: fused kernels where one exists, else the reference. ``torch.ops.rendseg`` holds the same functions."""
 
+from . import _flops as _flops
 from .encode import aggregate, encode, scaled_l2
 from .point_sample import point_labels, point_sample
 from .refine import refine

@@ -7,14 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
 from .. import _backends, _extension
 from . import _triton
 from .schemas import SCHEMAS, with_defaults
 
-# The library that declared the operators lives as long as this object, so it is never collected.
+# Kept with the operators that it declares, not with this module: where the modules of rendseg were removed from
+# sys.modules, a second import takes its place.
+_previous = vars(torch.ops.rendseg).get("_library")
+if _previous is not None:
+    _previous._destroy()
 _LIBRARY = Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
+torch.ops.rendseg._library = _LIBRARY  # type: ignore[attr-defined]
 
 if not _extension.LOADED:
     for _schema in SCHEMAS:
@@ -57,16 +63,24 @@ def register(
 
 
 def impl(name: str, function: Callable[..., Any], key: str) -> None:
-    """Register ``function`` of every argument of the schema for one dispatch key (autocast, in-place autograd)."""
-    _LIBRARY.impl(name, with_defaults(name, function), key)
+    """Register ``function`` for one dispatch key (autocast, in-place autograd)."""
+    _LIBRARY.impl(name, function, key)
 
 
 def use_reference(name: str, tensor: Tensor) -> bool:
-    """Whether this call goes straight to ``rendseg.reference`` (differentiable plain PyTorch).
+    """Whether this call goes straight to ``rendseg.reference`` (differentiable plain PyTorch): by the backend, or
+    inside transforms of ``torch.func``.
 
     Raises ``RuntimeError`` when a backend asked for by name has no kernel of ``name`` for the device of ``tensor``.
     """
     chosen = _backends._STATE.name
+    if chosen != "reference" and not torch.compiler.is_compiling() and _transformed():
+        if chosen != "auto":
+            raise RuntimeError(
+                f'backend "{chosen}" has no transforms of torch.func and no forward-mode derivatives: use '
+                'set_backend("auto"), which runs plain PyTorch there'
+            )
+        return True
     if chosen == "auto":
         return False
     if _backends._STATE.error:
@@ -81,6 +95,12 @@ def use_reference(name: str, tensor: Tensor) -> bool:
     if chosen == "triton" and (name, tensor.device.type) not in _FORCED:
         raise RuntimeError(_triton.missing(name, tensor.device))
     return False
+
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is in progress, which kernels do not know:
+    they would return without a tangent."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def has_kernel(name: str, tensor: Tensor) -> bool:

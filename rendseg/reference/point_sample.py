@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._float64 import widened
 from . import _checks as check
 
 MODES = ("bilinear", "nearest")
@@ -172,8 +173,8 @@ def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Ten
     check_point_labels(labels, coords)
     height, width = labels.shape[1:]
     inside = ((coords >= 0) & (coords <= 1)).all(-1)  # NaN is outside
-    at = torch.where(inside.unsqueeze(-1), coords, 0).double()
+    at = widened(torch.where(inside.unsqueeze(-1), coords, 0))
     col = (at[..., 0] * width).floor().clamp(max=width - 1).long()
     row = (at[..., 1] * height).floor().clamp(max=height - 1).long()
-    picked = labels.flatten(1).gather(1, row * width + col).long()
+    picked = labels.flatten(1).gather(1, (row * width + col).to(labels.device)).long()
     return torch.where(inside, picked, torch.full_like(picked, ignore_index))

@@ -463,8 +463,8 @@ def content(root, out, **train):
             "pointrend": {"hidden_channels": 16, "train_points": 64, "inference_points": 64},
         },
         "data": {"name": "broden", "root": str(root), "crop_size": [64, 64], "cache": True, **PLAIN},
-        "train": {"iterations": 200, "batch_size": 4, "optimizer": {"lr": 0.05}, "num_workers": 0, "log_every": 20,
-                  "checkpoint_every": 1000, "tensorboard": False, **train},
+        "train": {"iterations": 200, "precision": "fp32", "batch_size": 4, "optimizer": {"lr": 0.05},
+                  "num_workers": 0, "log_every": 20, "checkpoint_every": 1000, "tensorboard": False, **train},
         "eval": {"num_workers": 0, "pictures": 0},
         "output": {"dir": str(out)},
     }  # fmt: skip

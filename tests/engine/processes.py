@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -144,3 +145,36 @@ def evaluate(checkpoint: str, out: str) -> None:
     from rendseg.engine.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, (), Path(out))
+
+
+def mount_small(folder: str, size: str) -> None:
+    """A memory file system of ``size`` on ``folder``, seen by this process and its children alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    calls = (
+        lambda: libc.unshare(0x20000),  # CLONE_NEWNS
+        lambda: libc.mount(b"none", b"/", None, 0x44000, None),  # MS_REC | MS_PRIVATE
+        lambda: libc.mount(b"none", folder.encode(), b"tmpfs", 0, f"size={size}".encode()),
+    )
+    for call in calls:
+        if call() != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def load_with_little_shared_memory() -> None:
+    from rendseg.data import build_dataset
+    from rendseg.engine.loader import evaluation_samples, training_batches
+
+    mount_small("/dev/shm", "64k")
+    data = build_dataset({"name": "shapes", "size": [64, 64], "num_images": 4, "num_val_images": 2}, "train")
+    batches = list(training_batches(data, 0, 0, 4, 2, 1))
+    print(f"{len(batches)} batches, {len(list(evaluation_samples(data, 1, [0, 1])))} samples")
+
+
+def run_on_a_full_disk(content: dict[str, Any]) -> None:
+    from rendseg.engine.checkpoint import CheckpointError
+
+    mount_small(content["output"]["dir"], "16k")
+    try:
+        run(content)
+    except CheckpointError as error:
+        print(f"ended: {error}")

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from rendseg.engine.checkpoint import (
     save_checkpoint,
     write_json,
 )
+from rendseg.engine.config import ConfigError
+from rendseg.engine.train import Run, train
+from tests.engine.tiny import tiny_config
 
 
 def contents(value: float = 1.0, size: int = 4) -> dict[str, Any]:
@@ -32,6 +36,140 @@ def contents(value: float = 1.0, size: int = 4) -> dict[str, Any]:
         "model": {"weight": torch.full((size,), value)},
         "training": {"progress": {"iteration": 3}},
     }
+
+
+class Gone:
+    """Marks an entry that is taken out."""
+
+
+NAN, INF = float("nan"), float("inf")
+WEIGHT = "model|first"
+STATE = "training|optimizer|state|0"
+# Where in a checkpoint, what is put there, and what the message must name (by default the last part of where).
+MUTATIONS: list[tuple[str, Any, str]] = [
+    *((key, Gone, "") for key in ("config", "classes", "model", "training")),
+    *((key, wrong, "") for key in ("config", "classes", "model", "training") for wrong in (None, [1], 3)),
+    ("rendseg", 3, ""),
+    ("config|train", Gone, ""),
+    ("config|train", [], ""),
+    ("config|train|batch_size", "many", ""),
+    ("config|model", None, ""),
+    ("config|model|decoder", 3, ""),
+    ("config|name", "..", ""),
+    ("classes|names", Gone, ""),
+    ("classes|names", [], ""),
+    ("classes|names", [1, 2], ""),
+    ("classes|names", ["one"], "palette has"),
+    ("classes|palette", [[0, 0]], ""),
+    ("classes|palette", [[0, 0, 999]], ""),
+    ("classes|palette", "blue", ""),
+    ("classes|ignore_index", "none", ""),
+    ("classes|ignore_index", 1.5, ""),
+    ("classes|ignore_index", True, ""),
+    (WEIGHT, Gone, ""),
+    (WEIGHT, 3, ""),
+    (WEIGHT, lambda w: w * NAN, ""),
+    (WEIGHT, lambda w: w - INF, ""),
+    (WEIGHT, lambda w: w.to(torch.complex64), ""),
+    (WEIGHT, lambda w: w.long(), ""),
+    (WEIGHT, lambda w: w[:1], ""),
+    (WEIGHT, lambda w: w.to_sparse(), ""),
+    ("model|extra", torch.zeros(1), ""),
+    ("training|progress", Gone, ""),
+    ("training|progress", 3, ""),
+    ("training|progress|iteration", Gone, ""),
+    ("training|progress|iteration", -1, ""),
+    ("training|progress|iteration", 10**9, ""),
+    ("training|progress|iteration", 1.0, ""),
+    ("training|progress|iteration", "1", ""),
+    ("training|progress|samples", 0, ""),
+    ("training|progress|samples", None, ""),
+    ("training|progress|seconds", NAN, ""),
+    ("training|progress|seconds", -1.0, ""),
+    ("training|progress|best", "good", ""),
+    ("training|progress|best", INF, ""),
+    ("training|progress|history", {}, ""),
+    ("training|progress|history", [1], ""),
+    ("training|progress|history", [{"iteration": 10**9}], ""),
+    ("training|progress|evaluations", [{}], ""),
+    ("training|progress|window", {"loss": NAN}, ""),
+    ("training|progress|window", [], ""),
+    ("training|progress|window_size", 7, ""),
+    ("training|progress|more", 7, ""),
+    ("training|optimizer", Gone, ""),
+    ("training|optimizer", [], ""),
+    ("training|optimizer|state", [], ""),
+    ("training|optimizer|state", {"0": {}}, ""),
+    ("training|optimizer|state", {10**6: {}}, "optimizer state of another model"),
+    (STATE, 3, "optimizer.state.0"),
+    (f"{STATE}|momentum_buffer", lambda m: m * NAN, ""),
+    (f"{STATE}|momentum_buffer", lambda m: m.to(torch.complex64), ""),
+    (f"{STATE}|momentum_buffer", lambda m: m[:1], "optimizer.state.0"),
+    (f"{STATE}|momentum_buffer", "fast", ""),
+    ("training|optimizer|param_groups", {}, ""),
+    ("training|optimizer|param_groups", [], "optimizer state of another model"),
+    ("training|optimizer|param_groups", [{}], ""),
+    ("training|optimizer|param_groups", [{"params": ["a"]}], ""),
+    ("training|scaler", 3, ""),
+    ("training|scaler", {"scale": NAN}, ""),
+    ("training|rng", Gone, ""),
+    ("training|rng", [], ""),
+    ("training|rng", None, ""),
+    ("training|rng", [3], ""),
+    ("training|rng|0|python", [3, torch.zeros(5), None], ""),
+    ("training|rng|0|numpy", ["MT19937", torch.zeros(2).long(), 0, 0, 0.0], ""),
+    ("training|rng|0|torch", torch.zeros(3, dtype=torch.uint8), ""),
+    ("training|rng|0|torch", lambda state: state.float(), ""),
+    ("training|rng|0|cuda", 3, ""),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(tmp_path_factory.mktemp("checkpoint"), "eval.pictures=0", "train.iterations=1")
+    train(config)
+    return config.run_dir / "last.pt"
+
+
+@pytest.mark.bad_input
+def test_no_mutation_is_continued(trained: Path, tmp_path: Path) -> None:
+    """Each is refused on one line that names the file and the field."""
+    path = tmp_path / "mutated.pt"
+    config = tiny_config(tmp_path, f"resume={path}", "eval.pictures=0", "train.iterations=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "validate", lambda _: pytest.fail("it was accepted"))
+        for where, wrong, named in MUTATIONS:
+            whole = torch.load(trained, weights_only=True)
+            *parents, last = where.split("|")
+            holder: Any = whole
+            for parent in parents:
+                holder = holder[int(parent) if parent.isdigit() else parent]
+            last = next(iter(holder)) if where == WEIGHT else last
+            if wrong is Gone:
+                del holder[last]
+            else:
+                key = int(last) if last.isdigit() else last
+                holder[key] = wrong(holder[key]) if callable(wrong) else wrong
+            torch.save(whole, path)
+            with pytest.raises((CheckpointError, ConfigError)) as error:
+                train(config)
+            message = str(error.value)
+            assert "\n" not in message and str(path) in message and (named or last) in message, (where, wrong, message)
+
+
+@pytest.mark.bad_input
+def test_a_flipped_bit_is_noticed(trained: Path, tmp_path: Path) -> None:
+    """In every part of the archive: weights, the pickled structure, and what else torch.save writes."""
+    path, whole = tmp_path / "flipped.pt", trained.read_bytes()
+    with zipfile.ZipFile(trained) as archive:
+        parts = [(info.filename, info.header_offset, info.file_size) for info in archive.infolist() if info.file_size]
+    for name, offset, size in parts[:3] + parts[-3:]:
+        name_length, extra_length = struct.unpack("<HH", whole[offset + 26 : offset + 30])
+        damaged = bytearray(whole)
+        damaged[offset + 30 + name_length + extra_length + size // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"damaged: the checksum of its part {name} is wrong"):
+            load_checkpoint(path)
 
 
 def value(path: Path) -> float:
@@ -151,7 +289,7 @@ def test_not_a_rendseg_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="layout 99"):
         load_checkpoint(path)
     torch.save({"format": module.FORMAT, "version": module.VERSION, "config": {}}, path)
-    with pytest.raises(CheckpointError, match="no 'classes'"):
+    with pytest.raises(CheckpointError, match="it has no classes"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "nowhere.pt")

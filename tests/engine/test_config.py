@@ -92,6 +92,13 @@ BAD_VALUES = [
     ("train.optimizer.lr=.nan", "train.optimizer.lr"),
     ("train.optimizer={momentum: 0, nesterov: true}", "nesterov"),
     ("name=a/b", "name"),
+    ("name=..", "name"),
+    ("name=.", "name"),
+    (f"name={'a' * 300}", "name"),
+    (f"seed={10**30}", "seed"),
+    (f"train.iterations={10**30}", "train.iterations"),
+    (f"train.batch_size={10**30}", "train.batch_size"),
+    ("{1: 2}=3", "1: 2"),
     ("model.name=mask2former", "model.name"),
     ("model.backbone.output_stride=x", "output_stride"),
     ("data.name=imagenet", "imagenet"),
@@ -130,6 +137,42 @@ def test_malformed_override(tmp_path: Path, override: str) -> None:
 def test_bad_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text))
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "with its aliases it holds more than 100000 values"),
+        (LAUGHS.replace("[", "{<<: [").replace("]", "]}").replace("[x", "[{x: 1}"), "more than 100000 values"),
+        ("a: &a [1, *a]\n", "a value contains itself"),
+        ("a: &a {b: {c: *a}}\n", "a value contains itself"),
+        ("a: &a {<<: *a}\n", "a value contains itself"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("? [1, 2]\n: 3\n", "a key must be one word or number, got a list"),
+        ("{{a: 1}: 2}\n", "a key must be one word or number, got a dict"),
+        ("a: " + "9" * 5000 + "\n", "ValueError: Exceeds the limit"),
+        ("a: !!bool maybe\n", "KeyError: 'maybe'"),
+        ("a: 2026-99-99\n", "ValueError: month must be in"),
+    ],
+    ids="laughs merges itself deeper merged nested list dict integer bool date".split(),
+)
+def test_yaml_that_is_an_attack_or_a_slip(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    assert message in str(error.value) and "\n" not in str(error.value) and "experiment.yaml" in str(error.value)
+    with pytest.raises(ConfigError, match="is not YAML"):
+        build_config(tiny_content(tmp_path), [f"train={{{text.strip()}}}" if "{" not in text else f"train={text}"])
+
+
+def test_aliases_may_be_used_often(tmp_path: Path) -> None:
+    path = write(tmp_path, "a: &a [1, 2]\n" + "".join(f"k{i}: *a\n" for i in range(1000)))
+    assert len(read_mapping(path)) == 1001
 
 
 @pytest.mark.bad_input

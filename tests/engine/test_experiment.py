@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -142,3 +143,13 @@ def test_unknown_variant_and_nothing_finished(file: Path) -> None:
     experiment, runs = load_experiment(file)
     with pytest.raises(ConfigError, match="no run in .* is finished"):
         module.report(experiment, runs)
+
+
+def test_variants_share_the_precision_that_the_first_run_chose(file: Path) -> None:
+    _, runs = load_experiment(file, ["base.train.precision=auto"])
+    assert module._alike(runs["plain", 5], runs.values()).train.precision == "auto"
+    first = runs["plain", 3]
+    chosen = dataclasses.replace(first, train=dataclasses.replace(first.train, precision="bf16"))
+    first.run_dir.mkdir(parents=True)
+    (first.run_dir / "config.yaml").write_text(chosen.to_yaml())
+    assert module._alike(runs["refined", 5], runs.values()).train.precision == "bf16"

@@ -241,6 +241,29 @@ def test_preprocessing_of_a_network_for_bgr() -> None:
         torch.testing.assert_close(answer, Exportable(net, "logits")(images), rtol=1e-4, atol=1e-4)
 
 
+def assert_half_precision_loads(file: Any) -> None:
+    """What converters to half precision do: every float32 tensor becomes float16 except the scales of Resize, which
+    have to be float32; nodes stay as they are."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, numpy_helper
+
+    half = onnx.ModelProto()
+    half.CopyFrom(file)
+    del half.graph.value_info[:]
+    for value in (*half.graph.input, *half.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    constants = [a.t for node in half.graph.node if node.op_type == "Constant" for a in node.attribute]
+    scales = {name for node in half.graph.node if node.op_type == "Resize" for name in node.input[1:]}
+    for tensor in (*half.graph.initializer, *constants):
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
+            narrow = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
+    session = onnxruntime.InferenceSession(half.SerializeToString(), providers=["CPUExecutionProvider"])
+    session.run(None, {"images": normalised(1, 64, 96).numpy().astype(np.float16)})
+
+
 @pytest.mark.parametrize("dynamic_size", [False, pytest.param(True, marks=on_request)])
 def test_onnx(tmp_path: Path, dynamic_size: bool) -> None:
     import onnx
@@ -261,6 +284,7 @@ def test_onnx(tmp_path: Path, dynamic_size: bool) -> None:
     file = onnx.load(path)
     onnx.checker.check_model(file)
     assert {node.domain for node in file.graph.node} <= {""} and not file.functions  # standard operators only
+    assert_half_precision_loads(file)
     dims = [d.dim_param or d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim]
     assert dims == (["batch", 3, "height", "width"] if dynamic_size else ["batch", 3, 64, 96])
     about = {entry.key: entry.value for entry in file.metadata_props}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from itertools import islice
 from typing import Any
 
@@ -9,8 +12,10 @@ import pytest
 import torch
 
 from rendseg.data import DataError, build_dataset
+from rendseg.engine import loader
 from rendseg.engine.loader import evaluation_samples, training_batches
 from rendseg.engine.order import BatchPositions, SampleOrder
+from tests.engine import processes
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -84,6 +89,64 @@ def test_errors_of_workers_arrive_as_they_were_written(workers: int) -> None:
     assert str(error.value) == "street_2.png: label value 77 at (0, 0)"
     with pytest.raises(DataError, match="^street_2.png"):
         list(evaluation_samples(Broken(), workers, [0, 2]))
+
+
+class Failing(Broken):
+    def __init__(self, how: Any) -> None:
+        self.how = how
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        return self.how() if index == 2 else super().sample(index % 2, epoch)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_exception_is_one_line(workers: int) -> None:
+    with pytest.raises(DataError) as error:
+        list(evaluation_samples(Failing(lambda: {}["depth"]), workers, [0, 2]))
+    assert str(error.value) == "image number 2 could not be prepared: KeyError: 'depth'"
+    assert "Traceback" in str(error.value.__cause__)
+
+
+@pytest.mark.bad_input
+def test_a_worker_that_is_killed() -> None:
+    killed = Failing(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    previous = signal.getsignal(signal.SIGCHLD)
+    for samples, key in (
+        (training_batches(killed, 0, 0, 8, 1, 1), "train"),
+        (evaluation_samples(killed, 1, [0, 2]), "eval"),
+    ):
+        with pytest.raises(
+            DataError, match=rf"was killed by SIGKILL; .*set {key}\.num_workers=0.*/dev/shm.*--shm-size"
+        ):
+            list(samples)
+    assert not multiprocessing.active_children() and signal.getsignal(signal.SIGCHLD) is previous
+
+
+def test_batches_come_through_a_pipe_where_shared_memory_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: Any) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    data = shapes()
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(loader._warn_of_little_shared_memory, "__defaults__", ([],))
+    wanted = list(training_batches(data, 1, 0, 3, 2, 0))
+    found = list(training_batches(data, 1, 0, 3, 2, 1))
+    for (images, labels), (wanted_images, wanted_labels) in zip(found, wanted, strict=True):
+        assert torch.equal(images, wanted_images) and torch.equal(labels, wanted_labels)
+    said = capsys.readouterr().err
+    assert said.count("rendseg: /dev/shm") == 1 and "--shm-size" in said and "num_workers=0" in said
+
+
+def test_a_small_shared_memory() -> None:
+    """A file system of 64 kB for /dev/shm, of this process alone; a batch takes 160 kB."""
+    [(code, out, err)] = processes.launch(processes.load_with_little_shared_memory, timeout=60)
+    if "not permitted" in err:
+        pytest.skip("mounting a file system is not permitted")
+    assert code == 0 and "4 batches, 2 samples" in out, err
+    assert err.count("is too small for the batches") == 1
 
 
 @pytest.mark.bad_input

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rendseg.engine import train as module
 from rendseg.engine.checkpoint import CheckpointError, load_checkpoint
 from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig
 from rendseg.engine.optimize import build_optimizer, learning_rate
+from rendseg.engine.runtime import StopRequested
 from rendseg.engine.train import Interrupted, TrainingError, train
 from tests.engine import processes
 from tests.engine.tiny import tiny_config, tiny_content, tiny_network
@@ -100,14 +103,14 @@ def test_continues_exactly_after_sigterm(tmp_path: Path, uninterrupted: Config) 
             os.kill(os.getpid(), signal.SIGTERM)
 
     previous = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="SIGTERM at iteration 7.*continues"):
+    with pytest.raises(Interrupted, match="SIGTERM at iteration 6.*continues"):
         train(config, send)
     assert signal.getsignal(signal.SIGTERM) is previous
     saved = load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]
-    assert saved["iteration"] == 7
+    assert saved["iteration"] == 6
     seen: list[int] = []
     train(config, seen.append)
-    assert seen == [8]
+    assert seen == [7, 8]
     assert_same_end(config, uninterrupted)
 
 
@@ -156,14 +159,14 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path: Path, 
     with pytest.raises(Interrupted):
         train(config, lambda iteration: iteration == 5 and os.kill(os.getpid(), signal.SIGTERM))
     names = sorted(p.name for p in config.run_dir.glob("iteration_*.pt"))
-    assert names == ["iteration_0000005.pt", "iteration_0000006.pt"]
-    for name in ("last.pt", "iteration_0000006.pt"):
+    assert names == ["iteration_0000004.pt", "iteration_0000005.pt"]
+    for name in ("last.pt", "iteration_0000005.pt"):
         damaged = (config.run_dir / name).read_bytes()[:1000]
         (config.run_dir / name).unlink()  # not through the hard link
         (config.run_dir / name).write_bytes(damaged)
     seen: list[int] = []
     train(config, seen.append)
-    assert seen == [6, 7, 8]
+    assert seen == [5, 6, 7, 8]
     assert_same_end(config, uninterrupted)
 
 
@@ -196,17 +199,67 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.bad_input
-def test_another_configuration_does_not_continue_silently(tmp_path: Path) -> None:
+def test_another_configuration_does_not_continue_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_config(tmp_path, iterations=2))
     with pytest.raises(ConfigError, match=r"train\.optimizer\.lr: 0\.02 there, 0\.5 now"):
         train(tiny_config(tmp_path, "train.optimizer.lr=0.5", iterations=2))
     last = tmp_path / "tiny" / "last.pt"
     seen: list[int] = []
     train(tiny_config(tmp_path, "train.log_every=1", iterations=2), seen.append)  # harmless: accepted, finished
+    capsys.readouterr()
     train(tiny_config(tmp_path, f"resume={last}", iterations=3), seen.append)  # told to: continues with new settings
     assert seen == [3]
+    change = f"iteration 2: 0 in the schedule of 2 iterations so far, {0.02 * (1 / 3) ** 0.9:.3g} in that of 3"
+    assert change in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="another model: .*differ in shape, first"):
         train(tiny_config(tmp_path, f"resume={last}", "model.decoder.channels=24", "name=other", iterations=3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_the_wait_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """An image that never comes; the second part of an accumulated batch, so that the first must not count."""
+    parent, build = os.getpid(), module.build_data
+
+    def stuck(config: Config, split: str) -> Any:
+        data = build(config, split)
+        sample = data.sample
+
+        def wait(index: int, epoch: int) -> Any:
+            if split == "train" and epoch == 1:
+                os.kill(parent, signal.SIGTERM)
+                time.sleep(100)
+            return sample(index, epoch)
+
+        data.sample = wait
+        return data
+
+    monkeypatch.setattr(module, "build_data", stuck)
+    options = {"batch_size": 2, "gradient_accumulation": 2, "num_workers": workers}
+    with pytest.raises(Interrupted, match="SIGTERM at iteration 2"):
+        train(tiny_config(tmp_path, **options))
+    assert not multiprocessing.active_children()
+    monkeypatch.undo()
+    train(tiny_config(tmp_path, **options))
+    whole = tiny_config(tmp_path, "name=whole", **options)
+    train(whole)
+    assert_same_end(tiny_config(tmp_path, **options), whole)
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_on_resumption(tmp_path: Path, uninterrupted: Config) -> None:
+    config = tiny_config(tmp_path, "train.eval_every=5")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise StopRequested
+
+        patch.setattr(module, "evaluate", stop)
+        with pytest.raises(Interrupted, match="SIGTERM at iteration 5"):
+            train(config)
+    seen: list[int] = []
+    assert [row["iteration"] for row in train(config, seen.append)["evaluations"]] == [5, 8]
+    assert seen == [6, 7, 8]
+    assert_same_end(config, uninterrupted)
 
 
 # ------------------------------------------------------------------------------------------------- mathematics

@@ -28,6 +28,7 @@ def tiny_content(out: Path | str, **train: Any) -> dict[str, Any]:
         "data": {"name": "shapes", "size": [32, 32], "num_images": 10, "num_val_images": 3, "scale_range": [1.0, 1.5]},
         "train": {
             "iterations": 8,
+            "precision": "fp32",
             "batch_size": 4,
             "optimizer": {"lr": 0.02},
             "schedule": {"warmup_iterations": 2},

@@ -201,7 +201,7 @@ def test_backend_reference() -> None:
         fine, indices, coords = subdivide(x, 30)
     assert torch.equal(fine, F.interpolate(x, scale_factor=2, mode="bilinear"))
     assert torch.equal(indices, selection(fine, 30)) and coords.shape == (1, 30, 2)
-    labels, same, _ = reference_labels(x, 30)
+    labels, same, _ = reference_labels(x, 30, 2, False)
     assert torch.equal(labels.long(), fine.argmax(1)) and torch.equal(same, indices)
 
 
@@ -217,4 +217,4 @@ def test_bad_input(name: str, kwargs: dict, exception: type[Exception], pattern:
 def test_too_many_classes_for_labels() -> None:
     for function in (reference_labels, torch.ops.rendseg._subdivide_labels):
         with pytest.raises(ValueError, match="at most 32768 classes, got 32769"):
-            function(torch.zeros(1, 32769, 1, 1), 1)
+            function(torch.zeros(1, 32769, 1, 1), 1, 2, False)
