@@ -1,4 +1,4 @@
-// What the host sides in csrc/cuda include of Torch, for build.py to compile once; a .cu still names what it needs, for nvcc.
+// What the host sides in csrc/cuda include of Torch; build.py compiles it once. A .cu still names what it needs.
 #include <ATen/Context.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Generator.h>

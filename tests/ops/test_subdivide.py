@@ -27,8 +27,8 @@ def selection(fine: Tensor, k: int, class_index: Tensor | None = None) -> Tensor
         elif image.shape[0] == 1:
             margins = image[0].abs()
         else:
-            largest, at = image.max(0)
-            margins = largest - image.scatter(0, at[None], float("-inf")).amax(0)
+            top = image.topk(2, dim=0).values
+            margins = top[0] - top[1]
             margins[image.isnan().any(0)] = float("nan")
         keys = margins.float().nan_to_num(nan=-1.0, posinf=float("inf")).numpy()
         rows.append(np.sort(np.argsort(keys, kind="stable")[:k]))
