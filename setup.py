@@ -420,7 +420,7 @@ class Sdist(sdist):
 
 
 setup(
-    packages=find_packages(include=["rendseg", "rendseg.*"]),
+    packages=[*find_packages(include=["rendseg", "rendseg.*"]), "rendseg.kernels._cases"],
     # The Triton kernels sit in kernels/ at the top and ship as rendseg.kernels; the stand-in
     # rendseg/kernels/__init__.py serves a checkout only.
     package_dir={"rendseg.kernels": "kernels"},

@@ -3,9 +3,9 @@
 The arithmetic is that of ``csrc/math/``: every operation is rounded, so kernels that use these functions are launched
 with ``**EXACT``, which keeps the compiler from fusing a product with a sum.
 
-Every launcher takes its tile from one function of the shape class and the architecture, the same that lists the cases
-of ``_compile.py``, so that nothing needs tuning. With ``RENDSEG_TRITON_AUTOTUNE=1`` in the environment the first launch
-of a shape class times the tiles beside the default and the process keeps the fastest; see :func:`launch_tuned`.
+Every launcher takes its tile from one function of the shape class and the architecture, so that nothing needs tuning.
+With ``RENDSEG_TRITON_AUTOTUNE=1`` in the environment the first launch of a shape class times the tiles beside the
+default and the process keeps the fastest; see :func:`launch_tuned`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ._bilinear import EXACT
-
-if TYPE_CHECKING:
-    from ._compile import CompileCase
 
 INT32_LIMIT = 2**31
 # Most cells or points of an image that 32-bit indices hold, with room for the tail of a tile.
@@ -90,11 +84,16 @@ def on_device(tensor: Tensor) -> Any:
     return torch.cuda.device_of(tensor)
 
 
-@functools.lru_cache
+META_ARCH = "cpu"  # what launches on meta tensors are configured for; set by _compile.py
+
+
 def arch_of(device: torch.device) -> str:
     """What a launch is configured for: ``"sm_90"`` or ``"gfx942"`` as in ``_compile.py``; ``"cpu"`` if interpreted."""
-    if device.type != "cuda":
-        return "cpu"
+    return _arch_of_gpu(device) if device.type == "cuda" else META_ARCH if device.type == "meta" else "cpu"
+
+
+@functools.lru_cache
+def _arch_of_gpu(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -190,34 +189,6 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
         return time.perf_counter() - start
     except triton.runtime.errors.OutOfResources:
         return math.inf
-
-
-# Cases for kernels/_compile.py
-
-
-def tile_name(tile: Mapping[str, int], *keys: str) -> str:
-    """``"4x128"`` of the sizes of a tile that are more than one."""
-    return "x".join(str(tile[key]) for key in keys if tile[key] > 1)
-
-
-def compile_case(
-    kernel: Any, name: str, pointers: Mapping[str, str], options: Mapping[str, Any], ones: Sequence[str] = ()
-) -> CompileCase:
-    """A case of ``kernel``: its pointers, its compile-time arguments with ``num_warps``, integers that are 1.
-
-    All other arguments are 32-bit integers, and multiples of 16 where that is usual: sizes of the map and strides.
-    """
-    from ._compile import CompileCase
-
-    constexprs = {key: value for key, value in options.items() if key != "num_warps"} | dict.fromkeys(ones, 1)
-    integers = [key for key in kernel.arg_names if key not in pointers and key not in constexprs]
-    usual = [
-        key for key in integers if key in ("width", "in_width", "cells", "size") or re.fullmatch("[a-z]_[a-z]", key)
-    ]
-    signature = dict(pointers) | dict.fromkeys(integers, "i32")
-    return CompileCase(
-        name, kernel, signature, constexprs, num_warps=options["num_warps"], options=EXACT, divisible=tuple(usual)
-    )
 
 
 # Rounding

@@ -1,7 +1,7 @@
 """Compiles Triton kernels without a GPU, and reads registers, shared memory and spills from the result.
 
-Every ``kernels/<op>.py`` lists in ``compile_cases(arch)`` what it launches by default on an architecture: each kernel
-in each configuration of its own, and in those dtypes and layouts that change what it takes.
+``kernels/_cases/<op>.py`` calls every launcher in each configuration of its own, and in those dtypes and layouts that
+change what a kernel takes; what is compiled are the launches of these calls.
 ``tests/test_triton_compile.py`` asserts that nothing spills; ``python -m rendseg.kernels._compile`` prints the table.
 """
 
@@ -16,15 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from . import _common
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,22 +41,18 @@ TARGETS: dict[str, GPUTarget] = {
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One kernel in one configuration that a launcher uses by default.
-
-    ``signature`` maps run-time arguments to Triton types (``"*fp32"``, ``"i64"``), ``constexprs`` the others to values;
-    a run-time argument may stand in ``constexprs`` too, as Triton does with an integer that is 1. ``options`` are the
-    further launch options; without ``enable_fp_fusion`` among them products are rounded before they are added.
-    Pointers, and the integers named in ``divisible``, are taken to be multiples of 16.
-    """
+    """One launch: a kernel, and the arguments and options with which its launcher calls it on meta tensors."""
 
     name: str
     kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int | None = None  # Triton's default for the target, as in a launch that names none
-    options: Mapping[str, Any] = field(default_factory=dict)
-    divisible: tuple[str, ...] = ()
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    def specialised(self, target: str) -> tuple[Any, ...]:
+        """Options, signature, constants and attributes, as Triton makes them at a launch."""
+        kernel, backend = self.kernel, make_backend(TARGETS[target])
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        return kernel._pack_args(backend, self.options, *bind(*self.arguments, **self.options))
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,8 @@ class Compiled:
 
 def build(case: CompileCase, target: str) -> Any:
     """Triton's compiled kernel of ``case`` for one of :data:`TARGETS`; nothing is launched, so no GPU is needed."""
-    names = list(case.kernel.arg_names)
-    unknown = [name for name in (*case.signature, *case.constexprs, *case.divisible) if name not in names]
-    missing = [name for name in names if name not in case.signature and name not in case.constexprs]
-    if unknown or missing:
-        raise ValueError(f"{case.name}: the kernel has no argument {unknown}, the case leaves out {missing}")
-    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
-    source = ASTSource(
-        fn=case.kernel,
-        signature=signature,
-        constexprs=dict(case.constexprs),
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    options = {"enable_fp_fusion": False, **case.options, "num_warps": case.num_warps}
-    if case.num_stages is not None:
-        options["num_stages"] = case.num_stages
-    return triton.compile(source, target=TARGETS[target], options=options)
+    options, *source = case.specialised(target)
+    return triton.compile(ASTSource(case.kernel, *source), target=TARGETS[target], options=options.__dict__)
 
 
 def compile_case(case: CompileCase, target: str) -> Compiled:
@@ -152,9 +138,40 @@ def kernel_files() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if not m.name.startswith("_"))
 
 
+@contextmanager
+def _recording(target: str) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches on meta tensors are configured for ``target`` and listed: kernel, arguments, options."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append((kernel, arguments, options))
+
+    run = JITFunction.run
+    JITFunction.run = record
+    _common.META_ARCH = target
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        _common.META_ARCH = "cpu"
+
+
 def cases_of(file: str, target: str) -> list[CompileCase]:
-    """``compile_cases(target)`` of ``kernels/<file>.py``."""
-    return list(importlib.import_module(f"rendseg.kernels.{file}").compile_cases(target))
+    """What the calls of ``kernels/_cases/<file>.py`` launch on ``target``, each kernel and configuration once."""
+    cases: dict[str, CompileCase] = {}
+    names: Counter[str] = Counter()
+    for name, call in importlib.import_module(f"rendseg.kernels._cases.{file}").calls():
+        with _recording(target) as launches:
+            call()
+        for kernel, arguments, options in launches:
+            title = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {name}"
+            case = CompileCase(title, kernel, arguments, options)
+            chosen, *source = case.specialised(target)
+            key = f"{title.split()[0]} {chosen} {source}"
+            if key not in cases:
+                names[title] += 1
+                cases[key] = case if names[title] == 1 else replace(case, name=f"{title} {names[title]}")
+    return list(cases.values())
 
 
 def table(rows: Iterable[Compiled]) -> str:

@@ -9,17 +9,14 @@ of atomic additions does not matter.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import arch_of, check_grid, check_indices, compile_case, divide, is_amd, launch_tuned, shape_class
-
-if TYPE_CHECKING:
-    from ._compile import CompileCase
+from ._common import arch_of, check_grid, check_indices, divide, is_amd, launch_tuned, shape_class
 
 SMALL = 8192
 DIGITS = 4
@@ -362,21 +359,3 @@ class Selection:
             )
 
         launch_tuned("select_large", key, _tile(), ("BLOCK",), device, launch_all, changed=(table,))
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default."""
-    keys = {"keys": "*i32", "histogram": "*i32", "state": "*i32"}
-    counts = {"keys": "*i32", "state": "*i32", "counts": "*i32", "indices": "*i64", "out": "*fp32"}
-    fixed = _tile()
-    cases = [compile_case(_digit_kernel, f"select digit {d}", keys, fixed | {"DIGIT": d}) for d in (0, 3)]
-    cases.append(compile_case(_count_kernel, "select count", keys | {"counts": "*i32"}, fixed))
-    for mode, name in ((CELLS, "cells"), (POINTS, "points"), (DRAWS, "draws")):
-        points = {"points": "*i64" if mode == DRAWS else "*fp32"}
-        options = fixed | {"MODE": mode, "BLOCKS": MAX_BLOCKS}
-        cases.append(compile_case(_write_kernel, f"select write {name}", counts | points, options))
-        for size in (128, 4096, SMALL) if mode == CELLS else (SMALL,):
-            pointers = {"keys": "*i32", "indices": "*i64", "out": "*fp32"} | points
-            tile = _small_tile(size, arch)
-            cases.append(compile_case(_select_kernel, f"select {name} {size}", pointers, tile | {"MODE": mode}))
-    return cases

@@ -1,9 +1,22 @@
 """Gathering at points in Triton. Shapes: N images, C channels, H W grid, P points, T taps of a point (4, nearest 1).
 
 Forward: a program takes one image, a tile of points and a tile of channels; the taps of its points are computed once.
-Backward into the map: the taps of all points are sorted by cell, and every cell of the gradient is then written once,
-as the sum of its taps in the order of points. No atomics, so that the result is the same bits every run; many points in
-one cell make one long sum, which is slow where thousands fall together.
+Lanes run along what neighbours in memory: channels (channels_last), else points. A map is read at the taps alone,
+``N P T C`` elements through the cache, and ``N P C`` are written; a list of maps takes one launch per map.
+
+Backward into the map, without atomics, so that the bits are the same every run:
+
+    cells     of every tap, the cell as a sort key ``[N, P, T]`` int32 (int64 on maps too large) and the weight
+    sort      the taps by cell, stable, with their order (torch.sort; 8 bytes a tap)
+    begins    where the taps of each cell begin, ``[N * H * W + 1]``, by bisection
+    gather    every cell of the gradient, written once, as the sum of its taps in the order of points
+
+The gradient of the map is dense: ``N C H W`` elements are written whatever P is. Many points in one cell make one long
+sum, which is slow where thousands fall together. Backward into the coordinates: a program takes all channels of its
+points, and keeps four sums of each.
+
+Positions are in cells, the centre of cell i at i; products are rounded one by one (``_bilinear.py``). Sums are made in
+float32, or in float64 for float64 maps.
 """
 
 from __future__ import annotations
@@ -21,7 +34,6 @@ from ..reference import _checks as check
 from ..reference.point_sample import check_point_labels, check_point_sample, gradient_format
 from ._bilinear import EXACT, axis_taps, nearest_cell, position_slope
 from ._common import launch_tuned, narrow, shape_class
-from ._compile import CompileCase
 
 _WIDE = {torch.float64: tl.float64}  # the type that sums are made in; float32 for all others
 # Sizes that gain nothing from a compilation of their own where they are 1 or a multiple of 16. `channels` does: only a
@@ -645,152 +657,6 @@ def point_labels_triton(labels: Tensor, coords: Tensor, ignore_index: int) -> Te
             **EXACT,
         )
     return out
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every kernel as it is launched by default: 256 channels and few, both layouts, float32 and bfloat16."""
-    cases = []
-    for dtype in ("fp32", "bf16"):
-        for channels_last in (True, False):
-            for channels in (256, 19) if dtype == "fp32" or channels_last else (256,):
-                cases += _cases_of(dtype, channels_last, channels)
-    cases += _cases_of("fp32", False, 1)
-    for channels_last in (True, False):
-        cases.append(_sample_case("fp32", channels_last, 256, NEAREST=True))
-        cases.append(_sample_case("fp32", channels_last, 256, BORDER=True, ALIGN=True))
-        cases.append(_sample_case("fp64", channels_last, 256))
-    flat = {key: value for key, value in _FLAT.items() if key != "num_warps"}
-    for nearest in (False, True):
-        cases.append(
-            CompileCase(
-                f"point_sample cells{' nearest' if nearest else ''}",
-                _point_sample_cells_kernel,
-                {
-                    "coords_ptr": "*fp32",
-                    "keys_ptr": "*i32",
-                    "weights_ptr": "*fp32",
-                    **dict.fromkeys(("total", "points", "height", "width", "off_map"), "i32"),
-                    **dict.fromkeys(("coords_n", "coords_p"), "i32"),
-                },
-                dict(flat, ACC=tl.float32, NEAREST=nearest, BORDER=False, ALIGN=False, coords_xy=1),
-                num_warps=_FLAT["num_warps"],
-                options=EXACT,
-            )
-        )
-    cases.append(
-        CompileCase(
-            "point_sample begins",
-            _point_sample_begins_kernel,
-            {"keys_ptr": "*i32", "begins_ptr": "*i32", "cells": "i32", "entries": "i32"},
-            dict(flat, STEPS=16),
-            num_warps=_FLAT["num_warps"],
-            options=EXACT,
-        )
-    )
-    names = ("total", "points", "height", "width", "ignore_index", "labels_n", "labels_h", "coords_n", "coords_p")
-    cases.append(
-        CompileCase(
-            "point_labels",
-            _point_labels_kernel,
-            {"labels_ptr": "*i64", "coords_ptr": "*fp32", "out_ptr": "*i64", **dict.fromkeys(names, "i32")},
-            dict(flat, labels_w=1, coords_xy=1),
-            num_warps=_FLAT["num_warps"],
-            options=EXACT,
-        )
-    )
-    return cases
-
-
-def _strides(channels_last: bool, channels: int, prefix: str = "map") -> tuple[dict[str, str], dict[str, Any]]:
-    """Run-time and constant strides of a map in one of the two layouts."""
-    one = f"{prefix}_c" if channels_last else f"{prefix}_w"
-    names = [f"{prefix}_{axis}" for axis in "nchw"]
-    return dict.fromkeys([name for name in names if name != one], "i32"), {one: 1}
-
-
-def _sample_case(dtype: str, channels_last: bool, channels: int, **options: bool) -> CompileCase:
-    acc = tl.float64 if dtype == "fp64" else tl.float32
-    strides, ones = _strides(channels_last, channels)
-    tile = _sample_tile(channels, channels_last)
-    warps = tile.pop("num_warps")
-    chosen = {"NEAREST": False, "BORDER": False, "ALIGN": False, **options}
-    words = "".join(f" {name.lower()}" for name, value in chosen.items() if value)
-    layout = "channels_last" if channels_last else "nchw"
-    sizes = dict.fromkeys(("points", "channels", "height", "width", "coords_n", "coords_p", "out_n"), "i32")
-    return CompileCase(
-        f"point_sample {dtype} {layout} C={channels}{words}",
-        _point_sample_kernel,
-        {"map_ptr": f"*{dtype}", "coords_ptr": "*fp32", "out_ptr": f"*{dtype}", **sizes, **strides},
-        dict(ACC=acc, **chosen, CHANNELS_LAST=channels_last, coords_xy=1, **tile, **ones),
-        num_warps=warps,
-        options=EXACT,
-        divisible=("out_n", *(("channels", *strides) if channels % 16 == 0 else ())),
-    )
-
-
-def _cases_of(dtype: str, channels_last: bool, channels: int) -> list[CompileCase]:
-    """Forward and both backwards of one layout."""
-    layout = "channels_last" if channels_last else "nchw"
-    name = f"{dtype} {layout} C={channels}"
-    strides, ones = _strides(channels_last, channels)
-    divisible = ("channels", *strides) if channels % 16 == 0 else ()
-    gather, coords = _sample_tile(channels, channels_last), _coords_tile(channels, channels_last)
-    gather_warps, coords_warps = gather.pop("num_warps"), coords.pop("num_warps")
-    sizes = ("points", "channels", "height", "width", "grad_n", "grad_c", "coords_n", "coords_p")
-    grad_one = "grad_c" if channels_last else "grad_p"
-    grad_strides = dict.fromkeys({"grad_n", "grad_c", "grad_p"} - {grad_one}, "i32")
-    return [
-        _sample_case(dtype, channels_last, channels),
-        CompileCase(
-            f"point_sample gather {name}",
-            _point_sample_gather_kernel,
-            {
-                "grad_ptr": f"*{dtype}",
-                "begins_ptr": "*i32",
-                "order_ptr": "*i64",
-                "weights_ptr": "*fp32",
-                "out_ptr": f"*{dtype}",
-                **dict.fromkeys(("cells", "points", "channels"), "i32"),
-                **grad_strides,
-            },
-            dict(
-                ACC=tl.float32,
-                NEAREST=False,
-                CHANNELS_LAST=channels_last,
-                **gather,
-                **{grad_one: 1},
-            ),
-            num_warps=gather_warps,
-            options=EXACT,
-            divisible=("channels", *grad_strides) if channels % 16 == 0 else (),
-        ),
-        CompileCase(
-            f"point_sample coords {name}",
-            _point_sample_coords_kernel,
-            {
-                "map_ptr": f"*{dtype}",
-                "grad_ptr": f"*{dtype}",
-                "coords_ptr": "*fp32",
-                "out_ptr": "*fp32",
-                **dict.fromkeys(sizes, "i32"),
-                **strides,
-            },
-            dict(
-                ACC=tl.float32,
-                BORDER=False,
-                ALIGN=False,
-                FIRST=True,
-                CHANNELS_LAST=channels_last,
-                grad_p=1,
-                coords_xy=1,
-                **coords,
-                **ones,
-            ),
-            num_warps=coords_warps,
-            options=EXACT,
-            divisible=divisible,
-        ),
-    ]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,8 @@ from rendseg._refine_loop import Operators, Step, refine_loop
 from rendseg.reference.refine import HeadLayers, RefineOptions, refine_steps, with_flat_arguments
 from rendseg.reference.subdivide import label_dtype
 
+from ._bilinear import EXACT
 from ._common import (
-    EXACT,
     INTERPRETED,
     VERSION,
     arch_of,
@@ -45,9 +45,6 @@ from ._common import (
 )
 from .point_sample import point_sample_triton
 from .subdivide import subdivide_labels_triton, subdivide_triton, upsample_cells_triton
-
-if TYPE_CHECKING:
-    from ._compile import CompileCase
 
 
 @triton.jit
@@ -91,74 +88,59 @@ def _add_product(
 
 @triton.jit
 def _layer(
-    x,
-    coarse,
-    weight,
-    coarse_weight,
-    bias,
+    operands,
+    strides,
+    sizes,
     n,
     p,
     o,
-    points,
-    inputs,
-    classes,
     outputs,
-    x_n,
-    x_k,
-    x_p,
-    c_n,
-    c_k,
-    c_p,
-    w_o,
-    w_i,
     JOINED: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Outputs ``o`` at points ``p`` of image ``n``, rounded to the dtype of the head, as float32."""
+    x, coarse, weight, coarse_weight, bias = operands
+    x_strides, coarse_strides, weight_strides = strides
+    points, inputs, classes = sizes
     T: tl.constexpr = weight.dtype.element_ty
     has_point = p < points
     has_output = o < outputs
     row = p.to(tl.int64)[:, None]
-    column = o.to(tl.int64)[None, :] * w_o
+    column = o.to(tl.int64)[None, :] * weight_strides[0]
+    w_i = weight_strides[1]
     total = tl.zeros([p.shape[0], o.shape[0]], tl.float32)
-    x += n * x_n + row * x_p
-    total = _add_product(total, x, weight + column, inputs, x_k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K)
+    x += n * x_strides[0] + row * x_strides[2]
+    k = x_strides[1]
+    total = _add_product(total, x, weight + column, inputs, k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K)
     if JOINED:
-        coarse += n * c_n + row * c_p
-        coarse_weight += column
-        total = _add_product(
-            total, coarse, coarse_weight, classes, c_k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K
-        )
+        x = coarse + (n * coarse_strides[0] + row * coarse_strides[2])
+        w = coarse_weight + column
+        k = coarse_strides[1]
+        total = _add_product(total, x, w, classes, k, w_i, has_point, has_output, PACKED, PRECISION, BLOCK_K)
     total += tl.load(bias + o, mask=has_output, other=0.0).to(tl.float32)[None, :]
     return narrow(total, T).to(tl.float32)
 
 
 @triton.jit
+def _cells_of(indices, n, p, points, INDEXED: tl.constexpr):
+    """The cells of points, or the points themselves."""
+    cell = p.to(tl.int64)
+    if INDEXED:
+        cell = tl.load(indices + n * points + p, mask=p < points, other=0)
+    return cell
+
+
+@triton.jit
 def _refine_layer_kernel(
-    x,
-    coarse,
-    weight,
-    coarse_weight,
-    bias,
+    operands,
     indices,
     out,
-    points,
-    inputs,
-    classes,
+    sizes,
     outputs,
-    x_n,
-    x_k,
-    x_p,
-    c_n,
-    c_k,
-    c_p,
-    w_o,
-    w_i,
-    out_n,
-    out_c,
-    out_cell,
+    strides,
+    out_strides,
     JOINED: tl.constexpr,
     PACKED: tl.constexpr,
     RELU: tl.constexpr,
@@ -170,74 +152,37 @@ def _refine_layer_kernel(
 ):
     """One layer of the head on every point, to a buffer or, as the last of the head, into the cells of the logits.
 
-    x: [N, I, P] of any strides, float32, float16 or bfloat16. coarse: [N, C, P] likewise, read if JOINED.
-    weight: [O, I] float32, float16 or bfloat16, any strides; if PACKED, readable and zero up to whole tiles of outputs.
-    coarse_weight: [O, C] of the same dtype and strides, likewise; read if JOINED.
-    bias: [O] of the same dtype, contiguous. indices: [N, P] int64 contiguous, the cells of the points; read if INDEXED.
+    operands, with strides of x, coarse and both weights, and sizes (points, inputs, classes):
+        x: [N, I, P] of any strides, float32, float16 or bfloat16. coarse: [N, C, P] likewise, read if JOINED.
+        weight: [O, I] float32, float16 or bfloat16, any strides; if PACKED, readable and zero up to whole tiles of
+        outputs. coarse_weight: [O, C] of the same dtype and strides, likewise; read if JOINED.
+        bias: [O] of the same dtype, contiguous.
+    indices: [N, P] int64 contiguous, the cells of the points; read if INDEXED.
     out: [N, O, cells] floating, any strides, written at the cells, or at the points without INDEXED.
     """
+    points = sizes[0]
     program = tl.program_id(0)
     o_tiles = tl.cdiv(outputs, BLOCK_O)
     p_tiles = tl.cdiv(points, BLOCK_P)
     o = program % o_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     p = program // o_tiles % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (program // o_tiles // p_tiles).to(tl.int64)
-    value = _layer(
-        x,
-        coarse,
-        weight,
-        coarse_weight,
-        bias,
-        n,
-        p,
-        o,
-        points,
-        inputs,
-        classes,
-        outputs,
-        x_n,
-        x_k,
-        x_p,
-        c_n,
-        c_k,
-        c_p,
-        w_o,
-        w_i,
-        JOINED,
-        PACKED,
-        PRECISION,
-        BLOCK_K,
-    )
+    value = _layer(operands, strides, sizes, n, p, o, outputs, JOINED, PACKED, PRECISION, BLOCK_K)
     if RELU:
         value = tl.where(value < 0.0, 0.0, value)  # keeps NaN, as torch.relu
-    has_point = p < points
-    cell = p.to(tl.int64)
-    if INDEXED:
-        cell = tl.load(indices + n * points + p, mask=has_point, other=0)
-    at = n * out_n + cell[:, None] * out_cell + o.to(tl.int64)[None, :] * out_c
-    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=has_point[:, None] & (o < outputs)[None, :])
+    cell = _cells_of(indices, n, p, points, INDEXED)
+    at = n * out_strides[0] + cell[:, None] * out_strides[2] + o.to(tl.int64)[None, :] * out_strides[1]
+    mask = (p < points)[:, None] & (o < outputs)[None, :]
+    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _refine_labels_kernel(
-    x,
-    coarse,
-    weight,
-    coarse_weight,
-    bias,
+    operands,
     indices,
     out,
-    points,
-    inputs,
-    classes,
-    x_n,
-    x_k,
-    x_p,
-    c_n,
-    c_k,
-    c_p,
-    w_o,
-    w_i,
+    sizes,
+    strides,
     out_n,
     JOINED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -249,10 +194,11 @@ def _refine_labels_kernel(
 ):
     """The last layer of the head, of which only the argmax is kept: the lowest class on ties, the first NaN over all.
 
-    x, coarse, weight, coarse_weight, bias, indices: as in the layer kernel; coarse gives the dtype of the logits.
+    operands, sizes, strides, indices: as in the layer kernel; coarse gives the dtype of the logits.
     out: [N, cells] uint8 or int16, written at the cells, or at the points without INDEXED.
     """
-    LOGITS: tl.constexpr = coarse.dtype.element_ty
+    points, classes = sizes[0], sizes[2]
+    LOGITS: tl.constexpr = operands[1].dtype.element_ty
     program = tl.program_id(0)
     p_tiles = tl.cdiv(points, BLOCK_P)
     p = program % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -261,32 +207,7 @@ def _refine_labels_kernel(
     label = tl.zeros([BLOCK_P], tl.int32)
     for first in range(0, classes, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        value = _layer(
-            x,
-            coarse,
-            weight,
-            coarse_weight,
-            bias,
-            n,
-            p,
-            o,
-            points,
-            inputs,
-            classes,
-            classes,
-            x_n,
-            x_k,
-            x_p,
-            c_n,
-            c_k,
-            c_p,
-            w_o,
-            w_i,
-            JOINED,
-            PACKED,
-            PRECISION,
-            BLOCK_K,
-        )
+        value = _layer(operands, strides, sizes, n, p, o, classes, JOINED, PACKED, PRECISION, BLOCK_K)
         value = narrow(value, LOGITS).to(tl.float32)
         value = tl.where((o < classes)[None, :], value, float("-inf"))
         unknown = value != value
@@ -299,11 +220,8 @@ def _refine_labels_kernel(
         later = wins(top, best)
         best = tl.where(later, top, best)
         label = tl.where(later, winner, label)
-    has_point = p < points
-    cell = p.to(tl.int64)
-    if INDEXED:
-        cell = tl.load(indices + n * points + p, mask=has_point, other=0)
-    tl.store(out + n * out_n + cell, label.to(out.dtype.element_ty), mask=has_point)
+    cell = _cells_of(indices, n, p, points, INDEXED)
+    tl.store(out + n * out_n + cell, label.to(out.dtype.element_ty), mask=p < points)
 
 
 def _tile(outputs: int, half: bool, arch: str, labels: bool = False) -> dict[str, int]:
@@ -374,12 +292,12 @@ class _Head:
             tile = _tile(outputs, self.half, self.arch, last and labels)
             options = {"JOINED": joined, "PACKED": self.half, "INDEXED": last and indices is not None}
             options |= {"PRECISION": self.precision}
-            shared = (x, coarse, weight, coarse_weight, bias, cell_indices)
-            strides = (*x.stride(), *coarse.stride(), *weight.stride())
+            operands, sizes = (x, coarse, weight, coarse_weight, bias), (points, inputs, self.classes)
+            strides = (x.stride(), coarse.stride(), weight.stride())
             key = (x.dtype, weight.dtype, self.precision, joined, last, *shape_class(images, points, inputs, outputs))
             if last and labels:
-                head = (*shared, out, points, inputs, self.classes, *strides, out.stride(0))
-                launch = functools.partial(_launch, _refine_labels_kernel, head, images, points, options)
+                arguments = (operands, cell_indices, out, sizes, strides, out.stride(0))
+                launch = functools.partial(_launch, _refine_labels_kernel, arguments, images, points, options)
                 launch_tuned("refine_labels", key, tile, _TUNED, x.device, launch)
                 return
             if last:
@@ -387,7 +305,7 @@ class _Head:
             else:  # the outputs of a point side by side, as the next layer reads them
                 target = torch.empty((images, points, outputs), dtype=weight.dtype, device=x.device).transpose(1, 2)
                 to = target.stride()
-            layer = (*shared, target, points, inputs, self.classes, outputs, *strides, *to)
+            layer = (operands, cell_indices, target, sizes, outputs, strides, to)
             blocks = images * triton.cdiv(outputs, tile["BLOCK_O"])
             options |= {"RELU": not last}
             launch = functools.partial(_launch, _refine_layer_kernel, layer, blocks, points, options)
@@ -440,52 +358,3 @@ def refine_mlp_triton(coarse: Tensor, features: Sequence[Tensor], head: HeadLaye
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_triton}
-
-
-def _case(
-    kernel: Any, name: str, kind: str, outputs: int, arch: str, options: dict[str, Any], ones: tuple[str, ...]
-) -> CompileCase:
-    """A case as launched with 256 inputs: sizes and strides are multiples of 16, except those of the classes."""
-    from ._compile import CompileCase
-
-    half = kind != "fp32"
-    tile = _tile(outputs, half, arch, "RELU" not in options)
-    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    pointers = {key: f"*{kind}" for key in ("x", "coarse", "weight", "coarse_weight", "bias", "out")}
-    pointers |= {"indices": "*i64"} | ({} if "RELU" in options else {"out": "*u8"})
-    constexprs = options | {"PACKED": half} | tile | dict.fromkeys(("w_o" if half else "w_i", "c_p", *ones), 1)
-    integers = [key for key in kernel.arg_names if key not in pointers and key not in constexprs]
-    odd = {"classes", "w_o"} | ({"outputs"} if outputs % 16 else set())
-    return CompileCase(
-        name,
-        kernel,
-        pointers | dict.fromkeys(integers, "i32"),
-        constexprs,
-        num_warps=warps,
-        num_stages=stages,
-        options=EXACT,
-        divisible=tuple(key for key in integers if key not in odd),
-    )
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default: first, middle and last layers of the usual head.
-
-    bfloat16 stands for float16 too.
-    """
-    cases = []
-    wide = ("tf32", "tf32x3") if has_tf32(arch) else ("ieee",)
-    for kind, precision in (*(("fp32", name) for name in wide), ("bf16", "ieee")):
-        name = f"{kind} {precision}"
-        labels = {"JOINED": True, "INDEXED": True, "PRECISION": precision}
-        logits = labels | {"RELU": False}
-        hidden = labels | {"RELU": True, "INDEXED": False}
-        layer = _refine_layer_kernel
-        cases.append(_case(layer, f"refine_layer {name} first", kind, 256, arch, hidden, ("x_p", "out_c")))
-        cases.append(_case(layer, f"refine_layer {name} middle", kind, 256, arch, hidden, ("x_k", "out_c")))
-        for classes in (19, 150):
-            ones = ("x_k", "out_cell")
-            cases.append(_case(layer, f"refine_layer {name} logits {classes}", kind, classes, arch, logits, ones))
-            name_ = f"refine_labels {name} {classes}"
-            cases.append(_case(_refine_labels_kernel, name_, kind, classes, arch, labels, ones[:1]))
-    return cases

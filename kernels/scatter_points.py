@@ -18,7 +18,6 @@ from torch import Tensor
 from ..reference import _checks as check
 from ..reference.scatter_points import _check_range, check_indices, check_scatter_points
 from ._common import launch_tuned, shape_class
-from ._compile import CompileCase
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The assert is live in every launch; without the checks of integer overflow that Triton would add for it.
@@ -167,7 +166,7 @@ def _refuse_overlap(logits: Tensor, values: Tensor) -> None:
 
 
 def _check_on_cpu(indices: Tensor, cells: int) -> None:
-    if not indices.is_cuda:  # the device asserts, without a wait for it
+    if indices.device.type == "cpu":  # a GPU asserts, without a wait for it
         _check_range(indices, cells)
 
 
@@ -251,53 +250,6 @@ def scatter_points_backward_triton(grad: Tensor, indices: Tensor) -> tuple[Tenso
         tile = _blocks(channels, channels_last, grad.element_size())
         launch_tuned("scatter_points_backward", key, tile, _TUNED, grad.device, launch)
     return rest, values
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels in both layouts; the widest of a tile, and elements of 8 bytes, take most registers."""
-    cases = []
-    sizes = dict.fromkeys(("points", "channels", "cells", "width"), "i32")
-    for bits, channels_last, channels in (
-        ("i32", True, 160),
-        ("i16", True, 19),
-        ("i64", True, 19),
-        ("i64", False, 19),
-        ("i32", False, 1),
-    ):
-        tile = _blocks(channels, channels_last, int(bits[1:]) // 8)
-        warps = tile.pop("num_warps")
-        blocks = dict(tile, CHANNELS_LAST=channels_last)
-        one = "c" if channels_last else "w"
-        strides = {prefix: {f"{prefix}_{a}": "i32" for a in "nchw" if a != one} for prefix in ("map", "grad", "rest")}
-        name = f"{bits} {'channels_last' if channels_last else 'nchw'} C={channels}"
-        cases.append(
-            CompileCase(
-                f"scatter_points {name}",
-                _scatter_points_kernel,
-                {"map_ptr": f"*{bits}", "indices_ptr": "*i64", "values_ptr": f"*{bits}", **sizes}
-                | strides["map"]
-                | {"values_n": "i32", "values_c": "i32"},
-                blocks | {f"map_{one}": 1, "values_p": 1},
-                num_warps=warps,
-                options=_OPTIONS,
-                divisible=("channels", *strides["map"]) if channels % 16 == 0 else (),
-            )
-        )
-        cases.append(
-            CompileCase(
-                f"scatter_points backward {name}",
-                _scatter_points_backward_kernel,
-                {"grad_ptr": f"*{bits}", "rest_ptr": f"*{bits}", "values_ptr": f"*{bits}", "indices_ptr": "*i64"}
-                | sizes
-                | strides["grad"]
-                | strides["rest"],
-                blocks | {f"grad_{one}": 1, f"rest_{one}": 1},
-                num_warps=warps,
-                options=_OPTIONS,
-                divisible=("channels", *strides["grad"], *strides["rest"]) if channels % 16 == 0 else (),
-            )
-        )
-    return cases
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

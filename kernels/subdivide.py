@@ -9,7 +9,7 @@ depend on what is stored, so the modes agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +20,12 @@ from rendseg.reference import _checks as check
 from rendseg.reference.subdivide import check_subdivide, label_dtype
 from rendseg.reference.uncertain_points import check_class_index
 
+from ._bilinear import EXACT
 from ._common import (
-    EXACT,
     INT32_LIMIT,
     channels_inside,
     check_grid,
     check_indices,
-    compile_case,
     known_class,
     launch_tuned,
     margin_key,
@@ -37,14 +36,41 @@ from ._common import (
     push_top2,
     shape_class,
     strides,
-    tile_name,
     upsample_taps,
     wins,
 )
 from ._select import Selection, count_digit
 
-if TYPE_CHECKING:
-    from ._compile import CompileCase
+
+@triton.jit
+def _corners(y, x, in_height, in_width, s_h, s_w, SCALE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """Offsets of the four coarse cells around fine cells, row by row, and the weights of rows and columns."""
+    top, bottom, top_weight, bottom_weight = upsample_taps(y, in_height, SCALE, ALIGN_CORNERS, ACC)
+    left, right, left_weight, right_weight = upsample_taps(x, in_width, SCALE, ALIGN_CORNERS, ACC)
+    upper_left, upper_right = top * s_h + left * s_w, top * s_h + right * s_w
+    lower_left, lower_right = bottom * s_h + left * s_w, bottom * s_h + right * s_w
+    at = (upper_left, upper_right, lower_left, lower_right)
+    return at, (top_weight, bottom_weight, left_weight, right_weight)
+
+
+@triton.jit
+def _of_channels(at, weights, offsets):
+    """What :func:`_corners` returns, for channels along a second axis."""
+    ats = (at[0][:, None] + offsets, at[1][:, None] + offsets, at[2][:, None] + offsets, at[3][:, None] + offsets)
+    return ats, (weights[0][:, None], weights[1][:, None], weights[2][:, None], weights[3][:, None])
+
+
+@triton.jit
+def _interpolate(plane, at, weights, mask, ACC: tl.constexpr):
+    """Bilinear, along x and then along y, every product and sum rounded; rounded to the dtype of the plane at last."""
+    top_weight, bottom_weight, left_weight, right_weight = weights
+    value00 = tl.load(plane + at[0], mask=mask, other=0.0).to(ACC)
+    value01 = tl.load(plane + at[1], mask=mask, other=0.0).to(ACC)
+    value10 = tl.load(plane + at[2], mask=mask, other=0.0).to(ACC)
+    value11 = tl.load(plane + at[3], mask=mask, other=0.0).to(ACC)
+    upper = value00 * left_weight + value01 * right_weight
+    lower = value10 * left_weight + value11 * right_weight
+    return narrow(upper * top_weight + lower * bottom_weight, plane.dtype.element_ty)
 
 
 @triton.jit
@@ -58,14 +84,8 @@ def _subdivide_kernel(
     channels,
     in_height,
     in_width,
-    s_n,
-    s_c,
-    s_h,
-    s_w,
-    f_n,
-    f_c,
-    f_h,
-    f_w,
+    source_strides,
+    fine_strides,
     index_step,
     tiles,
     tiles_x,
@@ -91,8 +111,9 @@ def _subdivide_kernel(
     T: tl.constexpr = source.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
     BLOCK: tl.constexpr = BLOCK_Y * BLOCK_X
-    height = in_height * SCALE
-    width = in_width * SCALE
+    s_n, s_c, s_h, s_w = source_strides
+    f_n, f_c, f_h, f_w = fine_strides
+    height, width = in_height * SCALE, in_width * SCALE
     program = tl.program_id(0)
     n = (program // tiles).to(tl.int64)
     tile = program % tiles
@@ -104,16 +125,9 @@ def _subdivide_kernel(
     if WIDE:
         y = y.to(tl.int64)
         x = x.to(tl.int64)
-    top, bottom, top_weight, bottom_weight = upsample_taps(y, in_height, SCALE, ALIGN_CORNERS, ACC)
-    left, right, left_weight, right_weight = upsample_taps(x, in_width, SCALE, ALIGN_CORNERS, ACC)
-    at00 = top * s_h + left * s_w
-    at01 = top * s_h + right * s_w
-    at10 = bottom * s_h + left * s_w
-    at11 = bottom * s_h + right * s_w
+    at, weights = _corners(y, x, in_height, in_width, s_h, s_w, SCALE, ALIGN_CORNERS, ACC)
     out = y * f_h + x * f_w
-    begin = 0
-    end = channels
-    chosen = 0
+    begin, end, chosen = 0, channels, 0
     if INDEXED:
         chosen = tl.load(class_index + n * index_step)
         if not STORE:  # only one channel matters
@@ -128,15 +142,8 @@ def _subdivide_kernel(
         lane = tl.arange(0, BLOCK_C)[None, :]
         first = tl.full([BLOCK, BLOCK_C], float("-inf"), ACC)
         label = tl.zeros([BLOCK, BLOCK_C], tl.int32) + lane
-        at00 = at00[:, None] + lane * s_c
-        at01 = at01[:, None] + lane * s_c
-        at10 = at10[:, None] + lane * s_c
-        at11 = at11[:, None] + lane * s_c
+        at, weights = _of_channels(at, weights, lane * s_c)
         out = out[:, None] + lane * f_c
-        top_weight = top_weight[:, None]
-        bottom_weight = bottom_weight[:, None]
-        left_weight = left_weight[:, None]
-        right_weight = right_weight[:, None]
     second = first
     source_step = tl.full([], s_c, tl.int64)
     fine_step = tl.full([], f_c, tl.int64)
@@ -145,14 +152,7 @@ def _subdivide_kernel(
     for c in tl.range(begin, end, BLOCK_C, loop_unroll_factor=1 if STORE or BLOCK_C > 1 else 2):
         if BLOCK_C > 1:
             mask = inside[:, None] & (lane < channels - c)
-        plane = source + c * source_step
-        value00 = tl.load(plane + at00, mask=mask, other=0.0).to(ACC)
-        value01 = tl.load(plane + at01, mask=mask, other=0.0).to(ACC)
-        value10 = tl.load(plane + at10, mask=mask, other=0.0).to(ACC)
-        value11 = tl.load(plane + at11, mask=mask, other=0.0).to(ACC)
-        upper = value00 * left_weight + value01 * right_weight
-        lower = value10 * left_weight + value11 * right_weight
-        stored = narrow(upper * top_weight + lower * bottom_weight, T)
+        stored = _interpolate(source + c * source_step, at, weights, mask, ACC)
         if STORE:
             tl.store(fine + c * fine_step + out, stored, mask=mask)
         value = stored.to(ACC)
@@ -185,13 +185,8 @@ def _upsample_cells_kernel(
     in_height,
     in_width,
     count,
-    s_n,
-    s_c,
-    s_h,
-    s_w,
-    o_n,
-    o_c,
-    o_p,
+    source_strides,
+    out_strides,
     tiles,
     groups,
     SCALE: tl.constexpr,
@@ -205,8 +200,8 @@ def _upsample_cells_kernel(
     indices: [N, P] int64 contiguous, cells of the upsampled map. out: [N, C, P] of the dtype of source, any strides,
     written.
     """
-    T: tl.constexpr = source.dtype.element_ty
-    ACC: tl.constexpr = tl.float32
+    s_n, s_c, s_h, s_w = source_strides
+    o_n, o_c, o_p = out_strides
     program = tl.program_id(0)
     n = (program // (tiles * groups)).to(tl.int64)
     p = program // groups % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -214,19 +209,11 @@ def _upsample_cells_kernel(
     cell = tl.load(indices + n * count + p, mask=p < count, other=0)
     y = cell // (in_width * SCALE)
     x = cell - y * (in_width * SCALE)
-    top, bottom, top_weight, bottom_weight = upsample_taps(y[:, None], in_height, SCALE, ALIGN_CORNERS, ACC)
-    left, right, left_weight, right_weight = upsample_taps(x[:, None], in_width, SCALE, ALIGN_CORNERS, ACC)
+    at, weights = _corners(y[:, None], x[:, None], in_height, in_width, s_h, s_w, SCALE, ALIGN_CORNERS, tl.float32)
     mask = (p < count)[:, None] & (c < channels)
     c = c.to(tl.int64)
-    plane = source + n * s_n + c * s_c
-    value00 = tl.load(plane + top * s_h + left * s_w, mask=mask, other=0.0).to(ACC)
-    value01 = tl.load(plane + top * s_h + right * s_w, mask=mask, other=0.0).to(ACC)
-    value10 = tl.load(plane + bottom * s_h + left * s_w, mask=mask, other=0.0).to(ACC)
-    value11 = tl.load(plane + bottom * s_h + right * s_w, mask=mask, other=0.0).to(ACC)
-    upper = value00 * left_weight + value01 * right_weight
-    lower = value10 * left_weight + value11 * right_weight
-    at = n * o_n + c * o_c + p.to(tl.int64)[:, None] * o_p
-    tl.store(out + at, narrow(upper * top_weight + lower * bottom_weight, T), mask=mask)
+    value = _interpolate(source + n * s_n + c * s_c, at, weights, mask, tl.float32)
+    tl.store(out + n * o_n + c * o_c + p.to(tl.int64)[:, None] * o_p, value, mask=mask)
 
 
 @triton.jit
@@ -360,8 +347,8 @@ def _run(
             channels,
             in_height,
             in_width,
-            *strides(logits),
-            *(strides(logits) if fine is None else strides(fine)),
+            tuple(strides(logits)),
+            tuple(strides(logits if fine is None else fine)),
             0 if class_index is None else class_index.stride(0),
             tiles,
             tiles_x,
@@ -450,8 +437,8 @@ def upsample_cells_triton(logits: Tensor, indices: Tensor, scale_factor: int, al
         height,
         width,
         count,
-        *strides(logits),
-        *out.stride(),
+        tuple(strides(logits)),
+        out.stride(),
         tiles,
         groups,
         SCALE=scale_factor,
@@ -536,46 +523,3 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "_subdivide_labels": subdivide_labels_triton,
     "_subdivide_backward": subdivide_backward_triton,
 }
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default; bfloat16 stands for float16 too."""
-    cases = []
-    shapes = ((19, 1024, False), (19, 64, False), (19, 1024, True), (8, 1024, True))
-    for kind in ("fp32", "bf16", "fp64"):
-        pointer = {"source": f"*{kind}", "fine": f"*{kind}", "labels": "*u8", "keys": "*i32"}
-        pointer |= {"histogram": "*i32", "class_index": "*i64"}
-        for mode in ("logits", "labels", "nothing", "class", "one channel") if kind == "fp32" else ("logits", "labels"):
-            for channels, width, inside in shapes if mode in ("logits", "labels") else shapes[:1]:
-                if mode == "labels" and kind != "fp32" and not inside:
-                    continue
-                tile = _tile(channels, width, inside)
-                options = {
-                    "SCALE": 2,
-                    "ALIGN_CORNERS": False,
-                    "STORE": mode in ("logits", "one channel"),
-                    "LABEL": mode == "labels",
-                    "COUNT": not inside,
-                    "SINGLE": mode in ("class", "one channel"),
-                    "INDEXED": mode == "class",
-                    "WIDE": False,
-                }
-                name = f"subdivide {kind} {mode} {tile_name(tile, 'BLOCK_Y', 'BLOCK_X', 'BLOCK_C')}"
-                ones = ("s_c", "f_c") if inside else ("s_w", "f_w")
-                cases.append(compile_case(_subdivide_kernel, name, pointer, options | tile, ones))
-        for inside in (False, True) if kind != "fp64" else ():  # in float64 refine runs the reference
-            tile = _cells_tile(inside)
-            name = f"upsample_cells {kind} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
-            pointer = {"source": f"*{kind}", "indices": "*i64", "out": f"*{kind}"}
-            ones = ("s_c", "o_c") if inside else ("s_w", "o_p")
-            options = {"SCALE": 2, "ALIGN_CORNERS": True}
-            cases.append(compile_case(_upsample_cells_kernel, name, pointer, options | tile, ones))
-        for inside in (False, True):
-            for aligned in (False, True) if kind == "fp32" else (True,):
-                tile = _backward_tile(19, inside)
-                name = f"subdivide_backward {kind}{' aligned' * aligned} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
-                options = {"SCALE": 2, "ALIGN_CORNERS": aligned, "WIDE": False}
-                pointer = {"grad": f"*{kind}", "out": f"*{kind}"}
-                ones = ("g_c", "o_c") if inside else ("g_w", "o_w")
-                cases.append(compile_case(_subdivide_backward_kernel, name, pointer, options | tile, ones))
-    return cases

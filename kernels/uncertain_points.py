@@ -8,7 +8,7 @@ that loads run along the channels, and the channels of a cell are brought togeth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -19,17 +19,14 @@ from rendseg.reference import _checks as check
 from rendseg.reference.point_sample import PADDING_MODES
 from rendseg.reference.uncertain_points import check_class_index, check_draws, draw_counts
 
-from . import _select
-from ._bilinear import axis_taps
+from ._bilinear import EXACT, axis_taps
 from ._common import (
-    EXACT,
     INT32_LIMIT,
     arch_of,
     before_sm_90,
     channels_inside,
     check_grid,
     check_indices,
-    compile_case,
     known_class,
     launch_tuned,
     margin_key,
@@ -40,12 +37,8 @@ from ._common import (
     push_top2,
     shape_class,
     strides,
-    tile_name,
 )
 from ._select import DRAWS, POINTS, Selection, count_digit, point_at
-
-if TYPE_CHECKING:
-    from ._compile import CompileCase
 
 
 @triton.jit
@@ -139,6 +132,23 @@ def _margin_kernel(
 
 
 @triton.jit
+def _or_zero(found, four):
+    """Four tiles, zero where not found."""
+    return (
+        tl.where(found, four[0], 0.0),
+        tl.where(found, four[1], 0.0),
+        tl.where(found, four[2], 0.0),
+        tl.where(found, four[3], 0.0),
+    )
+
+
+@triton.jit
+def _columns(four):
+    """Four tiles as columns."""
+    return four[0][:, None], four[1][:, None], four[2][:, None], four[3][:, None]
+
+
+@triton.jit
 def _sample_kernel(
     logits,
     class_index,
@@ -149,14 +159,9 @@ def _sample_kernel(
     channels,
     height,
     width,
-    s_n,
-    s_c,
-    s_h,
-    s_w,
+    strides,
     index_step,
-    p_n,
-    p_p,
-    p_c,
+    point_strides,
     candidates,
     total,
     kept,
@@ -180,12 +185,13 @@ def _sample_kernel(
     keys: [N, candidates] int32, written. histogram: [N, 256] int32, added to if COUNT.
     out: [N, rows, 2] float32, of which the rows from ``kept`` are written.
     """
+    s_n, s_c, s_h, s_w = strides
     T: tl.constexpr = logits.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
     program = tl.program_id(0)
     n = (program // tiles).to(tl.int64)
     i = start + (program % tiles) * BLOCK + tl.arange(0, BLOCK)
-    x, y = point_at(points, n, i, i < total, total, p_n, p_p, p_c, MODE)
+    x, y = point_at(points, n, i, i < total, total, point_strides[0], point_strides[1], point_strides[2], MODE)
     uniform = (i >= candidates) & (i < total)
     here = out + (n * rows + kept + (i - candidates)) * 2
     tl.store(here, x, mask=uniform)
@@ -196,39 +202,25 @@ def _sample_kernel(
     y_cell, y_near, y_far, y_has_near, y_has_far = axis_taps(y.to(ACC), height, BORDER, ALIGN_CORNERS)
     # A point without a neighbour along one axis (NaN among them) samples zeros, not NaN.
     found = inside & (x_has_near | x_has_far) & (y_has_near | y_has_far)
-    weight00 = tl.where(found, x_near * y_near, 0.0)
-    weight01 = tl.where(found, x_far * y_near, 0.0)
-    weight10 = tl.where(found, x_near * y_far, 0.0)
-    weight11 = tl.where(found, x_far * y_far, 0.0)
+    weights = (x_near * y_near, x_far * y_near, x_near * y_far, x_far * y_far)
+    weights = _or_zero(found, weights)
     if WIDE:
-        x_cell = x_cell.to(tl.int64)
-        y_cell = y_cell.to(tl.int64)
+        x_cell, y_cell = x_cell.to(tl.int64), y_cell.to(tl.int64)
     at = y_cell * s_h + x_cell * s_w
-    begin = 0
-    end = channels
-    chosen = 0
+    begin, end, chosen = 0, channels, 0
     if INDEXED:
         chosen = tl.load(class_index + n * index_step)
         begin = tl.minimum(tl.maximum(chosen, 0), channels - 1)
         end = begin + 1
-    has00 = found & x_has_near & y_has_near
-    has01 = found & x_has_far & y_has_near
-    has10 = found & x_has_near & y_has_far
-    has11 = found & x_has_far & y_has_far
+    has = (x_has_near & y_has_near, x_has_far & y_has_near, x_has_near & y_has_far, x_has_far & y_has_far)
+    has = (found & has[0], found & has[1], found & has[2], found & has[3])
     if BLOCK_C == 1:
         first = tl.full([BLOCK], float("-inf"), ACC)
     else:
         lane = tl.arange(0, BLOCK_C)
         at = at[:, None] + lane[None, :] * s_c
         first = tl.full([BLOCK, BLOCK_C], float("-inf"), ACC)
-        weight00 = weight00[:, None]
-        weight01 = weight01[:, None]
-        weight10 = weight10[:, None]
-        weight11 = weight11[:, None]
-        has00 = has00[:, None]
-        has01 = has01[:, None]
-        has10 = has10[:, None]
-        has11 = has11[:, None]
+        weights, has = _columns(weights), _columns(has)
     second = first
     channel_step = tl.full([], s_c, tl.int64)
     logits += n * s_n
@@ -238,10 +230,10 @@ def _sample_kernel(
             known = True
         else:
             known = (lane < channels - c)[None, :]
-        value = tl.load(plane, mask=has00 & known, other=0.0).to(ACC) * weight00
-        value += tl.load(plane + s_w, mask=has01 & known, other=0.0).to(ACC) * weight01
-        value += tl.load(plane + s_h, mask=has10 & known, other=0.0).to(ACC) * weight10
-        value += tl.load(plane + s_h + s_w, mask=has11 & known, other=0.0).to(ACC) * weight11
+        value = tl.load(plane, mask=has[0] & known, other=0.0).to(ACC) * weights[0]
+        value += tl.load(plane + s_w, mask=has[1] & known, other=0.0).to(ACC) * weights[1]
+        value += tl.load(plane + s_h, mask=has[2] & known, other=0.0).to(ACC) * weights[2]
+        value += tl.load(plane + s_h + s_w, mask=has[3] & known, other=0.0).to(ACC) * weights[3]
         value = narrow(value, T).to(ACC)
         if BLOCK_C > 1:
             value = tl.where(known, value, float("-inf"))
@@ -399,9 +391,9 @@ def sample_uncertain_points_triton(
                 channels,
                 height,
                 width,
-                *strides(logits),
+                tuple(strides(logits)),
                 0 if class_index is None else class_index.stride(0),
-                *(points.stride() if mode == POINTS else (0, 0, 0)),
+                points.stride() if mode == POINTS else (0, 0, 0),
                 candidates,
                 total,
                 kept,
@@ -432,50 +424,3 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "uncertain_points": uncertain_points_triton,
     "sample_uncertain_points": sample_uncertain_points_triton,
 }
-
-
-def compile_cases(arch: str) -> list[CompileCase]:
-    """Every kernel in every configuration that is used by default; bfloat16 stands for float16 too."""
-    cases = _select.compile_cases(arch)
-    shapes = ((19, False), (19, True), (8, True))
-    for kind in ("fp32", "bf16", "fp64"):
-        logits = {"logits": f"*{kind}", "class_index": "*i64", "histogram": "*i32"}
-        for mode in ("keys", "margins", "class", "strided") if kind == "fp32" else ("keys",):
-            for channels, inside in shapes if mode == "keys" else shapes[:1]:
-                tile = _tile(channels, inside, arch)
-                options = {
-                    "KEYS": mode != "margins",
-                    "COUNT": mode != "margins" and not inside,
-                    "SINGLE": mode == "class",
-                    "INDEXED": mode == "class",
-                    "FLAT": mode != "strided",
-                    "WIDE": False,
-                }
-                name = f"margin {kind} {mode} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
-                pointers = logits | {"out": "*fp32" if mode == "margins" else "*i32"}
-                ones = () if mode == "strided" else ("s_c",) if inside else ("s_w",)
-                cases.append(compile_case(_margin_kernel, name, pointers, options | tile, ones))
-        for mode, sample_mode in (("drawn", DRAWS), ("given", POINTS), ("class", DRAWS)):
-            for channels, inside in shapes if mode == "drawn" else shapes[:1]:
-                if mode == "class" and kind != "fp32":
-                    continue
-                tile = _tile(channels, inside, arch, sampled=True)
-                options = {
-                    "COUNT": not inside,
-                    "SINGLE": mode == "class",
-                    "INDEXED": mode == "class",
-                    "BORDER": False,
-                    "ALIGN_CORNERS": False,
-                    "MODE": sample_mode,
-                    "WIDE": False,
-                }
-                name = f"sample {kind} {mode} {tile_name(tile, 'BLOCK', 'BLOCK_C')}"
-                pointers = logits | {
-                    "points": "*i64" if sample_mode == DRAWS else "*fp32",
-                    "keys": "*i32",
-                    "out": "*fp32",
-                }
-                cases.append(
-                    compile_case(_sample_kernel, name, pointers, options | tile, ("s_c",) if inside else ("s_w",))
-                )
-    return cases

@@ -1,0 +1,39 @@
+"""First, middle and last layers of the usual head, in every way of multiplying; bfloat16 stands for float16 too."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rendseg.reference import HeadLayers
+
+from ..refine import _Head
+from . import NAMES, Calls, meta
+
+
+def calls() -> Calls:
+    for dtype in (torch.float32, torch.bfloat16):
+        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+            for classes in (19, 150):
+                for labels in (False, True):
+                    name = f"{NAMES[dtype]}{' tf32' * (precision == 'tf32')} C={classes}{' labels' * labels}"
+                    yield name, functools.partial(_layers, dtype, classes, labels, precision)
+
+
+def _layers(dtype: torch.dtype, classes: int, labels: bool, precision: str) -> None:
+    """Three hidden layers of 256 and the last on 2048 points, as ``refine`` calls them."""
+    weights = [meta(256, 256 + classes, dtype=dtype) for _ in range(3)] + [meta(classes, 256 + classes, dtype=dtype)]
+    biases = [meta(weight.shape[0], dtype=dtype) for weight in weights]
+    out: Tensor = meta(2, classes, 128, 256, dtype=dtype)
+    if labels:
+        out = meta(2, 128, 256, dtype=torch.uint8)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        head = _Head(HeadLayers(weights, biases, coarse_each_layer=True, coarse_first=False), classes)
+        points = [meta(2, channels, 2048, dtype=dtype) for channels in (256, classes)]
+        head(*points, meta(2, 2048, dtype=torch.int64), out)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
