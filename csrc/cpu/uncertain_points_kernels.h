@@ -173,7 +173,7 @@ void interleaved_margins(const T* cells, int64_t channels, int64_t cell_stride, 
 
 // Calls `use(offset, count, margin)` for blocks of the cells [begin, end).
 template <typename T, typename Use>
-void for_each_margin_block(const MarginMap& map, int64_t begin, int64_t end, const Use& use) {
+RENDSEG_INLINE void for_each_margin_block(const MarginMap& map, int64_t begin, int64_t end, const Use& use) {
   using A = Wide<T>;
   const T* base = static_cast<const T*>(map.data);
   const bool planar = map.planar();
@@ -372,13 +372,13 @@ void uncertainty_kernel(const MarginMap& map, int64_t begin, int64_t end, float*
 
 // Keys of the cells [begin, end) into keys[end - begin], counted into histogram[kHistogramBins].
 void margin_keys_kernel(const MarginMap& map, int64_t begin, int64_t end, uint32_t* keys, uint32_t* histogram) {
-  Counter counter;
   with_element(map.dtype, [&]<typename T>() {
+    Counter counter;  // here, so that the compiler sees that nothing else points to it
     for_each_margin_block<T>(map, begin, end, [&](int64_t offset, int64_t count, const float* margin) {
       counter.keys(margin, count, keys + offset);
     });
+    counter.add_to(histogram);
   });
-  counter.add_to(histogram);
 }
 
 // The same at points xy[count][2] of [0, 1]^2, of the bilinear samples rounded to the type of the map.
