@@ -1,4 +1,4 @@
-// What the host sides in csrc/cuda include of Torch; build.py compiles it once. A .cu still names what it needs.
+// What csrc/cuda includes of Torch, compiled once by build.py. A .cu still names what it needs, for nvcc.
 #include <ATen/Context.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Generator.h>
