@@ -95,11 +95,15 @@ def check_shared(accelerator: Accelerator, run_dir: Path, found: tuple[Path, Any
 def schedule_change(found: tuple[Path, Mapping[str, Any]], config: Config, iteration: int) -> list[str]:
     """What changes in the learning rate where a run goes on with another schedule or length: a line, or none."""
     before, now = build_config(found[1]["config"], source=str(found[0])).train, config.train
-    old, new = (
-        learning_rate(min(iteration, t.iterations), t.iterations, t.optimizer.lr, t.schedule) for t in (before, now)
-    )
     if (before.iterations, before.schedule, before.optimizer.lr) == (now.iterations, now.schedule, now.optimizer.lr):
         return []
+    rates = []
+    for options in (before, now):
+        length = options.iterations
+        if length == "auto":  # not chosen yet, so no schedule had begun
+            return []
+        rates.append(learning_rate(min(iteration, length), length, options.optimizer.lr, options.schedule))
+    old, new = rates
     return [
         f"the learning rate changes at iteration {iteration}: {old:.3g} in the schedule of {before.iterations} "
         f"iterations so far, {new:.3g} in that of {now.iterations} from here\n"
