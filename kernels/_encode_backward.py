@@ -47,25 +47,26 @@ def _products(
     source,
     codewords,
     grad,
+    k,
+    lanes,
     OP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Of a tile of positions ``x'.c'`` and ``x'.grad``, both ``[M, K]``, and ``||x'||^2``; zero where the op has none.
 
-    codewords, grad: the matrices of c' and of the gradient of the result of the image.
+    codewords, grad: the matrices of c' and of the gradient of the result of the image. k, lanes: numbers of the
+    codewords, and of the channels of a tile.
     """
     ACC: tl.constexpr = source[1].dtype.element_ty
     INDEX: tl.constexpr = source[2].dtype
     channels = source[5]
-    k = tl.arange(0, BLOCK_K)
+    BLOCK_K: tl.constexpr = k.shape[0]
     product = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     assigned_grad = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     squared_x = tl.zeros((BLOCK_M,), ACC)
-    for start in range(0, channels, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    for start in range(0, channels, lanes.shape[0]):
+        d = start + lanes
         values = features(source, d)
         if OP != IS_AGGREGATE:
             c = codes_of(codewords, k, d, ACC, INDEX)
@@ -75,8 +76,8 @@ def _products(
             g = codes_of(grad, k, d, ACC, INDEX)
             assigned_grad = tl.dot(values, tl.trans(g), assigned_grad, input_precision=PRECISION, out_dtype=ACC)
     if OP == IS_ENCODE and BLOCK_K > 256:  # registers hold one of c and g
-        for start in range(0, channels, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+        for start in range(0, channels, lanes.shape[0]):
+            d = start + lanes
             values = features(source, d)
             g = codes_of(grad, k, d, ACC, INDEX)
             assigned_grad = tl.dot(values, tl.trans(g), assigned_grad, input_precision=PRECISION, out_dtype=ACC)
@@ -202,30 +203,28 @@ def _encode_backward_kernel(
     b = row // chunks
     first = (row % chunks).to(tl.int32) * per_chunk
     k = tl.arange(0, BLOCK_K)
-    has_code = k < codes
+    lanes = tl.arange(0, BLOCK_D)
     codewords = (centered_ptr, channels, 1, codes, channels)
     grads = (grad[0] + b * grad[1], grad[2], grad[3], codes, channels)
     each = rows.to(tl.int64) * codes
     sums = (sums_ptr + row * codes, sums_ptr + row * codes + each, sums_ptr + row * codes + each + each)
     spilled = spill_ptr + row * (2 * BLOCK_M * BLOCK_K) + tl.arange(0, BLOCK_M)[:, None] * BLOCK_K
-
     for tile in range(first, tl.minimum(first + per_chunk, tiles)):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         has_position = m < positions
-        live = has_position[:, None] & has_code[None, :]
+        live = has_position[:, None] & (k < codes)[None, :]
         at = at_positions(m, width, x[3], x[4], FLAT, INDEX)
         source = (x[0] + b * x[1], shift_ptr, at, x[2], has_position, channels)
-        terms = _products(source, codewords, grads, OP, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K)
+        terms = _products(source, codewords, grads, k, lanes, OP, PRECISION, BLOCK_M)
         # The sums of the tile before were written by other threads, perhaps.
         tl.debug_barrier()
         known, wanted = given_at(given, b, m, k), given_at(given_grad, b, m, k)
         assigned, logits_grad = _gradients(
             terms, known, wanted, products_ptr + b * codes, squares_ptr, scale, sums, k, codes, live, tile > first, OP
         )
-        if OP != IS_AGGREGATE:
-            pull = 2.0 * scale_of(scale, k, codes, ACC) * logits_grad
-            total_pull = tl.sum(pull, axis=1)
         if BLOCK_K > 128:
+            if OP != IS_AGGREGATE:
+                total_pull = tl.sum(2.0 * scale_of(scale, k, codes, ACC) * logits_grad, axis=1)
             _spill(spilled + k[None, :], logits_grad, assigned, OP, BLOCK_M * BLOCK_K)
         if OP != IS_AGGREGATE:
             # In loops of their own: with what follows, more operands would have to stay in registers than there are.
@@ -237,9 +236,12 @@ def _encode_backward_kernel(
                     add_sums(target, weight, source, some, codes, tile > first, PRECISION, BLOCK_S)
             else:
                 add_sums(target, logits_grad, source, k, codes, tile > first, PRECISION, BLOCK_S)
+        if OP != IS_AGGREGATE and BLOCK_K <= 128:  # not before: registers again
+            pull = 2.0 * scale_of(scale, k, codes, ACC) * logits_grad
+            total_pull = tl.sum(pull, axis=1)
         target_at = at_positions(m, width, x_grad[3], x_grad[4], GRAD_FLAT, INDEX)
-        for start in tl.range(0, channels, BLOCK_D, num_stages=1):  # registers again
-            d = start + tl.arange(0, BLOCK_D)
+        for start in tl.range(0, channels, BLOCK_D, num_stages=1):
+            d = start + lanes
             result = tl.zeros((BLOCK_M, BLOCK_D), ACC)
             if OP != IS_AGGREGATE:
                 result = total_pull[:, None] * features(source, d)
@@ -255,8 +257,7 @@ def _encode_backward_kernel(
                     g = codes_of(grads, k, d, ACC, INDEX)
                     result = tl.dot(assigned, g, result, input_precision=PRECISION, out_dtype=ACC)
             to = x_grad[0] + b * x_grad[1] + target_at[:, None] + (d.to(INDEX) * x_grad[2])[None, :]
-            mask = has_position[:, None] & (d < channels)[None, :]
-            tl.store(to, result.to(x_grad[0].dtype.element_ty), mask=mask)
+            tl.store(to, result.to(x_grad[0].dtype.element_ty), mask=has_position[:, None] & (d < channels)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "chunks"])
