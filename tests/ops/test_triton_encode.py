@@ -87,14 +87,15 @@ def test_samples(name: str, op: str) -> None:
 @pytest.mark.parametrize("name", ["odd", "sliced", "float16", "float64 features, channels_last", "many codewords"])
 def test_several_tiles_of_a_chunk(name: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shapes get a tile for each chunk; here a chunk has all."""
-    monkeypatch.setattr("rendseg.kernels.encode._PROGRAMS", 1)
+    monkeypatch.setattr("rendseg.kernels._encode_common._PROGRAMS", 1)
     check_op(op, inputs_of(op, *SAMPLES[name]))
 
 
 def test_offsets_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
 
-    monkeypatch.setattr("rendseg.kernels.encode._index", lambda *_: tl.int64)
+    for part in ("forward", "backward"):
+        monkeypatch.setattr(f"rendseg.kernels._encode_{part}.index_of", lambda *_: tl.int64)
     for name in ("plain", "sliced", "channels_last"):
         check_op("encode", SAMPLES[name])
 
@@ -117,10 +118,10 @@ def test_assignment_and_gradients_of_any_strides() -> None:
 
 def test_more_positions_than_65535(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:  # a thousand tiles would take a minute
-        from rendseg.kernels import encode
+        from rendseg.kernels import _encode_common
 
-        tile = encode._tile
-        monkeypatch.setattr(encode, "_tile", lambda *a, **k: dataclasses.replace(tile(*a, **k), positions=1024))
+        tile = _encode_common._tile
+        monkeypatch.setattr(_encode_common, "_tile", lambda *a, **k: dataclasses.replace(tile(*a, **k), positions=1024))
     check_op("encode", make(1, 2, (66_001,), 3))
 
 
@@ -243,7 +244,7 @@ def test_the_same_bits_every_run() -> None:
 @pytest.mark.parametrize("programs", [1, 264])
 def test_nothing_is_read_before_it_is_written(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With deterministic algorithms on, PyTorch fills fresh memory with NaN."""
-    monkeypatch.setattr("rendseg.kernels.encode._PROGRAMS", programs)
+    monkeypatch.setattr("rendseg.kernels._encode_common._PROGRAMS", programs)
     x, c, s = make(2, 37, (11, 23), 5)
     torch.use_deterministic_algorithms(True)
     try:
