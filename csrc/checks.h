@@ -5,7 +5,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#include <c10/util/safe_numerics.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -43,11 +45,27 @@ inline void check_logits(const at::Tensor& logits, const char* name = "logits") 
                     " must have at least one cell (H*W > 0), got shape ", logits.sizes());
 }
 
+// The channels of all maps together. Views that repeat one channel can have more than fit into an integer.
+inline int64_t total_channels(at::TensorList maps, const char* name) {
+  int64_t channels = 0;
+  for (const at::Tensor& map : maps) {
+    TORCH_CHECK_VALUE(!c10::add_overflows(channels, map.size(1), &channels) && channels < (int64_t{1} << 62), name,
+                      " must have fewer than 2^62 channels in all");
+  }
+  return channels;
+}
+
 inline void check_num_points(int64_t num_points) {
   TORCH_CHECK_VALUE(num_points > 0, "num_points must be positive, got ", num_points);
 }
 
-// class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). The values are read, so CPU only.
+inline void check_class(int64_t value, int64_t image, int64_t classes) {
+  TORCH_CHECK_INDEX(0 <= value && value < classes, "class_index must lie in [0, C) = [0, ", classes, "), got ", value,
+                    " at position ", image);
+}
+
+// class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). The values are read, so CPU only. A kernel checks each
+// again as it uses it, or takes a copy: another thread may write to the tensor.
 inline void check_class_index(const std::optional<at::Tensor>& class_index, const at::Tensor& logits) {
   if (!class_index.has_value()) return;
   const at::Tensor& index = *class_index;
@@ -58,11 +76,7 @@ inline void check_class_index(const std::optional<at::Tensor>& class_index, cons
   check_same_device(index, "class_index", logits, "logits");
   if (!index.is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < index.size(0); ++n) {
-    const int64_t value = values[n * index.stride(0)];
-    TORCH_CHECK_INDEX(0 <= value && value < logits.size(1), "class_index must lie in [0, C) = [0, ", logits.size(1),
-                      "), got ", value, " at position ", n);
-  }
+  for (int64_t n = 0; n < index.size(0); ++n) check_class(values[n * index.stride(0)], n, logits.size(1));
 }
 
 }  // namespace rendseg

@@ -56,18 +56,15 @@ inline SampleCall check_point_sample(at::TensorList input, const at::Tensor& coo
     check_same_device(map, name.c_str(), input[0], "input[0]");
   }
   check_coords(coords, input[0], "input", true);
-  return {mode == "nearest", padding_mode == "border", align_corners, coords.size(0),
-          coords.dim() == 3 ? coords.size(1) : coords.size(1) * coords.size(2)};
-}
-
-inline int64_t total_channels(at::TensorList input) {
-  int64_t channels = 0;
-  for (const at::Tensor& map : input) channels += map.size(1);
-  return channels;
+  int64_t points = coords.size(1);
+  TORCH_CHECK_VALUE(coords.dim() == 3 || !c10::mul_overflows(points, coords.size(2), &points),
+                    "coords must have fewer than 2^63 points, got shape ", coords.sizes());
+  total_channels(input, "input");
+  return {mode == "nearest", padding_mode == "border", align_corners, coords.size(0), points};
 }
 
 inline std::vector<int64_t> sample_sizes(at::TensorList input, const at::Tensor& coords) {
-  std::vector<int64_t> sizes{coords.size(0), total_channels(input)};
+  std::vector<int64_t> sizes{coords.size(0), total_channels(input, "input")};
   for (int64_t d = 1; d + 1 < coords.dim(); ++d) sizes.push_back(coords.size(d));
   return sizes;
 }

@@ -21,6 +21,19 @@ struct RefineOptions {
   bool align_corners, border, coarse_each_layer, coarse_first, labels;
 };
 
+// Every step must be a map that subdivide takes.
+inline void check_growth(int64_t height, int64_t width, int64_t steps, int64_t scale) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  TORCH_CHECK_VALUE(scale < kMost, "scale_factor must be less than 2^31, got ", scale);
+  TORCH_CHECK_VALUE(height < kMost && width < kMost, "coarse must have H and W below 2^31, got ", height, " x ", width);
+  int64_t h = height, w = width;
+  for (int64_t step = 1; step <= steps; ++step) {
+    h *= scale, w *= scale;
+    TORCH_CHECK_VALUE(h < kMost && w < kMost && h * w < 2 * kMost, "steps must give fewer than 2^32 cells, got ", steps,
+                      " steps of ", scale, " from ", height, " x ", width, ": step ", step, " has ", h, " x ", w);
+  }
+}
+
 inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::TensorList weights,
                          at::TensorList biases, const RefineOptions& o, c10::string_view coarse_source,
                          c10::string_view padding_mode) {
@@ -32,10 +45,10 @@ inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::
                     "padding_mode must be one of zeros, border, got '", padding_mode, "'");
   TORCH_CHECK_VALUE(o.scale_factor >= 2, "scale_factor must be at least 2, got ", o.scale_factor);
   TORCH_CHECK_VALUE(o.steps >= 0, "steps must not be negative, got ", o.steps);
+  check_growth(coarse.size(2), coarse.size(3), o.steps, o.scale_factor);
   const int64_t classes = coarse.size(1);
   TORCH_CHECK_VALUE(!o.labels || classes <= 32768, "output=\"labels\" holds at most 32768 classes, got ", classes);
   TORCH_CHECK_VALUE(!features.empty(), "features must hold at least one tensor, got an empty list");
-  int64_t channels = 0;
   for (size_t i = 0; i < features.size(); ++i) {
     const std::string name = "features[" + std::to_string(i) + "]";
     check_logits(features[i], name.c_str());
@@ -45,8 +58,8 @@ inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::
                      " must have the dtype of features[0] (", features[0].scalar_type(), "), got ",
                      features[i].scalar_type());
     check_same_device(features[i], name.c_str(), coarse, "coarse");
-    channels += features[i].size(1);
   }
+  const int64_t channels = total_channels(features, "features");
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() == biases.size(),
                     "weights and biases must hold one tensor per layer, got ", weights.size(), " and ", biases.size());
   const at::ScalarType dtype = weights[0].scalar_type();

@@ -19,8 +19,8 @@ inline void check_subdivide(const at::Tensor& logits, int64_t num_points, const 
   check_class_index(class_index, logits);
   TORCH_CHECK_VALUE(scale_factor >= 1, "scale_factor must be at least 1, got ", scale_factor);
   constexpr int64_t kMost = int64_t{1} << 31;
-  TORCH_CHECK_VALUE(scale_factor < kMost && logits.size(2) * scale_factor < kMost &&
-                        logits.size(3) * scale_factor < kMost &&
+  TORCH_CHECK_VALUE(scale_factor < kMost && logits.size(2) < kMost && logits.size(3) < kMost &&
+                        logits.size(2) * scale_factor < kMost && logits.size(3) * scale_factor < kMost &&
                         logits.size(2) * scale_factor * logits.size(3) * scale_factor < 2 * kMost,
                     "scale_factor must give fewer than 2^32 cells, got ", scale_factor, " for shape ", logits.sizes());
 }

@@ -441,7 +441,7 @@ at::Tensor point_sample_cpu(at::TensorList input, const at::Tensor& coords, c10:
   at::Tensor out =
       at::empty(sample_sizes(input, coords), input[0].options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
-  const int64_t stride_n = total_channels(input) * call.points;
+  const int64_t stride_n = total_channels(input, "input") * call.points;
   const at::Tensor xy = coords_for(coords, input[0].scalar_type());
   with_element(dtype_of(input[0].scalar_type()), [&]<typename T>() {
     T* target = out.mutable_data_ptr<T>();

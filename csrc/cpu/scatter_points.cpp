@@ -2,6 +2,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -16,11 +17,14 @@
 namespace rendseg {
 namespace {
 
+// A copy of the indices, contiguous, in range: what is checked is what is used, also if another thread writes to them.
 // Raises IndexError; nothing has been written yet.
-void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) {
+at::Tensor checked_indices(const at::Tensor& given /*[N,P]*/, const at::Tensor& map /*[N,C,H,W]*/) {
+  const at::Tensor indices = given.clone(at::MemoryFormat::Contiguous);
+  const int64_t cells = map.size(2) * map.size(3);
   const int64_t* data = indices.const_data_ptr<int64_t>();
   const int64_t count = indices.numel();
-  if (count == 0) return;
+  if (count == 0) return indices;
   int64_t lowest = data[0], highest = data[0];
   for (int64_t i = 1; i < count; ++i) {
     lowest = std::min(lowest, data[i]);
@@ -28,6 +32,7 @@ void check_range(const at::Tensor& indices /*[N,P] contiguous*/, int64_t cells) 
   }
   TORCH_CHECK_INDEX(lowest >= 0 && highest < cells, "indices must lie in [0, H*W) = [0, ", cells, "), got values from ",
                     lowest, " to ", highest);
+  return indices;
 }
 
 // Calls f(n, p_begin, p_end, c_begin, c_end) over blocks that no two threads share. Where channels are adjacent a block
@@ -90,8 +95,8 @@ void scatter_points_cpu_(at::Tensor& logits,          // [N,C,H,W], any strides 
   check_scatter(logits, indices, values);
   at::assert_no_internal_overlap(logits);
   at::assert_no_overlap(logits, values);
-  const at::Tensor cells = indices.contiguous();
-  check_range(cells, logits.size(2) * logits.size(3));
+  at::assert_no_overlap(logits, indices);
+  const at::Tensor cells = checked_indices(indices, logits);
   if (values.numel() == 0) return;
   scatter_kernel(logits, cells, values);
 }
@@ -100,8 +105,7 @@ at::Tensor scatter_points_cpu(const at::Tensor& logits,    // [N,C,H,W]
                               const at::Tensor& indices,   // [N,P]
                               const at::Tensor& values) {  // [N,C,P]
   check_scatter(logits, indices, values);
-  const at::Tensor cells = indices.contiguous();
-  check_range(cells, logits.size(2) * logits.size(3));
+  const at::Tensor cells = checked_indices(indices, logits);
   at::Tensor out = at::empty_like(logits).copy_(logits);
   if (values.numel() != 0) scatter_kernel(out, cells, values);
   return out;
@@ -112,8 +116,7 @@ std::tuple<at::Tensor, at::Tensor> scatter_points_backward_cpu(const at::Tensor&
                                                                const at::Tensor& indices) {  // [N,P]
   check_logits(grad, "grad");
   check_indices(indices, grad, "grad");
-  const at::Tensor cells = indices.contiguous();
-  check_range(cells, grad.size(2) * grad.size(3));
+  const at::Tensor cells = checked_indices(indices, grad);
   at::Tensor rest = at::empty_like(grad).copy_(grad);
   at::Tensor values = at::empty({grad.size(0), grad.size(1), cells.size(1)},
                                 grad.options().memory_format(at::MemoryFormat::Contiguous));

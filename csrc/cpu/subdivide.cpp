@@ -2,6 +2,7 @@
 #include "subdivide.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -119,7 +120,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& 
   at::Tensor keys = at::empty({n, cells}, options.dtype(at::kInt));
   at::Tensor histograms = at::zeros({n, kHistogramBins}, options.dtype(at::kInt));
   at::Tensor channel;
-  if (class_index.has_value()) channel = class_index->contiguous();
+  if (class_index.has_value()) {
+    channel = class_index->clone(at::MemoryFormat::Contiguous);
+    check_class_index(channel, logits);
+  }
   if (result.nbytes() >= kHugeBytes) prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
   if (keys.nbytes() >= kHugeBytes) prefer_huge_pages(keys.mutable_data_ptr(), keys.nbytes());
 

@@ -47,6 +47,7 @@ class LogitMaps {
     int64_t offset = n * map.stride_n;
     if (class_index_.has_value()) {
       const int64_t chosen = class_index_->const_data_ptr<int64_t>()[n * class_index_->stride(0)];
+      check_class(chosen, n, map.channels);
       offset += chosen * map.stride_c;
       map.channels = 1;
     }

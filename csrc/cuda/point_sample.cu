@@ -77,7 +77,7 @@ at::Tensor point_sample_cuda(at::TensorList input, const at::Tensor& coords, c10
     args.images = call.images;
     args.points = call.points;
     args.out = mutable_data<T>(out);
-    args.out_channels = total_channels(input);
+    args.out_channels = total_channels(input, "input");
     args.options = options_of(call);
     int64_t channel = 0;
     for (size_t i = 0; i < input.size(); ++i) {

@@ -34,6 +34,7 @@ void scatter_points_inplace_cuda(at::Tensor logits, const at::Tensor& indices, c
   check_scatter(logits, indices, values);
   at::assert_no_internal_overlap(logits);
   at::assert_no_overlap(logits, values);
+  at::assert_no_overlap(logits, indices);
   scatter(logits, indices, values);
 }
 

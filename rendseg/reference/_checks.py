@@ -54,6 +54,14 @@ def logits(tensor: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name} must have at least one cell (H*W > 0), got shape {shape_of(tensor)}")
 
 
+def total_channels(maps: Sequence[Tensor], name: str) -> int:
+    """The channels of all maps together. Views that repeat one channel can have more than fit into an integer."""
+    channels = sum(feature.shape[1] for feature in maps)
+    if channels >= 2**62:
+        raise ValueError(f"{name} must have fewer than 2^62 channels in all")
+    return channels
+
+
 def num_points(value: int) -> None:
     if value <= 0:
         raise ValueError(f"num_points must be positive, got {value}")

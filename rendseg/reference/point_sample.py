@@ -32,6 +32,7 @@ def check_point_sample(maps: Sequence[Tensor], coords: Tensor, mode: str, paddin
             raise TypeError(f"{name} must have the dtype of input[0] ({maps[0].dtype}), got {feature.dtype}")
         check.same_device(feature, name, maps[0], "input[0]")
     check.coords(coords, maps[0])
+    check.total_channels(maps, "input")
 
 
 def point_sample(

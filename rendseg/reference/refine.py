@@ -29,6 +29,7 @@ def resolve_steps(coarse: Tensor, steps: int | None, output_size: Sequence[int] 
     if steps is not None:
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
+        _check_growth(*coarse.shape[2:], steps, scale_factor)
         return steps
     assert output_size is not None
     if len(output_size) != 2:
@@ -43,6 +44,22 @@ def resolve_steps(coarse: Tensor, steps: int | None, output_size: Sequence[int] 
             f"{scale_factor}; the next size that can is {(height, width)}: pad the image, refine, then crop"
         )
     return count
+
+
+def _check_growth(height: int, width: int, steps: int, scale: int) -> None:
+    """Every step must be a map that ``subdivide`` takes."""
+    if scale >= 2**31:
+        raise ValueError(f"scale_factor must be less than 2^31, got {scale}")
+    if height >= 2**31 or width >= 2**31:
+        raise ValueError(f"coarse must have H and W below 2^31, got {height} x {width}")
+    h, w = height, width
+    for step in range(1, steps + 1):
+        h, w = h * scale, w * scale
+        if h >= 2**31 or w >= 2**31 or h * w >= 2**32:
+            raise ValueError(
+                f"steps must give fewer than 2^32 cells, got {steps} steps of {scale} from {height} x {width}: "
+                f"step {step} has {h} x {w}"
+            )
 
 
 class RefineOptions(NamedTuple):
@@ -76,6 +93,7 @@ class RefineOptions(NamedTuple):
             if feature.dtype != features[0].dtype:
                 raise TypeError(f"{name} must have the dtype of features[0] ({features[0].dtype}), got {feature.dtype}")
             check.same_device(feature, name, coarse, "coarse")
+        check.total_channels(features, "features")
 
 
 class HeadLayers(NamedTuple):

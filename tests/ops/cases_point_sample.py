@@ -99,6 +99,9 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
         TypeError,
         "coords must be float32",
     )
+    wide = torch.zeros(2, 1, 1, 1).expand(2, 1 << 61, 1, 1)
+    for count in (3, 4, 8):  # 8: the sum of 64 bits is zero
+        yield f"{count} maps of 2^61 channels", good | {"input": [wide] * count}, ValueError, "2.62 channels in all"
     yield "mode", good | {"mode": "bicubic"}, ValueError, "mode must be one of bilinear, nearest, got 'bicubic'"
     yield "padding", good | {"padding_mode": "reflection"}, ValueError, "padding_mode must be one of zeros, border"
 

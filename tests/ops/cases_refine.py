@@ -131,6 +131,13 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
         ),
         ("output", case(output="mask"), ValueError, "output must be one of logits, labels, got 'mask'"),
         ("factor", case(scale_factor=1), ValueError, "scale_factor must be at least 2, got 1"),
+        (
+            "more cells than can be counted",
+            case(steps=1000),
+            ValueError,
+            r"steps must give fewer than 2\^32 cells, got 1000 steps of 2 from 6 x 9: step 14 has 98304 x 147456",
+        ),
+        ("huge factor", case(scale_factor=2**62 + 1), ValueError, r"scale_factor must be less than 2\^31, got 4611"),
         ("negative steps", case(steps=-1), ValueError, "steps must not be negative, got -1"),
         ("no steps", case(steps=None), ValueError, "exactly one of steps and output_size must be given"),
         ("both", case(output_size=(12, 18)), ValueError, "exactly one of steps and output_size must be given"),
@@ -206,5 +213,7 @@ def bad_layers() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
         ("padding", case(padding_mode="x"), ValueError, "padding_mode must be one of zeros, border, got 'x'"),
         ("factor", case(scale_factor=1), ValueError, "scale_factor must be at least 2, got 1"),
         ("steps", case(steps=-1), ValueError, "steps must not be negative, got -1"),
+        ("many steps", case(steps=1000), ValueError, r"1000 steps of 2 from 6 x 9: step 14 has 98304 x 147456"),
+        ("huge factor", case(scale_factor=2**62 + 1), ValueError, r"scale_factor must be less than 2\^31, got 4611"),
         ("points", case(num_points=-1), ValueError, "num_points must be positive, got -1"),
     ]

@@ -97,6 +97,12 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
         ("negative points", case(num_points=-3), ValueError, "num_points must be positive, got -3"),
         ("factor", case(scale_factor=0), ValueError, "scale_factor must be at least 1, got 0"),
         ("huge factor", case(scale_factor=1 << 33), ValueError, r"scale_factor must give fewer than 2\^32 cells"),
+        (
+            "a height that overflows",
+            case(logits=torch.zeros(0, 1, 1, 1).expand(0, 1, 1 << 62, 1), scale_factor=4),
+            ValueError,
+            r"scale_factor must give fewer than 2\^32 cells",
+        ),
         ("index dtype", case(class_index=index.int()), TypeError, "class_index must be int64"),
         ("index shape", case(class_index=index[:1]), ValueError, r"class_index must have shape \[N\] with N = 2"),
         ("index value", case(class_index=index + 3), IndexError, "class_index must lie in"),

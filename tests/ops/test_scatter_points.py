@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from cases_scatter_points import bad_inputs, distinct, make, samples
@@ -154,6 +157,41 @@ def test_refuses_maps_that_overlap_themselves():
     _, indices, values = make(2, 3, 4, 5, 6)
     with pytest.raises(RuntimeError):
         scatter_points_(torch.zeros(2, 1, 4, 5).expand(2, 3, 4, 5), indices, values)
+
+
+@pytest.mark.bad_input
+@pytest.mark.skipif(C is None, reason="the compiled kernels are not loaded")
+def test_refuses_logits_that_hold_the_indices():
+    logits, _, values = make(2, 3, 4, 5, 6)
+    indices = logits.view(-1).view(torch.int64)[:12].view(2, 6).zero_()
+    before = logits.clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        scatter_points_(logits, indices, values)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.skipif(C is None, reason="the compiled kernels are not loaded")
+def test_indices_that_another_thread_changes():
+    """What is checked is what is used: a call either refuses or writes to cells of the map."""
+    map_ = torch.zeros(3, 1, 64, 64)
+    logits, indices = map_[1:2], torch.zeros(1, 20_000, dtype=torch.int64)
+    values, done = torch.ones(1, 1, 20_000), threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            indices.fill_(64 * 64)  # the first cell after the map
+            indices.zero_()
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(IndexError):
+                scatter_points_(logits, indices, values)
+    finally:
+        done.set()
+        changing.join()
+    assert not map_[2].any() and not map_[0].any()
 
 
 @pytest.mark.opcheck
