@@ -316,11 +316,18 @@ def eager_half(
     return logits
 
 
+def and_compiled(bench: Bench, function: Callable[..., object], *tensors: Tensor) -> dict[str, Callable[[], object]]:
+    """The column of torch.compile, where it is wanted."""
+    if not bench.with_compile:
+        return {}
+    compiled = bench.compiled(function)
+    return {"compiled": bench.cold(compiled, *tensors) if tensors else compiled}
+
+
 def stages(bench: Bench) -> None:
-    """The last step of W1, stage by stage."""
+    """The last step of W1, stage by stage: selection."""
     work = small(W1) if bench.rehearsal else W1
-    coarse, features, head = make_inputs(work, bench.device)
-    last = features.contiguous(memory_format=torch.channels_last)
+    coarse, _, _ = make_inputs(work, bench.device)
     k = work.num_points
     logits = F.interpolate(coarse, scale_factor=2, mode="bilinear")
     n, classes, h, w = logits.shape
@@ -339,18 +346,12 @@ def stages(bench: Bench) -> None:
         fine = upsample(t)
         return fine, margin_by_amax(fine).flatten(1).topk(k, dim=1, sorted=False).indices
 
-    def and_compiled(function: Callable[..., object], *tensors: Tensor) -> dict[str, Callable[[], object]]:
-        if not bench.with_compile:
-            return {}
-        compiled = bench.compiled(function)
-        return {"compiled": bench.cold(compiled, *tensors) if tensors else compiled}
-
     bench.compare(
         "W1 subdivide",
         {
             "eager": bench.cold(eager_select, logits),
             "hand-tuned": bench.cold(tuned_select, logits),
-            **and_compiled(eager_select, logits),
+            **and_compiled(bench, eager_select, logits),
             "rendseg": bench.cold(lambda t: subdivide(t, k), logits),
             "rendseg no logits": bench.cold(lambda t: subdivide(t, k, return_logits=False), logits),
         },
@@ -368,7 +369,7 @@ def stages(bench: Bench) -> None:
         "W1 subdivide, label mode",
         {
             "interpolate+topk2+argmax": bench.cold(eager_labels, logits),
-            **and_compiled(eager_labels, logits),
+            **and_compiled(bench, eager_labels, logits),
             "rendseg": bench.cold(lambda t: torch.ops.rendseg._subdivide_labels(t, k), logits),
         },
         baseline="interpolate+topk2+argmax",
@@ -377,6 +378,17 @@ def stages(bench: Bench) -> None:
         budget_s=8,
         **facts,
     )
+
+
+def stages_at_points(bench: Bench) -> None:
+    """The last step of W1, stage by stage: gather, head and scatter."""
+    work = small(W1) if bench.rehearsal else W1
+    coarse, features, head = make_inputs(work, bench.device)
+    last = features.contiguous(memory_format=torch.channels_last)
+    k = work.num_points
+    logits = F.interpolate(coarse, scale_factor=2, mode="bilinear")
+    n, classes, h, w = logits.shape
+    facts = {"shape": [n, classes, 2 * h, 2 * w], "dtype": "float32", "seed": SEED}
     fine, indices, coords = subdivide(logits, k)
     assert fine is not None
     grid = (2 * coords - 1).unsqueeze(2)
@@ -390,7 +402,7 @@ def stages(bench: Bench) -> None:
         {
             "eager": bench.cold(eager_gather, features),
             "eager nhwc": bench.cold(eager_gather, last),
-            **and_compiled(eager_gather, features),
+            **and_compiled(bench, eager_gather, features),
             "rendseg": bench.cold(lambda t: point_sample(t, coords), features),
             "rendseg nhwc": bench.cold(lambda t: point_sample(t, coords), last),
         },
@@ -411,7 +423,7 @@ def stages(bench: Bench) -> None:
         "W1 head",
         {
             "eager": lambda: head(sampled, points),
-            **and_compiled(lambda: head(sampled, points)),
+            **and_compiled(bench, lambda: head(sampled, points)),
             "rendseg gather+head": lambda: refine(tile, last, head, steps=1, num_points=4 * side * side),
         },
         floor=Floor(0, k * work.flops_per_point()),
@@ -423,7 +435,7 @@ def stages(bench: Bench) -> None:
         "W1 scatter",
         {
             "eager": lambda: fine.flatten(2).scatter_(2, spread, values),
-            **and_compiled(lambda: fine.flatten(2).scatter_(2, spread, values)),
+            **and_compiled(bench, lambda: fine.flatten(2).scatter_(2, spread, values)),
             "rendseg": lambda: scatter_points_(fine, indices, values),
         },
         floor=Floor(3 * k * classes * 4, 0),
@@ -452,6 +464,7 @@ def rows(bench: Bench) -> None:
             whole(bench, third, f"W3 ({third.n} masks)" if cpu else "W3", bench.args.compile, 2 if quick else 20)
         if bench.wants("stages"):
             bench.run("stages of W1", stages, bench)
+            bench.run("stages of W1 at points", stages_at_points, bench)
         if bench.wants("W1") and quick and not cpu:
             bench.run("W1, torch.compile", compiled_alone, bench, first)
     if bench.wants("W1"):

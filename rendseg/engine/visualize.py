@@ -118,8 +118,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _factor(height: int, width: int, least: int) -> int:
-    """Whole factor that enlarges an image's shorter side to about `least` pixels."""
-    return max(1, round(least / min(height, width)))
+    """Whole factor that enlarges an image's shorter side to about `least` pixels, its longer side to 4096 at most."""
+    return max(1, min(round(least / min(height, width)), 4096 // max(height, width)))
 
 
 def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:

@@ -97,6 +97,14 @@ def test_side_by_side_holds_the_panels(pair: tuple[np.ndarray, np.ndarray]) -> N
     assert large.width >= 3 * 300 and large.height >= 200
 
 
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_a_thin_image_is_not_enlarged_without_end(shape: tuple[int, int]) -> None:
+    label = np.zeros(shape, np.int64)
+    picture = vis.side_by_side(np.zeros((*shape, 3), np.uint8), label, label, palette=PALETTE)
+    assert picture.width * picture.height < 10_000_000
+    assert vis.boundary_zoom(np.zeros((*shape, 3), np.uint8), label, label, None, PALETTE).width < 4000
+
+
 def test_best_window_finds_the_improvement() -> None:
     truth = np.zeros((50, 70), np.uint8)
     coarse, refined = truth.copy(), truth.copy()
