@@ -29,7 +29,7 @@ def resolve_steps(coarse: Tensor, steps: int | None, output_size: Sequence[int] 
     if steps is not None:
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
-        _check_growth(*coarse.shape[2:], steps, scale_factor)
+        _check_growth(coarse.shape[2], coarse.shape[3], steps, scale_factor)
         return steps
     assert output_size is not None
     if len(output_size) != 2:
