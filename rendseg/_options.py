@@ -164,9 +164,10 @@ def _problem(entry: Any, root: type[Options], values: Any) -> Problem:
 def _nearest_key(path: list[str], section: type[Options], root: type[Options]) -> str:
     """The nearest key of the same section, else of all; or the known ones."""
     name, everywhere = path[-1], all_keys(root)
-    begins = next((key for key in field_names(section) if key.startswith(f"{name}_")), None)
-    near = next((key for key in everywhere if key.split(".")[-1] == name), None) if begins is None else None
-    if near is None and (inside := begins or nearest(name, field_names(section))) is not None:
+    inside = nearest(name, field_names(section))
+    begins = inside is not None and inside.startswith(name)
+    near = None if begins else next((key for key in everywhere if key.split(".")[-1] == name), None)
+    if near is None and inside is not None:
         near = ".".join([*path[:-1], inside])
     if near is None:  # of another section: less likely, and so more alike
         tails = {key.split(".")[-1]: key for key in everywhere}

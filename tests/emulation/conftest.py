@@ -15,7 +15,7 @@ _LOADED: list[build.Emulated] = []
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under the sanitizers, which are slow, float16 stands for the same case in bfloat16 (one template, one size), and
-    of many cases of one test a fifth is run, chosen by their names. ``RENDSEG_SANITIZE_ALL=1`` runs every one.
+    of many cases of one test a tenth is run, chosen by their names. ``RENDSEG_SANITIZE_ALL=1`` runs every one.
     """
     if not build.SANITIZE or os.environ.get("RENDSEG_SANITIZE_ALL") == "1":
         return
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = set()
     for cases in kept.values():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.rpartition("::")[2].encode()))
-        chosen |= {item.nodeid for item in cases[: max(4, -(-len(cases) // 5))]}
+        chosen |= {item.nodeid for item in cases[: max(4, -(-len(cases) // 10))]}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
     items[:] = [item for item in items if item.nodeid in chosen]
 

@@ -330,7 +330,7 @@ def test_machines_that_do_not_share_a_folder(tmp_path: Path, runs: Path) -> None
     ("options", "match"),
     [
         ({"fsdp": {"enabled": True}, "precision": "fp16"}, "fsdp does not scale losses .* use bf16 or fp32"),
-        ({"fsdp": {"gather_dtype": "bf16"}}, "fsdp.gather_dtype: bf16 needs precision: bf16, not auto"),
+        ({"fsdp": {"gather_dtype": "bf16"}}, "fsdp.gather_dtype: bf16 needs precision: bf16, not fp32"),
         ({"fsdp": {"enable": True}}, "unknown key 'train.fsdp.enable'.*did you mean 'train.fsdp.enabled'"),
     ],
 )

@@ -62,7 +62,10 @@ def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     net = build_model(content["model"], 5)
     path = tmp_path / "best.pt"
-    save_checkpoint(path, {"config": content, "classes": CLASSES, "model": net.state_dict(), "training": {}})
+    save_checkpoint(
+        path,
+        {"config": content, "classes": CLASSES, "model": net.state_dict(), "training": {"progress": {"iteration": 0}}},
+    )
     return path
 
 

@@ -62,7 +62,7 @@ def test_refine_counts_the_layers_of_the_head(coarse_each_layer: bool) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as eager:
         ops.refine(coarse, features, head, steps=3, num_points=130)
     with torch.no_grad(), FlopCounterMode(display=False) as fused:
-        torch.ops.rendseg._refine_mlp(coarse, [features], stock["weights"], stock["biases"], *arguments)
+        torch.ops.rendseg._refine_mlp(coarse, [features], stock.weights, stock.biases, *arguments)
     assert eager.get_total_flops() == fused.get_total_flops() == 2 * points * layers
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.emulation.build import locked
 from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build folder; built once for all tests here."""
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("needs cmake and a C++ compiler")
-    folder = tmp_path_factory.mktemp("cmake")
+    base = tmp_path_factory.getbasetemp()
+    # One folder for all workers: the second finds everything built.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cmake"
+    with locked(folder):
+        return _built(folder)
+
+
+def _built(folder: Path) -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     # Unoptimised and without debug information: this test is about the build; the kernels have tests of their own.
