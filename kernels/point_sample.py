@@ -11,7 +11,7 @@ Backward into the map, without atomics, so that the bits are the same every run:
     begins    where the taps of each cell begin, ``[N * H * W + 1]``, by bisection
     gather    every cell of the gradient, written once, as the sum of its taps in the order of points
 
-The gradient of the map is dense: ``N C H W`` elements are written whatever P is. Many points in one cell make one long
+The gradient of the map is dense: ``N C H W`` elements are written for any P. Many points in one cell make one long
 sum, which is slow where thousands fall together. Backward into the coordinates: a program takes all channels of its
 points, and keeps four sums of each.
 

@@ -150,19 +150,20 @@ def _share_bytes(a: Tensor, b: Tensor) -> bool:
     return begin_a < end_b and begin_b < end_a
 
 
-def _refuse_overlap(logits: Tensor, values: Tensor) -> None:
+def _refuse_overlap(logits: Tensor, *reads: Tensor) -> None:
     """In PyTorch's words, before anything is written."""
-    if torch._debug_has_internal_overlap(logits) == 1:
+    overlap = torch._debug_has_internal_overlap
+    if overlap(logits) == 1:
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
             "Please clone() the tensor before performing the operation."
         )
-    dense = not torch._debug_has_internal_overlap(logits) and not torch._debug_has_internal_overlap(values)
-    if dense and logits.numel() and values.numel() and _share_bytes(logits, values):
-        raise RuntimeError(
-            "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single "
-            "memory location. Please clone() the tensor before performing the operation."
-        )
+    for read in reads:
+        if logits.numel() and read.numel() and not overlap(logits) and not overlap(read) and _share_bytes(logits, read):
+            raise RuntimeError(
+                "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single "
+                "memory location. Please clone() the tensor before performing the operation."
+            )
 
 
 def _check_on_cpu(indices: Tensor, cells: int) -> None:
@@ -202,7 +203,7 @@ def _scatter(logits: Tensor, indices: Tensor, values: Tensor) -> None:
 def scatter_points_inplace_triton(logits: Tensor, indices: Tensor, values: Tensor) -> None:
     """``rendseg::scatter_points_``: writes into ``logits``."""
     check_scatter_points(logits, indices, values)
-    _refuse_overlap(logits, values)
+    _refuse_overlap(logits, values, indices)
     _check_on_cpu(indices, logits.shape[2] * logits.shape[3])
     _scatter(logits, indices, values)
 

@@ -1,4 +1,4 @@
-"""Whatever a test starts has an end."""
+"""Every process that a test starts has an end."""
 
 from __future__ import annotations
 

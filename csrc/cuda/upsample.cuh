@@ -19,7 +19,7 @@ __device__ inline A mix(A near, A far, A near_weight, A far_weight) {
 }
 
 // The same where the far weight is 1/4 (or 0, or both neighbours are the same): that product is exact, so it need not
-// be rounded. (But for numbers below 2^-124, of which it drops bits.)
+// be rounded. (Except numbers below 2^-124, of which it drops bits.)
 __device__ inline float mix_quarter(float near, float far, float near_weight, float far_weight) {
   return fmaf(far, far_weight, near * near_weight);
 }

@@ -57,7 +57,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _temporary(folder: Path) -> Path:
-    """A name that no other writer uses, and that is short whatever the file is called."""
+    """A name that no other writer uses, and that is short for a file of any name."""
     return folder / f".rendseg-{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 

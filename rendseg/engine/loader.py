@@ -173,7 +173,7 @@ def _check_alive(workers: Sequence[Any], *_: object) -> None:
 def _received(key: str, dataset: Any, workers: int, stack: Callable[[Any], Any], **options: Any) -> Generator[Any]:
     """What ``workers`` processes (``key`` of the configuration) or this one make of ``dataset``, in order.
 
-    ``DataError`` for whatever goes wrong in them; ``StopRequested`` as :func:`interruptible` says.
+    ``DataError`` for every failure in them; ``StopRequested`` as :func:`interruptible` says.
     """
     loader = DataLoader(
         _Samples(dataset),

@@ -106,6 +106,9 @@ def test_overlap_is_refused():
         function(to_device(torch.zeros(2, 1, 4, 5)).expand(2, 3, 4, 5), indices, values)
     with pytest.raises(RuntimeError, match="some elements of the input tensor and the written-to tensor"):
         function(logits, indices, logits.flatten()[:36].view(2, 3, 6))
+    inside = logits.flatten().view(torch.int64)[:12].view(2, 6).zero_()
+    with pytest.raises(RuntimeError, match="some elements of the input tensor and the written-to tensor"):
+        function(logits, inside, values)
     both = to_device(torch.randn(2 * 3 * 20 + 36))  # neighbours in one storage do not overlap
     part, rest = both[:120].view(2, 3, 4, 5), both[120:].view(2, 3, 6)
     wanted = reference.scatter_points(part.cpu(), indices.cpu(), rest.cpu())
