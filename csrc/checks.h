@@ -55,6 +55,13 @@ inline int64_t total_channels(at::TensorList maps, const char* name) {
   return channels;
 }
 
+constexpr int64_t kMostSide = int64_t{1} << 31;
+
+// Whether an upsampled map has sides below 2^31 and fewer than 2^32 cells.
+inline bool countable(int64_t height, int64_t width) {
+  return height < kMostSide && width < kMostSide && height * width < 2 * kMostSide;
+}
+
 inline void check_num_points(int64_t num_points) {
   TORCH_CHECK_VALUE(num_points > 0, "num_points must be positive, got ", num_points);
 }

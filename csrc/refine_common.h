@@ -23,14 +23,14 @@ struct RefineOptions {
 
 // Every step must be a map that subdivide takes.
 inline void check_growth(int64_t height, int64_t width, int64_t steps, int64_t scale) {
-  constexpr int64_t kMost = int64_t{1} << 31;
-  TORCH_CHECK_VALUE(scale < kMost, "scale_factor must be less than 2^31, got ", scale);
-  TORCH_CHECK_VALUE(height < kMost && width < kMost, "coarse must have H and W below 2^31, got ", height, " x ", width);
+  TORCH_CHECK_VALUE(scale < kMostSide, "scale_factor must be less than 2^31, got ", scale);
+  TORCH_CHECK_VALUE(height < kMostSide && width < kMostSide, "coarse must have H and W below 2^31, got ", height, " x ",
+                    width);
   int64_t h = height, w = width;
   for (int64_t step = 1; step <= steps; ++step) {
     h *= scale, w *= scale;
-    TORCH_CHECK_VALUE(h < kMost && w < kMost && h * w < 2 * kMost, "steps must give fewer than 2^32 cells, got ", steps,
-                      " steps of ", scale, " from ", height, " x ", width, ": step ", step, " has ", h, " x ", w);
+    TORCH_CHECK_VALUE(countable(h, w), "steps must give fewer than 2^32 cells, got ", steps, " steps of ", scale,
+                      " from ", height, " x ", width, ": step ", step, " has ", h, " x ", w);
   }
 }
 

@@ -18,10 +18,8 @@ inline void check_subdivide(const at::Tensor& logits, int64_t num_points, const 
   check_num_points(num_points);
   check_class_index(class_index, logits);
   TORCH_CHECK_VALUE(scale_factor >= 1, "scale_factor must be at least 1, got ", scale_factor);
-  constexpr int64_t kMost = int64_t{1} << 31;
-  TORCH_CHECK_VALUE(scale_factor < kMost && logits.size(2) < kMost && logits.size(3) < kMost &&
-                        logits.size(2) * scale_factor < kMost && logits.size(3) * scale_factor < kMost &&
-                        logits.size(2) * scale_factor * logits.size(3) * scale_factor < 2 * kMost,
+  TORCH_CHECK_VALUE(scale_factor < kMostSide && logits.size(2) < kMostSide && logits.size(3) < kMostSide &&
+                        countable(logits.size(2) * scale_factor, logits.size(3) * scale_factor),
                     "scale_factor must give fewer than 2^32 cells, got ", scale_factor, " for shape ", logits.sizes());
 }
 

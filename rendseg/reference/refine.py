@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks as check
 from .point_sample import PADDING_MODES, point_sample
 from .scatter_points import scatter_points
-from .subdivide import label_dtype, subdivide, upsample
+from .subdivide import countable, label_dtype, subdivide, upsample
 from .uncertain_points import cell_centres
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -55,7 +55,7 @@ def _check_growth(height: int, width: int, steps: int, scale: int) -> None:
     h, w = height, width
     for step in range(1, steps + 1):
         h, w = h * scale, w * scale
-        if h >= 2**31 or w >= 2**31 or h * w >= 2**32:
+        if not countable(h, w):
             raise ValueError(
                 f"steps must give fewer than 2^32 cells, got {steps} steps of {scale} from {height} x {width}: "
                 f"step {step} has {h} x {w}"

@@ -10,6 +10,11 @@ from . import _checks as check
 from .uncertain_points import check_class_index, uncertain_points
 
 
+def countable(height: int, width: int) -> bool:
+    """Whether an upsampled map has sides below 2^31 and fewer than 2^32 cells."""
+    return height < 2**31 and width < 2**31 and height * width < 2**32
+
+
 def check_subdivide(logits: Tensor, num_points: int, class_index: Tensor | None, scale_factor: int) -> None:
     check.logits(logits)
     check.num_points(num_points)
@@ -17,7 +22,7 @@ def check_subdivide(logits: Tensor, num_points: int, class_index: Tensor | None,
     if scale_factor < 1:
         raise ValueError(f"scale_factor must be at least 1, got {scale_factor}")
     height, width = logits.shape[2] * scale_factor, logits.shape[3] * scale_factor
-    if scale_factor >= 2**31 or height >= 2**31 or width >= 2**31 or height * width >= 2**32:
+    if scale_factor >= 2**31 or not countable(height, width):
         raise ValueError(
             f"scale_factor must give fewer than 2^32 cells, got {scale_factor} for shape {check.shape_of(logits)}"
         )
