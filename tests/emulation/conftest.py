@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -14,22 +12,15 @@ _LOADED: list[build.Emulated] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the sanitizers, which are slow, float16 stands for the same case in bfloat16 (one template, one size), and
-    of many cases of one test a tenth is run, chosen by their names. ``RENDSEG_SANITIZE_ALL=1`` runs every one.
-    """
-    if not build.SANITIZE or os.environ.get("RENDSEG_SANITIZE_ALL") == "1":
+    """Under the sanitizers, which are slow, float16 stands for the same case in bfloat16: one template, one size."""
+    if not build.SANITIZE:
         return
     names = {item.nodeid for item in items}
-    kept: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if "bfloat16" not in item.nodeid or item.nodeid.replace("bfloat16", "float16") not in names:
-            kept.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    chosen = set()
-    for cases in kept.values():
-        cases.sort(key=lambda item: zlib.crc32(item.nodeid.rpartition("::")[2].encode()))
-        chosen |= {item.nodeid for item in cases[: max(4, -(-len(cases) // 10))]}
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
-    items[:] = [item for item in items if item.nodeid in chosen]
+    twice = [
+        item for item in items if "bfloat16" in item.nodeid and item.nodeid.replace("bfloat16", "float16") in names
+    ]
+    config.hook.pytest_deselected(items=twice)
+    items[:] = [item for item in items if item not in twice]
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Every test of this folder once more under AddressSanitizer and UndefinedBehaviorSanitizer, in other processes."""
+"""Every test of this folder once more under AddressSanitizer and UndefinedBehaviorSanitizer, in other processes.
+
+The build and the runs take over ten minutes, so only with ``RENDSEG_SANITIZE_KERNELS=1``, which ``make sanitize`` sets.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ PARTS = 3  # processes, since each loads torch under the sanitizers before its f
 @pytest.mark.slow
 @pytest.mark.skipif(bool(build.missing()), reason=f"no emulation: {build.missing()}")
 @pytest.mark.skipif(build.SANITIZE, reason="this is that process")
+@pytest.mark.skipif(os.environ.get("RENDSEG_SANITIZE_KERNELS") != "1", reason="only with RENDSEG_SANITIZE_KERNELS=1")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_kernel_under_the_sanitizers(part: int) -> None:
     files = FILES[part::PARTS]
