@@ -1,4 +1,4 @@
-# make venv | demo | test | bench | lint | format | docs | gpu-check | clean
+# make venv | demo | test | bench | lint | format | docs | gpu-check | versions | clean
 # Everything runs in .venv, which the first target sets up; VENV=path uses another environment's folder.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh
 	tests/emulation/*.h tests/emulation/*.cpp)
 BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help venv demo test bench lint format docs gpu-check clean
+.PHONY: help venv demo test bench lint format docs gpu-check versions clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -85,6 +85,10 @@ gpu-check: export OUT := $(OUT)
 gpu-check: export REHEARSE := $(REHEARSE)
 gpu-check:
 	@$(GPU_PY) tests/gpu/check.py
+
+# The table of docs/versions.md: an environment for each torch, in build/versions. ROWS="2.8 newest" does some of them.
+versions: $(VENV)/.installed
+	$(PY) tests/packaging/versions.py $(ROWS)
 
 clean:
 	rm -rf build dist cmake-build rendseg/*.so rendseg/_build_facts.py *.egg-info $(VENV)/.built

@@ -16,6 +16,7 @@ CXX, MAX_JOBS                   C++ compiler, and the number of parallel compile
 from __future__ import annotations
 
 import glob
+import importlib.metadata
 import importlib.util
 import logging
 import multiprocessing.connection
@@ -75,8 +76,28 @@ def load_toolchain() -> ModuleType:
 TOOLCHAIN = load_toolchain()
 
 
+def refuse_old_torch() -> None:
+    """Stops below the oldest torch, which pip would otherwise replace for everything else in the environment too.
+
+    Looks into the environment itself: in an isolated build torch cannot be imported, and is there all the same.
+    """
+    folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for torch in importlib.metadata.distributions(name="torch", path=folders):
+        if TOOLCHAIN.too_old(torch.version):
+            minimum = f"torch {TOOLCHAIN.MIN_TORCH} or later is needed, and torch {torch.version} is installed"
+            remedy = f"pip install -U 'torch>={TOOLCHAIN.MIN_TORCH}' torchvision, or another environment"
+            sys.exit(f"rendseg: {minimum}. Remedy: {remedy}; then run the same command again")
+        return
+
+
 class CannotBuild(Exception):
     """The extension (or its CUDA part) cannot be built; the message is the cause."""
+
+    def __init__(
+        self, cause: str, remedy: str = "install a C++20 compiler (GCC 11 or later) and run the same command again"
+    ) -> None:
+        super().__init__(cause)
+        self.remedy = remedy
 
 
 # --- what is here -----------------------------------------------------------------------------------------------------
@@ -189,24 +210,26 @@ class Plan:
             "CUDA_VERSION": "",
             "CUDA_ARCHS": "",
         }
+        if self.command or "dist_info" in sys.argv[1:]:  # pip asks for that first, and then fetches the packages
+            refuse_old_torch()
         if not self.command:  # sdist, egg_info, --version: nothing is compiled
             return
         try:
             self._prepare()
         except CannotBuild as cause:
             self.facts["REASON"] = str(cause)
-            self.failed(str(cause), "install a C++20 compiler (GCC 11 or later) and run the same command again")
+            self.failed(str(cause), cause.remedy)
         self._print()
 
     def _prepare(self) -> None:
         if flag("RENDSEG_NO_EXTENSION"):
-            raise CannotBuild("RENDSEG_NO_EXTENSION=1 was set for the build")
+            raise CannotBuild("RENDSEG_NO_EXTENSION=1 was set for the build", "build without that setting")
         try:
             import torch
         except ImportError as error:
             raise CannotBuild(
-                f"torch cannot be imported by the build ({error}); build with "
-                "`pip install --no-build-isolation .` where torch is installed"
+                f"torch cannot be imported by the build ({error})",
+                f"where torch is installed, run {TOOLCHAIN.INSTALL}",
             ) from error
         self.facts["TORCH_VERSION"] = torch.__version__
         cxx, version = find_compiler()

@@ -5,7 +5,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
-#include <c10/util/safe_numerics.h>
 
 #include <cstdint>
 #include <optional>
@@ -47,10 +46,11 @@ inline void check_logits(const at::Tensor& logits, const char* name = "logits") 
 
 // The channels of all maps together. Views that repeat one channel can have more than fit into an integer.
 inline int64_t total_channels(at::TensorList maps, const char* name) {
+  constexpr int64_t limit = int64_t{1} << 62;
   int64_t channels = 0;
   for (const at::Tensor& map : maps) {
-    TORCH_CHECK_VALUE(!c10::add_overflows(channels, map.size(1), &channels) && channels < (int64_t{1} << 62), name,
-                      " must have fewer than 2^62 channels in all");
+    TORCH_CHECK_VALUE(map.size(1) < limit - channels, name, " must have fewer than 2^62 channels in all");
+    channels += map.size(1);
   }
   return channels;
 }

@@ -8,7 +8,9 @@ change what a kernel takes; what is compiled are the launches of these calls.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -25,6 +27,7 @@ from typing import Any
 
 import triton
 from triton import knobs
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -52,7 +55,23 @@ class CompileCase:
         """Options, signature, constants and attributes, as Triton makes them at a launch."""
         kernel, backend = self.kernel, make_backend(TARGETS[target])
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        return kernel._pack_args(backend, self.options, *bind(*self.arguments, **self.options))
+        pack = getattr(kernel, "_pack_args", functools.partial(_pack_arguments, kernel))
+        return pack(backend, self.options, *bind(*self.arguments, **self.options))
+
+
+def _pack_arguments(kernel: Any, backend: Any, options: Any, bound: Any, types: Any, _: Any) -> tuple[Any, ...]:
+    """``JITFunction._pack_args`` for Triton 3.4, where it is a part of the launch."""
+    kinds = [kind for kind, _ in types]
+    marks = ["" if kind == "constexpr" else mark for kind, mark in types]
+    values = list(bound.values())
+    constants = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+    marked = find_paths_if(marks, lambda _, mark: isinstance(mark, str))
+    return (
+        backend.parse_options(options),
+        {parameter.name: kind for parameter, kind in zip(kernel.params, kinds, strict=True)},
+        {path: get_iterable_path(values, path) for path in constants},
+        {path: backend.parse_attr(get_iterable_path(marks, path)) for path in marked},
+    )
 
 
 @dataclass(frozen=True)
@@ -95,14 +114,16 @@ def _read_cubin(kernel: Any, target: str) -> tuple[int, int, int]:
         registers, stack, local = (int(number) for number in found.groups())
         if not stack and not local:
             return registers, 0, 0
-        from triton.backends.nvidia.compiler import get_ptxas  # a Triton for AMD alone may lack it
+        # A Triton for AMD alone may lack it.
+        from triton.backends.nvidia import compiler as nvidia
 
         # A stack is no spill yet: the arguments of a failed assert lie there. The assembler tells the two apart.
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])
         arch = re.search(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.M)
         fused = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
-        ptxas = get_ptxas(int(TARGETS[target].arch)).path
+        asks_arch = bool(inspect.signature(nvidia.get_ptxas).parameters)  # not in older Triton
+        ptxas = nvidia.get_ptxas(*[int(TARGETS[target].arch)] * asks_arch).path
         log = _run(ptxas, "-v", *fused, f"--gpu-name={arch[1] if arch else target}", str(ptx), "-o", str(cubin))
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
         if not spilled:

@@ -249,7 +249,9 @@ def _precision(arch: str, dtype: torch.dtype) -> str:
     """How products of float32 are made: in tf32 only where PyTorch lets the convolutions of a head that is called."""
     if dtype != torch.float32 or not has_tf32(arch):
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+    cudnn: Any = torch.backends.cudnn
+    allowed = cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32  # PyTorch 2.8
+    return "tf32" if allowed else "tf32x3"
 
 
 def _launch(

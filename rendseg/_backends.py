@@ -6,8 +6,11 @@ The choice is one process-wide setting (not per thread), so that ``torch.compile
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +109,19 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def triton_wanted() -> str:
+    """What torch asks pip for, as ``"triton==3.8.0"``; ``"triton"`` if it asks for none, as builds for the CPU do."""
+    try:
+        requirements = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    for requirement in requirements:
+        found = re.match(r"([\w-]*triton[\w-]*)\s*\(?\s*(==\s*[\w.+]+)", requirement)
+        if found:
+            return found[1] + found[2].replace(" ", "")
+    return "triton"
+
+
 def interpreted() -> bool:
     """Whether Triton will interpret its kernels on the CPU. The variable must be set before Python starts."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -116,7 +132,8 @@ def _triton() -> BackendStatus:
         cause = "this installation of rendseg holds no Triton kernels"
         return BackendStatus("triton", False, (), cause, "install rendseg again")
     if not triton_installed():
-        return BackendStatus("triton", False, (), "the package triton is not installed", "pip install triton")
+        cause = "the package triton is not installed"
+        return BackendStatus("triton", False, (), cause, f'pip install "{triton_wanted()}"')
     devices: tuple[str, ...] = ("cpu",) if interpreted() else ()
     if torch.cuda.is_available():
         devices += ("cuda",)
@@ -144,6 +161,17 @@ def serving(op: str, device_type: str) -> str:
     if chosen == "cpp":
         return ""
     return "triton" if device_type == "cuda" and triton_installed() and op in triton_ops() else "reference"
+
+
+def warn_of_reference(device_type: str) -> None:
+    """Warns once, at the first call that the reference serves on a CPU or GPU that could have had compiled kernels."""
+    if sys.platform != "linux" or device_type not in KEYS:
+        return
+    cause, remedy = _extension.CAUSE, _extension.REMEDY
+    if _extension.LOADED and device_type == "cuda":
+        cause, remedy = cuda_missing()
+    if cause and "RENDSEG_" not in cause:  # such a setting was made on purpose
+        _extension.warn_once(cause, remedy)
 
 
 class _Backends(Mapping[str, BackendStatus]):

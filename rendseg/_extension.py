@@ -6,17 +6,21 @@ first call that asks for the C++ kernels by name.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import torch  # the extension links against libtorch, which this import loads
 
-BUILD = "`python setup.py build_ext --inplace` in a checkout, or `pip install --no-build-isolation .`"
+from . import _toolchain
+
+BUILD = f"`python setup.py build_ext --inplace` in a checkout, or `{_toolchain.INSTALL}`"
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -46,7 +50,8 @@ def _absent(folder: Path) -> tuple[str, str]:
     if "NO_EXTENSION" in reason:
         return f"the extension rendseg._C was left out: {reason}", f"build it without that setting: {BUILD}"
     if "torch cannot be imported" in reason:
-        return f"the extension rendseg._C was not built: {reason}", "pip install --no-build-isolation ."
+        remedy = f"in the folder of the sources, run {_toolchain.INSTALL}"
+        return f"the extension rendseg._C was not built: {reason}", remedy
     cause = "the extension rendseg._C is not built" + (f": {reason}" if reason else "")
     return cause, f"install a C++20 compiler (GCC 11 or later) and run {BUILD}"
 
@@ -75,6 +80,17 @@ def _explain(error: Exception, built: str, running: str) -> tuple[str, str]:
     return f"rendseg._C does not load{other}: {text}", rebuild
 
 
+@functools.cache
+def warn_once(cause: str, remedy: str) -> None:
+    """Says, once in a process, that the compiled kernels are not used."""
+    warnings.warn(
+        f"the operators run without the compiled kernels, which is slower: {cause}. Remedy: {remedy}. "
+        "RENDSEG_DISABLE_EXTENSION=1 silences this",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def _load() -> tuple[ModuleType | None, str, str]:
     """Return ``(module, cause, remedy)``; cause and remedy are empty when the module loaded."""
     if os.environ.get("RENDSEG_DISABLE_EXTENSION", "") not in ("", "0"):
@@ -85,11 +101,10 @@ def _load() -> tuple[ModuleType | None, str, str]:
     built = str(getattr(facts(), "TORCH_VERSION", ""))
     if built and _release(built) != _release(torch.__version__):
         # Not tried: a library of another release may crash the process instead of raising.
-        return (
-            None,
-            f"rendseg._C was built for torch {built}, running {torch.__version__}: the binary interfaces differ",
-            f"rebuild it against the installed torch: {BUILD}",
-        )
+        cause = f"rendseg._C was built for torch {built}, running {torch.__version__}: the binary interfaces differ"
+        remedy = f"rebuild it against the installed torch: {BUILD}"
+        warn_once(cause, remedy)
+        return None, cause, remedy
     try:
         return importlib.import_module("rendseg._C"), "", ""
     except Exception as error:  # ImportError, OSError, or a schema clash reported by libtorch

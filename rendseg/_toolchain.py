@@ -10,6 +10,16 @@ import subprocess
 from pathlib import Path
 
 CXX_NAMES = ("c++", "g++", "clang++")
+# pyproject.toml repeats it. docs/versions.md shows with which versions the tests were run.
+MIN_TORCH = "2.8"
+# In every remedy: pip keeps a wheel that it built without the extension, and would install that one again.
+INSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ."
+
+
+def too_old(torch_version: str) -> bool:
+    """Whether this torch is older than :data:`MIN_TORCH`; what cannot be read counts as new enough."""
+    found = re.match(r"(\d+)\.(\d+)", torch_version)
+    return bool(found) and tuple(map(int, found.groups())) < tuple(map(int, MIN_TORCH.split(".")))
 
 
 def output_of(command: list[str]) -> str:

@@ -54,6 +54,24 @@ def _toolkit() -> str:
     return f"{_toolchain.nvcc_release(home) or 'nvcc does not run'} at {home}"
 
 
+def _torch() -> str:
+    text = f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})"
+    if _toolchain.too_old(torch.__version__):
+        minimum = _toolchain.MIN_TORCH
+        text += f": too old, rendseg needs {minimum} or later; remedy: pip install -U 'torch>={minimum}' torchvision"
+    return text
+
+
+def _triton() -> str:
+    wanted = _backends.triton_wanted()
+    name, _, version = wanted.partition("==")
+    here = _version(name) or _version("triton")
+    if not here:
+        return f'not installed; remedy: pip install "{wanted}"'
+    other = version not in ("", here)
+    return here + (f', but torch wants another; remedy: pip install "{wanted}"' if other else "")
+
+
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
@@ -76,8 +94,8 @@ def _versions() -> list[str]:
                 ("rendseg", f"{__version__} ({Path(__file__).resolve().parent})"),
                 ("python", f"{platform.python_version()} ({sys.executable})"),
                 ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-                ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})"),
-                ("triton", _version("triton") or "not installed"),
+                ("torch", _torch()),
+                ("triton", _triton()),
                 ("compiler", _compiler()),
                 ("CUDA toolkit", _toolkit()),
                 ("GPU", _gpus()),
@@ -132,7 +150,7 @@ def _table() -> list[str]:
     """Operator by backend. Private operators are gradients and steps of the public ones."""
     from .ops.schemas import SCHEMAS
 
-    triton = _backends.triton_ops()
+    triton = _backends.triton_ops() if _backends.triton_installed() else {}
     header = ("operator", "cpp cpu", "cpp cuda", "triton", "reference", "on a GPU")
     rows = []
     for schema in SCHEMAS:

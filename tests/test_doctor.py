@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from rendseg import _extension, _toolchain, doctor
+from rendseg import _backends, _extension, _toolchain, doctor
 from rendseg.ops.schemas import SCHEMAS
 from tests.limits import TIMEOUT
 
@@ -61,6 +64,32 @@ def test_missing_compiler_is_named(tmp_path: Path) -> None:
     assert f"CXX={tmp_path / 'no-such-compiler'}: not on PATH" in done.stdout, done.stderr
 
 
+def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    assert "rendseg needs 2.8 or later; remedy: pip install -U 'torch>=2.8'" in doctor.report()
+    for version in ("2.8.0", "2.10.0a0+git1234", "3.0", "unknown"):
+        assert not _toolchain.too_old(version)
+
+
+def test_triton_that_torch_does_not_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["filelock", 'triton==3.8.0; platform_system == "Linux"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for here, says in [
+        ("", 'not installed; remedy: pip install "triton==3.8.0"'),
+        ("3.6.0", '3.6.0, but torch wants another; remedy: pip install "triton==3.8.0"'),
+        ("3.8.0", "3.8.0\n"),
+    ]:
+        monkeypatch.setattr(doctor, "_version", lambda name, here=here: here)
+        report = doctor.report()
+        assert f"triton        {says}" in report
+    assert 'pip install "triton==3.8.0"' in _backends.backends["triton"].remedy
+    column = report[report.index("operator ") :].splitlines()[1 : len(SCHEMAS) + 1]
+    assert {row.split()[3] for row in column} == {"-"}, "what is not installed has no kernels"
+    wanted[1:] = []
+    assert _backends.triton_wanted() == "triton", "a torch for the CPU asks for none"
+
+
 # --- why an extension does not load -----------------------------------------------------------------------------------
 
 
@@ -93,26 +122,38 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-WHY = "import rendseg; s = rendseg.backends['cpp']; print(s.usable); print(s.cause); print(s.remedy)"
+WHY = """
+import rendseg
+s = rendseg.backends["cpp"]
+print(s.usable, s.cause, s.remedy, sep="\\n")
+import sys, torch, rendseg.ops
+sys.stderr.write("before the calls\\n")
+for logits in torch.zeros(2, 1, 2, 3, 3):
+    print(rendseg.ops.uncertain_points(logits, 4)[0].tolist())
+"""
 
 
-def why(package: Path) -> tuple[str, str]:
+def why(package: Path, warns: str = "at the first call") -> tuple[str, str]:
+    """Cause and remedy of the backend; the calls work, and there is one warning that says both, or none."""
     done = run(WHY, cwd=package)
     assert done.returncode == 0, done.stderr
-    usable, cause, remedy = done.stdout.splitlines()
-    assert usable == "False"
+    usable, cause, remedy, *points = done.stdout.splitlines()
+    assert usable == "False" and points == ["[[0, 1, 2, 3]]"] * 2
+    at_import, at_call = (said.count(f"{cause}. Remedy: {remedy}") for said in done.stderr.split("before the calls"))
+    assert (at_import, at_call) == {"at import": (1, 0), "at the first call": (0, 1), "never": (0, 0)}[warns]
     return cause, remedy
 
 
 def test_not_built(package: Path) -> None:
     cause, remedy = why(package)
     assert "not built" in cause and "C++20 compiler" in remedy
+    assert "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ." in remedy
 
 
 def test_left_out_on_purpose(package: Path) -> None:
     facts = 'EXTENSION = False\nREASON = "RENDSEG_NO_EXTENSION=1 was set for the build"\nTORCH_VERSION = ""\n'
     (package / "rendseg" / "_build_facts.py").write_text(facts)
-    cause, remedy = why(package)
+    cause, remedy = why(package, warns="never")
     assert "RENDSEG_NO_EXTENSION=1" in cause and "without that setting" in remedy
 
 
@@ -125,8 +166,8 @@ def test_built_for_another_python(package: Path) -> None:
 def test_built_for_another_torch(package: Path) -> None:
     (package / "rendseg" / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     (package / "rendseg" / "_build_facts.py").write_text('EXTENSION = True\nREASON = ""\nTORCH_VERSION = "2.3.1+cpu"\n')
-    cause, remedy = why(package)
-    assert "built for torch 2.3.1+cpu" in cause and "rebuild" in remedy
+    cause, remedy = why(package, warns="at import")
+    assert f"built for torch 2.3.1+cpu, running {torch.__version__}" in cause and "rebuild" in remedy
 
 
 def test_damaged_library(package: Path) -> None:

@@ -28,8 +28,13 @@ namespace rendseg {
 namespace {
 
 // The flag that governs torch.nn.Conv1d, of which stock heads are made. Asked with the name of the operation it neither
-// warns nor minds which of PyTorch's two interfaces set it.
-bool head_may_use_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+// warns nor minds which of PyTorch's two interfaces set it; PyTorch 2.8 has one interface, and no name.
+template <typename Operation>
+bool ask_for_convolutions(bool (at::Context::*flag)(Operation) const) {
+  return (at::globalContext().*flag)(Operation::value_type::CONV);
+}
+[[maybe_unused]] bool ask_for_convolutions(bool (at::Context::*flag)() const) { return (at::globalContext().*flag)(); }
+bool head_may_use_tf32() { return ask_for_convolutions(&at::Context::allowTF32CuDNN); }
 
 // map[N,C,H,W]; `width` channels fill 16 bytes of a row.
 RefineMap refine_map(const at::Tensor& map, int64_t width) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,16 @@ def _layers(dtype: torch.dtype, classes: int, labels: bool, precision: str) -> N
     out: Tensor = meta(2, classes, 128, 256, dtype=dtype)
     if labels:
         out = meta(2, 128, 256, dtype=torch.uint8)
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    cudnn: Any = torch.backends.cudnn
+    flag: tuple[Any, str, Any] = (cudnn, "allow_tf32", precision == "tf32")  # PyTorch 2.8
+    if hasattr(cudnn, "conv"):
+        flag = (cudnn.conv, "fp32_precision", precision)
+    owner, name, value = flag
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         head = _Head(HeadLayers(weights, biases, coarse_each_layer=True, coarse_first=False), classes)
         points = [meta(2, channels, 2048, dtype=dtype) for channels in (256, classes)]
         head(*points, meta(2, 2048, dtype=torch.int64), out)
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        setattr(owner, name, before)

@@ -49,7 +49,7 @@ def register(
     ``setup_context`` are those of PyTorch's ``register_autograd``.
     """
     reference, fake = with_defaults(name, reference), with_defaults(name, fake)
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _announced(reference), "CompositeExplicitAutograd")
     register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         register_autograd(f"rendseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
@@ -60,6 +60,18 @@ def register(
         _LIBRARY.impl(name, _triton.or_reference(name, reference), "CUDA")
         _backends.FALLBACKS.add((name, "CUDA"))
         _FALLBACK.add((name, "cuda"))
+
+
+def _announced(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """``reference``, with a warning at the first call if kernels could have been built."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        tensor = _triton.first_tensor(args)
+        if tensor is not None:
+            _backends.warn_of_reference(tensor.device.type)
+        return reference(*args, **kwargs)
+
+    return kernel
 
 
 def impl(name: str, function: Callable[..., Any], key: str) -> None:

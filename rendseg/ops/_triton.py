@@ -82,9 +82,15 @@ def _warn(cause: str) -> None:
     )
 
 
+def first_tensor(args: Sequence[Any]) -> Tensor | None:
+    """The tensor whose device is that of the call."""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    return first if isinstance(first, Tensor) else None
+
+
 def _device_of(args: Sequence[Any]) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
-    if isinstance(first, Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+    first = first_tensor(args)
+    if first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
         return torch.cuda.device(first.device)
     return nullcontext()

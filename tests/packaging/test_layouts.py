@@ -5,6 +5,7 @@ Most layouts are built as pure Python (RENDSEG_NO_EXTENSION=1), which takes seco
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rendseg import _toolchain
 from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +126,7 @@ def test_pure_wheel(wheel: Path, tmp_path: Path) -> None:
     assert top == {"rendseg", next(t for t in top if t.endswith(".dist-info"))}, "only the package is shipped"
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
     assert any(name.endswith("/LICENSE") for name in names)
-    assert "Requires-Dist: torch>=2.11" in metadata
+    assert f"Requires-Dist: torch>={_toolchain.MIN_TORCH}" in metadata
     target = install(wheel, tmp_path / "site")
     check(target, tmp_path, target)
 
@@ -194,6 +196,28 @@ def test_without_a_compiler_it_installs_and_says_so(checkout: Path, tmp_path: Pa
     assert "CXX=/nowhere/c++" in said and "install a C++20 compiler" in said
     program = "import torch, rendseg.ops; print(rendseg.ops.uncertain_points(torch.zeros(1, 2, 3, 3), 4)[0].tolist())"
     assert run([sys.executable, "-c", program], tmp_path, PYTHONPATH=str(target)).strip() == "[[0, 1, 2, 3]]"
+
+
+@pytest.mark.parametrize("command,isolated", [("dist_info", True), ("bdist_wheel", True), ("build_ext", False)])
+def test_an_old_torch_stops_the_build(checkout: Path, tmp_path: Path, command: str, isolated: bool) -> None:
+    """Before pip fetches another: it asks for dist_info first. An isolated build does not see what is installed."""
+    run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], tmp_path)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "torch-2.7.1.dist-info").mkdir()
+    (site / "torch-2.7.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.7.1\n")
+    hides = f"import sys; sys.path.remove({str(site)!r})\n" if isolated else ""
+    (tmp_path / "sitecustomize.py").write_text(hides)
+    tools = tmp_path / "tools"  # setuptools alone, not the torch beside it
+    tools.mkdir()
+    for name in ("setuptools", "_distutils_hack", "wheel"):
+        folder = Path(importlib.import_module(name).__file__ or "").parent
+        for path in (folder, *folder.parent.glob(f"{name}-*.dist-info")):
+            (tools / path.name).symlink_to(path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    said = run([python, "setup.py", command], checkout, expect=1, PYTHONPATH=f"{tmp_path}:{tools}")
+    said = said.strip().splitlines()[-1]
+    assert said.startswith(f"rendseg: torch {_toolchain.MIN_TORCH} or later is needed, and torch 2.7.1 is installed")
+    assert f"pip install -U 'torch>={_toolchain.MIN_TORCH}'" in said
 
 
 def test_asked_for_by_name_it_fails_with_the_cause(checkout: Path) -> None:
