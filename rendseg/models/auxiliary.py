@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,57 +48,51 @@ class AuxiliaryHeads(nn.ModuleList):
         self.options = tuple(options)
         self.strides = [strides[head.level] for head in options]
 
-    def losses(
-        self,
-        maps: Mapping[str, Tensor],
-        labels: Tensor,
-        *,
-        at: str = "image",
-        align_corners: bool = False,
-        class_weights: Tensor | None = None,
-        ignore_index: int = 255,
-        mean: str = "valid",
-        normalize: str = "process",
-    ) -> dict[str, Tensor]:
-        """``loss_aux_<level>`` of every head, weighted; ``labels [N, H, W]`` of the padded image.
-
-        ``at="image"`` upsamples the logits by the stride of their map and crops them to the labels, ``"coarse"`` takes
-        the labels at the centres of the map's cells.
-        """
+    def losses(self, maps: Mapping[str, Tensor], labels: Tensor, at: Placing, **shared: Any) -> dict[str, Tensor]:
+        """``loss_aux_<level>`` of every head, weighted; ``labels [N, H, W]`` of the padded image, ``shared`` as in
+        ``loss_term``."""
         losses: dict[str, Tensor] = {}
         for head, options, stride in zip(self, self.options, self.strides, strict=True):
-            logits = head(maps[options.level])
-            if at == "image":
-                logits, targets = enlarge(logits, stride, align_corners), labels
-                logits = logits[..., : labels.shape[1], : labels.shape[2]]
-            else:
-                targets = labels_at_cells(labels, stride, ignore_index)
-            losses |= weighted_terms(
-                f"loss_aux_{options.level}",
-                options.weight,
-                options.terms,
-                logits,
-                targets,
-                class_weights=class_weights,
-                ignore_index=ignore_index,
-                mean=mean,
-                normalize=normalize,
-            )
+            logits, targets = at.together(head(maps[options.level]), labels, stride)
+            name = f"loss_aux_{options.level}"
+            losses |= weighted_terms(name, options.weight, options.terms, logits, targets, **shared)
         return losses
 
 
-def enlarge(logits: Tensor, factor: int, align_corners: bool) -> Tensor:
-    """Bilinear upsampling; half logits are widened to float32 first, and come in the layout that losses read."""
-    logits = widened(logits).contiguous()
-    if factor == 1:
-        return logits
-    size = (logits.shape[2] * factor, logits.shape[3] * factor)
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
+class Placing(NamedTuple):
+    """How logits of a map of a stride and labels of the image are laid over each other."""
+
+    at: str = "image"
+    """``image`` enlarges the logits, ``coarse`` takes the labels at the centres of the map's cells."""
+    align_corners: bool = False
+    resize: bool = False
+    """The map has the extent of the image, which was not padded; else it may reach beyond it."""
+    ignore_index: int = 255
+
+    def together(self, logits: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """Logits and labels of the same size."""
+        if self.at == "image":
+            return self.enlarge(logits, stride, (labels.shape[1], labels.shape[2])), labels
+        height, width = logits.shape[2:]
+        if not self.resize:
+            pad = (0, width * stride - labels.shape[2], 0, height * stride - labels.shape[1])
+            labels = F.pad(labels, pad, value=self.ignore_index)
+        return logits, labels_at_cells(labels, (height, width))
+
+    def enlarge(self, logits: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+        """Logits of ``size`` (height, width), upsampled bilinearly by ``stride`` and cropped, or resized. Half logits
+        are widened to float32 first, and come in the layout that losses read."""
+        logits = widened(logits).contiguous()
+        full = size if self.resize else (logits.shape[2] * stride, logits.shape[3] * stride)
+        if full != (logits.shape[2], logits.shape[3]):
+            logits = F.interpolate(logits, size=full, mode="bilinear", align_corners=self.align_corners)
+        return logits[..., : size[0], : size[1]]
 
 
-def labels_at_cells(labels: Tensor, stride: int, ignore_index: int) -> Tensor:
-    """``[N, H, W]`` -> ``[N, ceil(H / stride), ceil(W / stride)]``: the labels at the centres of cells."""
-    pad = (0, -labels.shape[2] % stride, 0, -labels.shape[1] % stride)
-    if any(pad):
-        labels = F.pad(labels, pad, value=ignore_index)
-    return labels[:, stride // 2 :: stride, stride // 2 :: stride]
+def labels_at_cells(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[N, H, W]`` -> ``[N, *size]``: the labels at the centres of the cells of a grid over the image."""
+    rows, columns = (
+        (2 * torch.arange(cells, device=labels.device) + 1) * pixels // (2 * cells)
+        for cells, pixels in zip(size, labels.shape[1:], strict=True)
+    )
+    return labels[:, rows[:, None], columns]

@@ -40,6 +40,9 @@ class Backbone(nn.Module):
     of attention fit, it is the ``size_divisor``; ``fixed``: ``net`` takes images of that very size alone, and
     ``forward`` raises ``ValueError`` for others.
 
+    ``any_size``: ``net`` takes every size of images, so that they need not be padded. ``output_norm``: every map goes
+    through a ``LayerNorm`` of its own, ``output_norms.0`` .., as Swin and ConvNeXt do in mmsegmentation.
+
     ``branched``: some parameters serve only some of the maps (HRNet). In training every parameter then receives a
     gradient, of zeros where its map is not used, so that DDP does not wait for it.
     """
@@ -54,6 +57,7 @@ class Backbone(nn.Module):
         branched: bool = False,
         native: int | None = None,
         name: str = "",
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
@@ -65,6 +69,13 @@ class Backbone(nn.Module):
         self.channels = list(channels)
         self.strides = list(strides)
         self.names = [f"c{5 - len(channels) + 1 + i}" for i in range(len(channels))]
+        self.output_norms: nn.ModuleList | None = None
+        if output_norm:
+            eps = next((m.eps for m in net.modules() if isinstance(m, nn.LayerNorm)), None)
+            if eps is None:
+                raise ValueError(f"backbone.output_norm is for networks with layer norms, which {name!r} is not")
+            self.output_norms = nn.ModuleList(nn.LayerNorm(c, eps) for c in channels)
+        self.any_size = False
         self.size_divisor = self._find_divisor(native)
 
     @property
@@ -81,8 +92,9 @@ class Backbone(nn.Module):
     def _find_divisor(self, native: int | None) -> int:
         """1 when every stage rounds its size up (as ResNets do), otherwise the largest stride, or ``native``."""
         largest = max(self.strides)
-        if maps := self._tried(largest + 5, largest + 3 + largest // 2):  # odd: patches must not drop pixels either
-            height, width = largest + 5, largest + 3 + largest // 2
+        height, width = largest + 5, largest + 3 + largest // 2  # odd: patches must not drop pixels either
+        if maps := self._tried(height, width):
+            self.any_size = True
             exact = (
                 tuple(m.shape[2:]) == (-(-height // s), -(-width // s)) for m, s in zip(maps, self.strides, strict=True)
             )
@@ -96,6 +108,9 @@ class Backbone(nn.Module):
                 f"stride {largest}): choose another backbone.name"
             )
         return native
+
+    def takes_odd_sizes(self) -> bool:
+        return bool(self._tried(max(self.strides) + 5, max(self.strides) + 3))
 
     def _tried(self, height: int, width: int) -> list[Tensor]:
         """The maps of an image of this size; none where ``net`` does not take it."""
@@ -124,7 +139,10 @@ class Backbone(nn.Module):
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         maps = list(self.net(images))
-        return [m.permute(0, 3, 1, 2) for m in maps] if self.nhwc else maps
+        if self.output_norms is not None:
+            maps = [m if self.nhwc else m.permute(0, 2, 3, 1) for m in maps]
+            maps = [norm(m) for norm, m in zip(self.output_norms, maps, strict=True)]
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.nhwc or self.output_norms is not None else maps
 
 
 class _Together(torch.autograd.Function):
@@ -149,6 +167,8 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
     """
     import timm  # two seconds of imports: only when a model is built
     from timm.models import is_model_in_modules
+
+    from .backbone_switches import apply_switches, fill_up_patches
 
     options = read(BackboneOptions, changes, "backbone", options)
     if options.pretrained and options.checkpoint is not None:
@@ -208,7 +228,7 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
             f"backbone {options.name!r} has output stride {max(strides)}, not {options.output_stride}: "
             f"set backbone.output_stride to {max(strides)}"
         )
-    _set_dilation(net, options)
+    apply_switches(net, options)
     if options.freeze_norm:
         from timm.layers import freeze_batch_norm_2d
 
@@ -223,7 +243,10 @@ def create_backbone(options: BackboneOptions | None = None, *, channels_last: bo
         branched=branched,
         native=None if made_for is None else max(made_for.input_size[1:]),
         name=options.name,
+        output_norm=bool(options.output_norm),
     )
+    fill_up_patches(net)
+    backbone.any_size = backbone.any_size or backbone.takes_odd_sizes()
     return to_channels_last(backbone) if channels_last else backbone
 
 
@@ -243,27 +266,6 @@ def strided_points(module: nn.Module) -> list[nn.Conv2d]:
     CPU, PyTorch writes out of bounds where these get channels_last."""
     layers = (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.in_channels <= 4)
     return [m for m in layers if m.kernel_size == (1, 1) and max(m.stride) > 1]
-
-
-def _set_dilation(net: nn.Module, options: BackboneOptions) -> None:
-    """Apply ``first_dilation`` and ``dilated_shortcut_pool`` to a network of timm's ResNet blocks."""
-    if options.first_dilation == "previous" and options.dilated_shortcut_pool:
-        return
-    from timm.models.resnet import BasicBlock, Bottleneck
-
-    blocks: list[Any] = [m for m in net.modules() if isinstance(m, (BasicBlock, Bottleneck))]
-    if not blocks:
-        raise ValueError(
-            f"backbone.first_dilation and backbone.dilated_shortcut_pool apply to ResNets only, got {options.name!r}"
-        )
-    for block in blocks:
-        first = block.conv2 if isinstance(block, Bottleneck) else block.conv1
-        if options.first_dilation == "full" and first.dilation[0] != block.dilation:
-            first.dilation = first.padding = (block.dilation, block.dilation)
-        if not options.dilated_shortcut_pool and block.downsample is not None:
-            pool = block.downsample[0]
-            if isinstance(pool, nn.AvgPool2d) and pool.stride in (1, (1, 1)):
-                block.downsample[0] = nn.Identity()
 
 
 def load_backbone_weights(net: nn.Module, path: str) -> None:

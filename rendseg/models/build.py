@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from .backbones import create_backbone
 from .parse import ModelOptions, parse_options
 from .pointrend import PointRend
@@ -27,15 +29,20 @@ def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> S
         "loss": options.loss,
         "auxiliary": options.auxiliary,
         "channels_last": options.channels_last,
+        "pad": options.pad,
     }
     if options.name == "segmenter":
         switches = options.pointrend
-        return kind(
-            backbone,
-            decoder,
-            align_corners=switches.upsample_align_corners,
-            coarse_loss_mean=switches.coarse_loss_mean,
-            coarse_loss_at=switches.coarse_loss_at,
-            **common,
-        )
-    return kind(backbone, decoder, options=options.pointrend, **common)
+        common |= {
+            "align_corners": switches.upsample_align_corners,
+            "coarse_loss_mean": switches.coarse_loss_mean,
+            "coarse_loss_at": switches.coarse_loss_at,
+        }
+    else:
+        common["options"] = options.pointrend
+    model = kind(backbone, decoder, **common)
+    if options.norm_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = options.norm_momentum
+    return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -36,12 +36,14 @@ class Decoder(nn.Module):
     A subclass sets ``num_classes``, ``stride`` (of the coarse logits), ``feature_channels`` and ``feature_strides`` (of
     the maps it adds to the backbone's, by name), and, where the decoder needs image sizes that are a multiple of
     something beyond its stride, ``size_divisor``. ``default_point_features`` names the maps of PointRend's fine
-    features where a configuration names none. All parameters take part in every training step, or DDP would wait.
+    features where a configuration names none. ``resizes`` is set by the model: maps of images that are not padded do
+    not fit together, and are resized to the exact size of the finest rather than cropped to it. All parameters take part in every training step, or DDP would wait.
     """
 
     num_classes: int
     stride: int
     size_divisor: int = 1
+    resizes: bool = False
     feature_channels: dict[str, int]
     feature_strides: dict[str, int]
     default_point_features: tuple[str, ...] = ("c2",)
@@ -58,10 +60,13 @@ class Decoder(nn.Module):
         """``features``: the backbone's maps by name."""
         raise NotImplementedError
 
-    def extra_losses(self, output: DecoderOutput, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+    def extra_losses(
+        self, output: DecoderOutput, labels: Tensor, ignore_index: int, **shared: Any
+    ) -> dict[str, Tensor]:
         """Losses of the decoder's own (auxiliary heads, semantic encoding), already weighted; none by default.
 
-        ``labels [N, H, W]`` int64 of the padded image. Each must be exactly 0, with a graph, when all labels are
+        ``labels [N, H, W]`` int64 of the padded image; ``shared``: ``class_weights``, ``mean`` and ``normalize``
+        of ``rendseg.models.losses``. Each must be exactly 0, with a graph, when all labels are
         ignored.
         """
         return {}

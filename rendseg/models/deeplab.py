@@ -181,7 +181,7 @@ class DeepLabV3Plus(Decoder):
     def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
         pyramid = self.aspp(features[self.level])
         low = self.low(features[self.low_level])
-        enlarged = upsample_to(pyramid, self.factor, (low.shape[2], low.shape[3]), self.mode)
+        enlarged = upsample_to(pyramid, self.factor, (low.shape[2], low.shape[3]), self.mode, self.resizes)
         x = self.convs(torch.cat((enlarged, low), 1))
         return DecoderOutput(self.classifier(self.dropout(x)), {"aspp": pyramid, "decoder": x}, {})
 

@@ -28,7 +28,9 @@ class ENCNetOptions(DecoderOptions):
     """Options of ``encnet``. ``None`` means: as ``preset`` says (see ``ENCNET_PRESETS``)."""
 
     name: str = "encnet"
-    preset: Literal["pytorch_encoding", "mmseg", "paddleseg"] = "mmseg"
+    preset: Literal["rendseg", "pytorch_encoding", "mmseg", "paddleseg"] = "rendseg"
+    """``rendseg`` has the layers of ``mmseg``. The others also decide ``model.pad``, unless ``pointrend.preset``
+    does."""
     level: str = "c5"
     """The backbone map of the 3x3 bottleneck."""
     channels: Count = 512
@@ -71,6 +73,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 ENCNET_PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
+        "rendseg": _DEFAULTS,
         "mmseg": _DEFAULTS,
         # The weight is that of its training command; its class has 0.4.
         "pytorch_encoding": {**_DEFAULTS, "aux_weight": 0.2, "dropout_channels": False, "align_corners": True},
@@ -157,20 +160,18 @@ class ENCNet(Decoder):
             extra["aux"] = features[self.aux_level]
         return DecoderOutput(self.classifier(self.dropout(x)), {"decoder": x}, extra)
 
-    def extra_losses(self, output: DecoderOutput, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+    def extra_losses(
+        self, output: DecoderOutput, labels: Tensor, ignore_index: int, **shared: Any
+    ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         if self.se_layer is not None:
             logits = self.se_layer(output.extra["encoding"])
             losses["loss_se"] = self.se_weight * se_loss(logits, labels, ignore_index)
         if self.aux_head is not None:
-            logits = self.aux_head(output.extra["aux"])
-            logits = upsample_to(
-                widened(logits),
-                self.aux_stride,
-                (labels.shape[1], labels.shape[2]),
-                "bilinear_aligned" if self.align_corners else "bilinear",
-            )
-            value = segmentation_loss(logits, labels, ignore_index=ignore_index)
+            logits = widened(self.aux_head(output.extra["aux"]))
+            size, mode = (labels.shape[1], labels.shape[2]), "bilinear_aligned" if self.align_corners else "bilinear"
+            logits = upsample_to(logits, self.aux_stride, size, mode, self.resizes)
+            value = segmentation_loss(logits, labels, ignore_index=ignore_index, **shared)
             losses["loss_aux_encnet"] = self.aux_weight * value
         return losses
 

@@ -81,7 +81,7 @@ class FCN(Decoder):
 
     def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
         height, width = features[self.finest].shape[2:]
-        maps = [upsample_to(features[n], f, (height, width), self.mode) for n, f in self.factors.items()]
+        maps = [upsample_to(features[n], f, (height, width), self.mode, self.resizes) for n, f in self.factors.items()]
         x = self.head.features(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
         return DecoderOutput(self.head.classifier(self.head.dropout(x)), {"decoder": x}, {})
 

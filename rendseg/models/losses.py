@@ -39,14 +39,16 @@ def segmentation_loss(
     """Cross-entropy.
 
     ``mean="valid"`` divides the (class-weighted) sum by the summed weights of the labels that are not ``ignore_index``;
-    ``mean="all"`` divides it by the number of labels, ignored ones included.
+    ``mean="all"`` divides it by the number of labels, ignored ones included. With class weights both divide by the
+    summed weights, as mmsegmentation does.
     """
     _option(mean, "mean", MEANS)
     logits, labels = widened(logits), labels.long()
     weights = None if class_weights is None else class_weights.to(logits.dtype)
     total = F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum")
     valid = labels != ignore_index
-    return _mean(total, valid if weights is None else weights[labels.masked_fill(~valid, 0)] * valid, mean, normalize)
+    every = None if weights is None else weights[_safe(labels, valid)] * valid
+    return _mean(total, valid if every is None else every, mean, normalize, every)
 
 
 def ohem_loss(
@@ -64,7 +66,7 @@ def ohem_loss(
     a probability below ``threshold``, and in any case the ``min_kept`` hardest of the batch (with all that tie with the
     last of them; fewer where fewer are valid).
 
-    ``mean="valid"`` divides by the (weighted) number of pixels kept. With ``normalize="global"`` the hardest are those
+    ``mean="valid"`` divides by the (weighted) number of pixels kept, ``"all"`` by that of all labels. With ``normalize="global"`` the hardest are those
     of all processes.
     """
     _option(mean, "mean", MEANS)
@@ -77,9 +79,9 @@ def ohem_loss(
             ranked = _gather(ranked, min_kept).topk(min_kept, sorted=False).values
         hardest = ranked.amin() if ranked.numel() else nll.new_zeros(())
         kept = valid & ((nll > -math.log(threshold)) | (nll >= hardest))
-        weights = kept.to(nll.dtype) if class_weights is None else class_weights.to(nll.dtype)[_safe(labels, kept)]
-        weights = torch.where(kept, weights, 0.0)
-    return _mean(torch.where(kept, weights * nll, 0.0).sum(), weights, mean, normalize)
+        every = None if class_weights is None else class_weights.to(nll.dtype)[_safe(labels, valid)] * valid
+        weights = kept.to(nll.dtype) if every is None else every * kept
+    return _mean(torch.where(kept, weights * nll, 0.0).sum(), weights, mean, normalize, every)
 
 
 def focal_loss(
@@ -112,7 +114,7 @@ def focal_loss(
         if len(alpha) != logits.shape[1]:
             raise ValueError(f"alpha must hold one factor per class ({logits.shape[1]}), got {len(alpha)}")
         losses = torch.tensor(alpha, dtype=nll.dtype).to(nll.device, non_blocking=True)[safe] * losses
-    return _mean(losses.sum(), weights, mean, normalize)
+    return _mean(losses.sum(), weights, mean, normalize, None if class_weights is None else weights)
 
 
 def dice_loss(
@@ -280,10 +282,14 @@ def _one_hot(labels: Tensor, valid: Tensor, classes: int) -> Tensor:
     return (labels.unsqueeze(1) == torch.arange(classes, device=labels.device).view(-1, 1)) & valid.unsqueeze(1)
 
 
-def _mean(total: Tensor, weights: Tensor, mean: str, normalize: str) -> Tensor:
-    """``total`` over the summed ``weights`` (``mean="valid"``) or their number (``"all"``)."""
+def _mean(total: Tensor, weights: Tensor, mean: str, normalize: str, every: Tensor | None) -> Tensor:
+    """``total`` over the summed ``weights`` of what is kept (``mean="valid"``), or over the number of all labels, whose
+    class weights ``every`` are summed up (``"all"``)."""
     _option(normalize, "normalize", NORMALIZE)
-    count = weights.sum().to(total.dtype) if mean == "valid" else total.new_full((), weights.numel())
+    if mean == "all" and every is None:
+        count = total.new_full((), weights.numel())
+    else:
+        count = (every if mean == "all" and every is not None else weights).sum().to(total.dtype)
     if normalize == "global":
         total, count = _over_processes(total, count)
     return total / torch.where(count > 0, count, torch.ones_like(count))

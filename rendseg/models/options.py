@@ -5,6 +5,7 @@ Those of a decoder stand beside it; ``parse.py`` puts them together.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -39,6 +40,14 @@ class BackboneOptions(Options):
     freeze_norm: Flag | None = None
     """Make BatchNorm a fixed affine layer. ``None``: when the preset says so (detectron2) and weights are
     loaded."""
+    output_norm: Flag | None = None
+    """LayerNorm on every map. ``None``: yes for Swin and ConvNeXt in the presets mmseg and transformers."""
+    pad_before_shift: Flag | None = None
+    """Swin: fill a map up to whole windows before it is shifted, not after (timm). ``None``: yes in the presets mmseg
+    and transformers."""
+    stride_in_1x1: Flag | None = None
+    """Bottlenecks of a ResNet stride in their first 1x1 convolution, not in the 3x3 (timm, torchvision). ``None``: yes
+    for ResNet-50, 101 and 152 in the preset detectron2, whose weights of MSRA are so; not with ``pretrained``."""
 
 
 class DecoderOptions(Options):
@@ -246,9 +255,21 @@ PRESETS: Mapping[str, PointRendOptions] = types.MappingProxyType(
 
 _COMMON: dict[str, dict[str, Any]] = {
     "backbone": {"output_stride": 32, "freeze_norm": False},
-    "decoder": {"norm": "bn", "neck_norm": "none", "top_down": "nearest", "level_order": "fine_first"},
+    "decoder": {
+        "norm": "bn",
+        "neck_norm": "none",
+        "top_down": "nearest",
+        "level_order": "fine_first",
+        "output_last": True,
+    },
 }
-_PADDLE_DECODER = {"norm": "none", "neck_norm": "bn", "top_down": "bilinear_aligned", "level_order": "coarse_first"}
+_PADDLE_DECODER = {
+    "norm": "none",
+    "neck_norm": "bn",
+    "top_down": "bilinear_aligned",
+    "level_order": "coarse_first",
+    "output_last": False,
+}
 PRESET_PARTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = types.MappingProxyType(
     {
         "rendseg": _COMMON,
@@ -262,6 +283,34 @@ PRESET_PARTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = types.MappingProxy
     }
 )
 """Preset name to the backbone and decoder options it fills in where they are ``None``."""
+
+
+_UNPADDED: dict[str, Any] = {"pad": "none"}
+_NORMED = {"output_norm": "swin_|convnext", "pad_before_shift": "swin_"}
+# Preset to keys of `model`, and to switches of `model.backbone` with the names of the networks that they concern.
+_AROUND: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "rendseg": ({"pad": "stride"}, {}),
+    "deeplab": ({"pad": "stride"}, {}),
+    "detectron2": ({"pad": 32}, {"stride_in_1x1": r"resnet(50|101|152)(\.|$)"}),
+    "mmseg": (_UNPADDED, _NORMED),
+    "transformers": (_UNPADDED, _NORMED),
+    "paddleseg": (_UNPADDED, {}),
+    "pytorch_encoding": (_UNPADDED, {}),
+    "csail": ({**_UNPADDED, "norm_momentum": 0.001}, {}),
+}
+
+
+def around(preset: str, backbone: BackboneOptions) -> tuple[dict[str, Any], dict[str, bool]]:
+    """What a preset says outside its own section: keys of ``model`` and of ``model.backbone``, filled in where they are
+    ``None``."""
+    model, families = _AROUND.get(preset, _AROUND["rendseg"])
+    switches = {
+        key: key in families and re.match(families[key], backbone.name) is not None
+        for key in ("output_norm", "pad_before_shift", "stride_in_1x1")
+    }
+    if backbone.pretrained:  # timm's weights stride in the 3x3 convolution
+        switches["stride_in_1x1"] = False
+    return model, switches
 
 
 def pointrend_options(preset: str = "rendseg", **switches: Any) -> PointRendOptions:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .._nearest import did_you_mean
-from .._options import Flag, Options, field_names, filled, mapping, read
+from .._options import Count, Field, Flag, Options, field_names, filled, mapping, read
 from .options import (
     LOSS_TERMS,
     PRESET_PARTS,
@@ -18,6 +18,7 @@ from .options import (
     LossTerm,
     LovaszTerm,
     PointRendOptions,
+    around,
     preset_switches,
 )
 from .registry import decoder_options_class
@@ -33,6 +34,12 @@ class ModelOptions(Options):
     pointrend: PointRendOptions = PointRendOptions()
     loss: LossOptions = LossOptions()
     auxiliary: tuple[AuxiliaryOptions, ...] = ()
+    pad: Literal["stride", "none"] | Count | None = None
+    """Fill images up, right and below, to what the strides need (``stride``), or to a multiple of a number too; or
+    ``none``: maps are resized to the exact size of the next finer one, and logits to that of the image. ``None``: as
+    ``pointrend.preset`` says, or, where that is rendseg, ``decoder.preset``."""
+    norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of the running statistics of every batch norm. ``None``: csail 0.001, else as the layers have it."""
     channels_last: Flag = True
 
 
@@ -118,7 +125,9 @@ def _check_global(terms: Sequence[LossTerm], where: str) -> None:
 
 def _fill(options: ModelOptions) -> ModelOptions:
     parts, backbone, decoder = PRESET_PARTS[options.pointrend.preset], options.backbone, options.decoder
-    changes = dict(parts["backbone"])
+    preset = options.pointrend.preset
+    model, switches = around(getattr(decoder, "preset", preset) if preset == "rendseg" else preset, backbone)
+    changes = {**parts["backbone"], **switches}
     if backbone.name in STRIDE4:
         changes["output_stride"] = 4
     if not backbone.pretrained and backbone.checkpoint is None:
@@ -127,4 +136,5 @@ def _fill(options: ModelOptions) -> ModelOptions:
     decoder = filled(decoder, {key: value for key, value in parts["decoder"].items() if key in known})
     norm = getattr(decoder, "norm", None)
     heads = tuple(filled(head, {"norm": "bn" if norm in (None, "none") else norm}) for head in options.auxiliary)
-    return dataclasses.replace(options, backbone=filled(backbone, changes), decoder=decoder, auxiliary=heads)
+    options = dataclasses.replace(options, backbone=filled(backbone, changes), decoder=decoder, auxiliary=heads)
+    return filled(options, model)

@@ -37,8 +37,8 @@ class PointRend(Segmenter):
 
     ``forward(images, labels)`` -> ``{"loss_coarse", "loss_point", ...}``, scalars, weighted, exactly 0 with a graph
     where every label is ignored; ``forward(images)`` in evaluation mode and ``predict`` ->
-    ``SegmentationOutput``, refined to exactly the padded image and cropped. The number of steps follows from the
-    coarse stride (4 -> 1: two of factor 2). Dtypes and errors as in ``Segmenter``.
+    ``SegmentationOutput``, refined to exactly the padded image and cropped (with ``pad="none"``: resized). The number
+    of steps follows from the coarse stride (4 -> 1: two of factor 2). Dtypes, sizes and errors as in ``Segmenter``.
 
     Training draws points from the default generator, or, with ``forward(images, labels, keys [B] int64)``, as a
     function of each image's key alone: see ``draws_of_keys``.
@@ -57,6 +57,7 @@ class PointRend(Segmenter):
         loss: LossOptions | None = None,
         auxiliary: Sequence[AuxiliaryOptions] = (),
         channels_last: bool = False,
+        pad: str | int = "stride",
         **switches: Any,
     ) -> None:
         if isinstance(options, str):
@@ -72,6 +73,7 @@ class PointRend(Segmenter):
             coarse_loss_mean=options.coarse_loss_mean,
             coarse_loss_at=options.coarse_loss_at,
             channels_last=channels_last,
+            pad=pad,
         )
         self.point_features = options.point_features or decoder.default_point_features
         self.options = dataclasses.replace(options, point_features=self.point_features)
@@ -154,7 +156,9 @@ class PointRend(Segmenter):
         fine = [maps[name] for name in self.point_features]
         count = num_points(self.options.inference_points, images.shape[2], images.shape[3])
         points: list[Tensor] | None = None
-        as_labels = output == "labels" and self.left_over == 1
+        reached = (coarse.shape[2] * SCALE**self.steps, coarse.shape[3] * SCALE**self.steps)
+        fits = reached == size if self.placing.resize else self.left_over == 1
+        as_labels = output == "labels" and fits
         if return_points or self.options.sampling_align_corners:
             refined, points = self._refine_stepwise(coarse, fine, count)
             if as_labels:
@@ -176,9 +180,10 @@ class PointRend(Segmenter):
                 padding_mode=self.options.padding_mode,
                 output="labels" if as_labels else "logits",
             )
-        if not as_labels:
-            refined = self._enlarge(refined, self.left_over)
-        refined = refined[..., :height, :width]
+        if as_labels:
+            refined = refined[:, :height, :width]
+        else:
+            refined = self.placing.enlarge(refined, self.left_over, size)
         if output == "labels":
             return SegmentationOutput(coarse, None, refined if as_labels else _argmax(refined), points)
         return SegmentationOutput(coarse, refined, None, points)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .auxiliary import AuxiliaryHeads, labels_at_cells
+from .auxiliary import AuxiliaryHeads, Placing
 from .backbones import Backbone, strided_points, to_channels_last
 from .decoder import Decoder, DecoderOutput, Targets
 from .losses import weighted_terms, widened
@@ -21,7 +21,7 @@ class SegmentationOutput(NamedTuple):
     """What a model returns in evaluation mode.
 
     coarse
-        ``[B, C, h, w]`` logits of the padded image; ``Segmenter.upsample`` brings them to the image.
+        ``[B, C, h, w]`` logits of the (padded) image; ``Segmenter.upsample`` brings them to the image.
     refined
         ``[B, C, H, W]`` logits of the image (of a plain ``Segmenter``: the coarse ones, upsampled); ``None`` with
         ``output="labels"``.
@@ -43,9 +43,12 @@ class Segmenter(nn.Module):
 
     ``forward(images [B, C_in, H, W], labels [B, H, W])`` -> ``{"loss_coarse": scalar, ...}`` (weighted: their sum is
     the objective; ``loss_coarse_<term>`` where ``loss`` has several terms, ``loss_aux_<level>`` of the ``auxiliary``
-    heads, which only training runs); ``forward(images)`` in evaluation mode -> ``SegmentationOutput``. Any image
-    size: images are padded with zeros (labels with ``ignore_index``) right and below as the network needs, results are
-    cropped back.
+    heads, which only training runs); ``forward(images)`` in evaluation mode -> ``SegmentationOutput``.
+
+    Any image size. ``pad="stride"``: images are padded with zeros (labels with ``ignore_index``) right and below as the
+    network needs, results are cropped back, and every cell keeps its place. A number: to a multiple of it too.
+    ``pad="none"``: nothing is padded; maps are resized to the exact size of the next finer one and logits to that of
+    the image, which stretches them where the stride does not divide the size.
 
     Dtypes: floating images, integer labels. Under autocast the network runs in its dtype; logits are widened to float32
     before upsampling, losses and selection. Errors: ``ValueError`` and ``TypeError`` for shapes and dtypes that do not
@@ -68,6 +71,7 @@ class Segmenter(nn.Module):
         coarse_loss_mean: str = "valid",
         coarse_loss_at: str = "image",
         channels_last: bool = False,
+        pad: str | int = "stride",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -76,7 +80,7 @@ class Segmenter(nn.Module):
         self.loss = loss or LossOptions()
         self.align_corners = align_corners
         self.coarse_loss_mean = coarse_loss_mean
-        self.coarse_loss_at = coarse_loss_at
+        self.placing = Placing(coarse_loss_at, align_corners, pad == "none", self.loss.ignore_index)
         self.channels_last = channels_last
         self.coarse_stride = decoder.stride
         self.class_weights: Tensor | None
@@ -90,6 +94,17 @@ class Segmenter(nn.Module):
                 raise ValueError(f"class_weights must be finite and not negative, got {list(weights)}")
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self.size_divisor = math.lcm(self.coarse_stride, decoder.size_divisor, backbone.size_divisor)
+        if pad == "none":
+            if not backbone.any_size:
+                raise ValueError(
+                    f"pad: none does not go with backbone {backbone.name!r}, which takes multiples of "
+                    f"{backbone.size_divisor} alone: set model.pad to stride"
+                )
+            decoder.resizes = True
+        elif isinstance(pad, int):
+            self.size_divisor = math.lcm(self.size_divisor, pad)
+        elif pad != "stride":
+            raise ValueError(f"pad must be stride, none or a number, got {pad!r}")
         channels, strides = self.map_channels(), self.map_strides()
         self.auxiliary = AuxiliaryHeads(auxiliary, channels, strides, self.num_classes)
         if channels_last:
@@ -133,9 +148,8 @@ class Segmenter(nn.Module):
         return self._losses(self._coarse(output, images), output, maps, targets)
 
     def upsample(self, coarse: Tensor, size: Sequence[int]) -> Tensor:
-        """Coarse logits ``[B, C, h, w]`` of the padded image, upsampled bilinearly and cropped to ``size`` (height,
-        width)."""
-        return self._enlarge(coarse, self.coarse_stride)[:, :, : size[0], : size[1]]
+        """Coarse logits ``[B, C, h, w]`` at the ``size`` (height, width) of the image."""
+        return self.placing.enlarge(coarse, self.coarse_stride, (size[0], size[1]))
 
     # ---- parts
 
@@ -149,18 +163,13 @@ class Segmenter(nn.Module):
             "mean": self.coarse_loss_mean,
             "normalize": self.loss.normalize,
         }
-        if self.coarse_loss_at == "image":
-            logits, at = self._enlarge(coarse, self.coarse_stride), labels
-        else:
-            logits, at = coarse, labels_at_cells(labels, self.coarse_stride, self.loss.ignore_index)
+        logits, at = self.placing.together(coarse, labels, self.coarse_stride)
         losses = weighted_terms("loss_coarse", self.loss.coarse_weight, self.loss.terms, logits, at, **shared)
-        losses |= self.auxiliary.losses(
-            maps, labels, at=self.coarse_loss_at, align_corners=self.align_corners, **shared
-        )
-        return losses | self._extra_losses(output, targets)
+        losses |= self.auxiliary.losses(maps, labels, self.placing, **shared)
+        return losses | self._extra_losses(output, targets, shared)
 
-    def _extra_losses(self, output: DecoderOutput, targets: Targets) -> dict[str, Tensor]:
-        return self.decoder.extra_losses(output, targets.labels, self.loss.ignore_index)
+    def _extra_losses(self, output: DecoderOutput, targets: Targets, shared: Mapping[str, Any]) -> dict[str, Tensor]:
+        return self.decoder.extra_losses(output, targets.labels, **shared)
 
     def _predict(self, images: Tensor, output: str, return_points: bool) -> SegmentationOutput:
         size = (images.shape[-2], images.shape[-1])
@@ -176,7 +185,7 @@ class Segmenter(nn.Module):
         output: str,
         return_points: bool,
     ) -> SegmentationOutput:
-        """From the features of padded images to logits or labels of ``size``."""
+        """From the features of (padded) images to logits or labels of ``size``."""
         coarse = self._coarse(decoded, images)
         logits = self.upsample(coarse, size)
         points: list[Tensor] | None = [] if return_points else None
@@ -191,19 +200,16 @@ class Segmenter(nn.Module):
         return output, {**maps, **output.features}
 
     def _coarse(self, output: DecoderOutput, images: Tensor) -> Tensor:
-        """The coarse logits in float32 (float64), of exactly the padded size over the coarse stride."""
+        """The coarse logits in float32 (float64), of exactly the padded size over the coarse stride; of images that are
+        not padded, as the decoder gives them, unless the coarse stride is another."""
         coarse = widened(output.coarse)
-        size = (images.shape[2] // self.coarse_stride, images.shape[3] // self.coarse_stride)
+        if self.placing.resize and self.coarse_stride == self.decoder.stride:
+            return coarse.contiguous()
+        size = (-(-images.shape[2] // self.coarse_stride), -(-images.shape[3] // self.coarse_stride))
         if tuple(coarse.shape[2:]) != size:
             coarse = F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
         # The softmax over channels and the selection read planes; reordering is cheap here, before upsampling.
         return coarse.contiguous()
-
-    def _enlarge(self, coarse: Tensor, factor: int) -> Tensor:
-        if factor == 1:
-            return coarse
-        size = (coarse.shape[2] * factor, coarse.shape[3] * factor)
-        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=self.align_corners)
 
     def _need_evaluation_mode(self) -> None:
         if self.training:
@@ -223,6 +229,8 @@ class Segmenter(nn.Module):
 
     def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Right and below, to a multiple of ``size_divisor``."""
+        if self.placing.resize:
+            return (0, 0, 0, 0)
         return (0, -width % self.size_divisor, 0, -height % self.size_divisor)
 
     def _pad_labels(self, labels: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class SemanticFPNOptions(DecoderOptions):
     level_order: Literal["fine_first", "coarse_first"] | None = None
     """``coarse_first`` gives the levels to the scale heads in reverse order, as PaddleSeg does: see
     ``SemanticFPN``."""
+    output_last: Flag | None = None
+    """An output convolution on the coarsest map of the pyramid. Presets: yes, paddleseg no."""
     levels: tuple[str, ...] = ("c2", "c3", "c4", "c5")
     """Backbone maps used; ``[c3, c4, c5]`` gives coarse logits of stride 8."""
 
@@ -94,6 +96,7 @@ class SemanticFPN(Decoder):
             names=[name[1:] for name in levels],
             norm=s.neck_norm,
             top_down=s.top_down,
+            output_last=s.output_last,
         )
         self.feature_channels = dict.fromkeys(self.outputs, channels)
         self.feature_strides = dict(zip(self.outputs, level_strides, strict=True))
@@ -120,7 +123,7 @@ class SemanticFPN(Decoder):
         self.predictor = make_classifier(head_channels, num_classes)
 
     def forward(self, features: Mapping[str, Tensor]) -> DecoderOutput:
-        maps = dict(zip(self.outputs, self.fpn([features[name] for name in self.levels]), strict=True))
+        maps = dict(zip(self.outputs, self.fpn([features[name] for name in self.levels], self.resizes), strict=True))
         ladder = self.outputs[::-1] if self.reversed else self.outputs
         height, width = maps[ladder[0]].shape[2:]
         total: Tensor | None = None
@@ -130,12 +133,12 @@ class SemanticFPN(Decoder):
             for module in getattr(self, name):
                 if not isinstance(module, _Upsample):
                     x = module(x)
-                elif self.reversed:
+                elif self.reversed or self.resizes:
                     x = module(x)
                 else:
                     stride //= 2
                     x = module(x, (-(-height // stride), -(-width // stride)))
-            if self.reversed and total is not None:
+            if (self.reversed or self.resizes) and total is not None:
                 x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=self.align_corners)
             total = x if total is None else total + x
         assert total is not None

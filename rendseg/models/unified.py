@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from .._options import Count, NonNegative, Whole, read
 from ..nn.conv import ConvNorm, make_classifier
+from .auxiliary import labels_at_cells
 from .backbones import Backbone
 from .decoder import DecoderOutput, Targets
 from .losses import segmentation_loss, widened
 from .pointrend import PointRend
 from .registry import register_decoder
 from .segmenter import Segmenter
-from .upernet import UPerNet, UPerNetOptions
+from .upernet import UPerNet, UPerNetOptions, UPerNetPreset
 
 TASKS = ("object", "part", "material", "texture", "scene")
 
@@ -45,8 +46,9 @@ class UPPOptions(UPerNetOptions):
     """Options of ``upp``: those of ``upernet``, and the tasks. Numbers of classes left ``None`` come from the data set
     (which fills them in before training); a task without classes has no head."""
 
-    preset: Literal["mmseg", "csail", "paddleseg", "pytorch_encoding", "deeplab"] = "csail"
-    """As for ``upernet``; csail with ``pool`` prroi, as in the authors' multi-task code."""
+    preset: UPerNetPreset = "rendseg"
+    """As for ``upernet``, but ``rendseg`` has the layers of ``csail``, and that has ``pool`` prroi, as in the authors'
+    multi-task code."""
     scene_classes: Whole | None = None
     part_classes: Whole | None = None
     """Names of parts: what ``part`` labels count."""
@@ -99,8 +101,8 @@ class UPP(UPerNet):
         **switches: Any,
     ) -> None:
         s = read(UPPOptions, switches, start=options)
-        if s.pool is None and s.preset == "csail":
-            s = dataclasses.replace(s, pool="prroi")
+        if s.preset in ("rendseg", "csail"):
+            s = dataclasses.replace(s, preset="csail", pool=s.pool or "prroi")
         super().__init__(in_channels, strides, num_classes, s)
         counts = {task: getattr(s, f"{task}_classes") for task in TASKS[1:]}
         self.weights = {task: getattr(s, f"{task}_weight") for task in TASKS[1:]}
@@ -174,7 +176,9 @@ class UPP(UPerNet):
             return self.material_head(finest)
         return self.texture_head(finest.detach())
 
-    def extra_losses(self, output: DecoderOutput, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
+    def extra_losses(
+        self, output: DecoderOutput, labels: Tensor, ignore_index: int, **shared: Any
+    ) -> dict[str, Tensor]:
         return self.task_losses(output, Targets(labels), ignore_index)
 
     def task_losses(self, output: DecoderOutput, targets: Targets, ignore_index: int) -> dict[str, Tensor]:
@@ -193,10 +197,11 @@ class UPP(UPerNet):
                 value = segmentation_loss(logits, wanted, ignore_index=ignore_index)
             elif task == "part":
                 size = (logits.shape[2], logits.shape[3])
-                value = self._part_loss(logits, _at(targets.labels, size), _at(wanted, size), ignore_index)
+                objects, parts = (labels_at_cells(labels, size) for labels in (targets.labels, wanted))
+                value = self._part_loss(logits, objects, parts, ignore_index)
             else:
                 size = (logits.shape[2], logits.shape[3])
-                value = segmentation_loss(logits, _at(wanted, size), ignore_index=ignore_index)
+                value = segmentation_loss(logits, labels_at_cells(wanted, size), ignore_index=ignore_index)
             losses[f"loss_{task}"] = self.weights[task] * value
         return losses
 
@@ -223,12 +228,6 @@ class UPP(UPerNet):
         return ((per_cell(loss) * labelled).sum(0) / pixels.clamp(min=1)).sum()
 
 
-def _at(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """``labels [N, H, W]`` at the centres of a grid of ``size`` cells, which must divide them evenly."""
-    steps = [full // part for full, part in zip(labels.shape[1:], size, strict=True)]
-    return labels[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
-
-
 class UnifiedSegmenter(Segmenter):
     """A backbone and ``UPP``.
 
@@ -251,7 +250,7 @@ class UnifiedSegmenter(Segmenter):
         tasks = {task: self._task_labels(images, task, value) for task, value in given.items()}
         return super()._targets(images, main, keys)._replace(tasks=tasks)
 
-    def _extra_losses(self, output: DecoderOutput, targets: Targets) -> dict[str, Tensor]:
+    def _extra_losses(self, output: DecoderOutput, targets: Targets, shared: Mapping[str, Any]) -> dict[str, Tensor]:
         return self.decoder.task_losses(output, targets, self.loss.ignore_index)
 
     def _task_labels(self, images: Tensor, task: str, labels: Tensor) -> Tensor:
@@ -296,20 +295,20 @@ class UnifiedSegmenter(Segmenter):
             if task == "part":
                 results[task] = self._part_labels(logits, objects, factor)
             else:
-                results[task] = self._enlarge(logits, factor)[:, :, :height, :width].argmax(1)
+                results[task] = self.placing.enlarge(logits, factor, (height, width)).argmax(1)
         return results
 
     def _part_labels(self, logits: Tensor, objects: Tensor, factor: int) -> Tensor:
         result = torch.full_like(objects, -1)
-        height, width = objects.shape[1:]
+        size = (objects.shape[1], objects.shape[2])
         for group in self.decoder.group_of[objects.unique()].tolist():
             if group < 0:
                 continue
             owner, *parts = self.decoder.object_parts[group]
             first = int(self.decoder.slots[group, 0])
-            own = self._enlarge(logits[:, first : first + 1 + len(parts)].contiguous(), factor)
+            own = self.placing.enlarge(logits[:, first : first + 1 + len(parts)], factor, size)
             names = torch.tensor([-1, *parts], device=objects.device)
-            result = torch.where(objects == owner, names[own[:, :, :height, :width].argmax(1)], result)
+            result = torch.where(objects == owner, names[own.argmax(1)], result)
         return result
 
 

@@ -20,12 +20,16 @@ from .options import DecoderOptions, Norm
 from .registry import register_decoder
 
 
+UPerNetPreset = Literal["rendseg", "mmseg", "transformers", "csail", "paddleseg", "pytorch_encoding", "deeplab"]
+
+
 class UPerNetOptions(DecoderOptions):
     """Options of ``upernet``. ``None`` means: as ``preset`` says, see ``UPERNET_PRESETS``."""
 
-    preset: Literal["mmseg", "csail", "paddleseg", "pytorch_encoding", "deeplab"] = "mmseg"
-    """The implementation whose switches fill in what is not given; ``deeplab`` is the write-up on CamVid with max
-    pooling and 1x1 convolutions."""
+    preset: UPerNetPreset = "rendseg"
+    """The implementation whose switches fill in what is not given. ``rendseg`` has the layers of ``mmseg``; ``deeplab``
+    is the write-up on CamVid with max pooling and 1x1 convolutions. All but ``rendseg`` also decide ``model.pad``,
+    ``model.norm_momentum`` and switches of ``model.backbone``, unless ``pointrend.preset`` does."""
     levels: tuple[str, ...] = ("c2", "c3", "c4", "c5")
     """Backbone maps, fine to coarse; the pooling is on the last."""
     channels: Count | None = None
@@ -36,7 +40,7 @@ class UPerNetOptions(DecoderOptions):
     """Pooling of the PPM. avg; deeplab max. ``prroi``: Precise RoI pooling, as in the authors' multi-task code."""
     bins: tuple[Count, ...] = (1, 2, 3, 6)
     ppm_channels: Whole | None = None
-    """Channels of a branch of the PPM. mmseg and csail 512, deeplab 256; 0: those of the last backbone map divided by
+    """Channels of a branch of the PPM. 512, deeplab 256; 0: those of the last backbone map divided by
     the number of bins (paddleseg, pytorch_encoding)."""
     conv_before_upsample: Flag | None = None
     """Convolve the pooled map and upsample then, or the other way round. true; csail false."""
@@ -61,7 +65,7 @@ class UPerNetOptions(DecoderOptions):
     fuse_channels: Count | None = None
     """Its channels, and so of the map ``fused``. 512; deeplab 256."""
     dropout: ShareBelowOne | None = None
-    """Before the classifier. mmseg and pytorch_encoding 0.1, others 0."""
+    """Before the classifier. rendseg, mmseg and pytorch_encoding 0.1, others 0."""
     dropout_channels: Flag | None = None
     """Drop whole channels. true; pytorch_encoding false."""
     classifier_kernel: Literal[1, 3] | None = None
@@ -97,7 +101,9 @@ _MMSEG: dict[str, Any] = {
 }
 UPERNET_PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
+        "rendseg": _MMSEG,
         "mmseg": _MMSEG,
+        "transformers": {**_MMSEG, "dropout": 0.0},
         "csail": {**_MMSEG, "conv_before_upsample": False, "dropout": 0.0},
         "paddleseg": {**_MMSEG, "ppm_channels": 0, "bins_descending": True, "dropout": 0.0, "align_corners": True},
         "pytorch_encoding": {

@@ -31,7 +31,7 @@ def by_hand(logits, labels, weights, ignore, mean):
         weight = weights[label] if weights else 1.0
         total += weight * (log_sum - row[label])
         count += weight
-    return total / (number if mean == "all" else (count or 1.0))
+    return total / (number if mean == "all" and not weights else (count or 1.0))
 
 
 @pytest.mark.parametrize("mean", ["valid", "all"])
@@ -104,9 +104,11 @@ def pixels(logits, labels):
 def ohem_by_hand(logits, labels, threshold, min_kept, weights=None, mean="valid"):
     ranked = sorted((float(p[y]), y) for _, p, y in pixels(logits, labels))
     kept = [(p, y) for i, (p, y) in enumerate(ranked) if i < min_kept or p < threshold]
-    weights = weights or [1.0] * logits.shape[1]
-    total = sum(-weights[y] * math.log(p) for p, y in kept)
-    return total / (labels.numel() if mean == "all" else sum(weights[y] for _, y in kept) or 1.0)
+    if mean == "all":
+        count = sum(weights[y] for _, y in ranked) if weights else labels.numel()
+    else:
+        count = sum(weights[y] if weights else 1.0 for _, y in kept)
+    return sum(-(weights[y] if weights else 1.0) * math.log(p) for p, y in kept) / (count or 1.0)
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.7, 1.0])
@@ -246,7 +248,8 @@ def test_focal(gamma, alpha, weights):
     w = weights or [1.0] * 4
     found = pixels(logits, labels)
     total = sum(-factor(y) * w[y] * (1 - p[y]) ** gamma * math.log(p[y]) for _, p, y in found)
-    for mean, count in (("valid", sum(w[y] for *_, y in found)), ("all", labels.numel())):
+    valid = sum(w[y] for *_, y in found)
+    for mean, count in (("valid", valid), ("all", labels.numel() if weights is None else valid)):
         got = focal_loss(
             logits,
             labels,

@@ -107,7 +107,14 @@ def test_example_of_the_documentation():
             "channels_last": True,
         }
     )
-    assert options.backbone == BackboneOptions(name="resnet18", output_stride=32, freeze_norm=False)
+    assert options.backbone == BackboneOptions(
+        name="resnet18",
+        output_stride=32,
+        freeze_norm=False,
+        output_norm=False,
+        pad_before_shift=False,
+        stride_in_1x1=False,
+    )
     assert options.pointrend.inference_points == "area/256"
     assert parse_options({"pointrend": None, "decoder": None}) == parse_options({})
 

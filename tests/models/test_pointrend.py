@@ -566,7 +566,7 @@ def test_registered_decoder_is_wrapped_by_configuration():
             x = self.body(features["c3"])
             return DecoderOutput(self.predictor(x), {}, {"scene": x.mean((2, 3))})
 
-        def extra_losses(self, output, labels, ignore_index):
+        def extra_losses(self, output, labels, ignore_index, **shared):
             return {"loss_scene": output.extra["scene"].square().mean() * (labels != ignore_index).any()}
 
     name = "simple_for_test"
