@@ -136,7 +136,8 @@ def _fake(
     canvas: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     check_mask_losses(logits, targets, coords, image_index, query_index, target_index, label_mode, padding_mode, canvas)
-    return tuple(logits.new_empty(image_index.shape, dtype=_arithmetic(logits)) for _ in range(2))
+    result = logits.new_empty(image_index.shape, dtype=_arithmetic(logits))
+    return result, torch.empty_like(result)
 
 
 def _fake_backward(
@@ -164,7 +165,8 @@ def _fake_costs(
 ) -> tuple[Tensor, Tensor]:
     check_mask_costs(logits, targets, coords, label_mode, padding_mode, canvas)
     size = (*logits.shape[:2], max((target.shape[0] for target in targets), default=0))
-    return tuple(logits.new_empty(size, dtype=_arithmetic(logits)) for _ in range(2))
+    result = logits.new_empty(size, dtype=_arithmetic(logits))
+    return result, torch.empty_like(result)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
