@@ -71,19 +71,44 @@ inline void check_class(int64_t value, int64_t image, int64_t classes) {
                     " at position ", image);
 }
 
-// class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). The values are read, so CPU only. A kernel checks each
-// again as it uses it, or takes a copy: another thread may write to the tensor.
-inline void check_class_index(const std::optional<at::Tensor>& class_index, const at::Tensor& logits) {
-  if (!class_index.has_value()) return;
-  const at::Tensor& index = *class_index;
-  check_strided(index, "class_index");
-  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "class_index must be int64, got ", index.scalar_type());
-  TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == logits.size(0),
-                    "class_index must have shape [N] with N = ", logits.size(0), " as in logits, got ", index.sizes());
-  check_same_device(index, "class_index", logits, "logits");
+inline void check_image(int64_t value, int64_t position, int64_t images) {
+  TORCH_CHECK_INDEX(0 <= value && value < images, "image_index must lie in [0, B) = [0, ", images, "), got ", value,
+                    " at position ", position);
+}
+
+// index[N]: int64 on the device of the logits, with the N of `like` where that is given.
+inline void check_index(const at::Tensor& index, const char* name, const at::Tensor* like, const char* like_name,
+                        const at::Tensor& logits) {
+  check_strided(index, name);
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, name, " must be int64, got ", index.scalar_type());
+  TORCH_CHECK_VALUE(index.dim() == 1, name, " must have shape [N], got ", index.sizes());
+  TORCH_CHECK_VALUE(like == nullptr || index.size(0) == like->size(0), name,
+                    " must have shape [N] with N = ", like == nullptr ? 0 : like->size(0), " as in ", like_name,
+                    ", got ", index.sizes());
+  check_same_device(index, name, logits, "logits");
+}
+
+// The values of an index on the CPU. A kernel checks each again as it uses it, or takes a copy: another thread may
+// write to the tensor.
+template <typename Check>
+void check_values(const at::Tensor& index, int64_t limit, const Check& check) {
   if (!index.is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < index.size(0); ++n) check_class(values[n * index.stride(0)], n, logits.size(1));
+  for (int64_t n = 0; n < index.size(0); ++n) check(values[n * index.stride(0)], n, limit);
+}
+
+// class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). With image_index[N], mask n is in that image.
+inline void check_class_index(const std::optional<at::Tensor>& class_index, const at::Tensor& logits,
+                              const std::optional<at::Tensor>& image_index = std::nullopt) {
+  if (image_index.has_value()) {
+    check_index(*image_index, "image_index", nullptr, "", logits);
+    check_values(*image_index, logits.size(0), check_image);
+  }
+  if (class_index.has_value()) {
+    check_index(*class_index, "class_index", image_index.has_value() ? &*image_index : &logits,
+                image_index.has_value() ? "image_index" : "logits", logits);
+    check_values(*class_index, logits.size(1), check_class);
+  }
 }
 
 }  // namespace rendseg

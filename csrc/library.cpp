@@ -8,8 +8,8 @@ TORCH_LIBRARY(rendseg, m) {
   m.def("uncertain_points(Tensor logits, int num_points, Tensor? class_index=None) -> (Tensor, Tensor)");
   m.def(
       "sample_uncertain_points(Tensor logits, int num_points, float oversample_ratio=3.0, float importance_ratio=0.75, *, "
-      "Tensor? class_index=None, str padding_mode=\"zeros\", bool align_corners=False, Generator? generator=None, "
-      "Tensor? random_coords=None) -> Tensor",
+      "Tensor? class_index=None, Tensor? image_index=None, str padding_mode=\"zeros\", bool align_corners=False, "
+      "Generator? generator=None, Tensor? random_coords=None) -> Tensor",
       {at::Tag::nondeterministic_seeded});
   // subdivide
   m.def(
@@ -27,6 +27,18 @@ TORCH_LIBRARY(rendseg, m) {
       "_point_sample_backward(Tensor grad, Tensor[] input, Tensor coords, str mode, str padding_mode, bool align_corners, "
       "bool input_grad, bool coords_grad) -> Tensor[]");
   m.def("point_labels(Tensor labels, Tensor coords, int ignore_index=255) -> Tensor");
+  // mask_losses
+  m.def(
+      "mask_losses(Tensor logits, Tensor[] targets, Tensor coords, Tensor image_index, Tensor query_index, "
+      "Tensor target_index, *, str label_mode=\"bilinear\", str padding_mode=\"zeros\", SymInt[]? canvas=None) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "_mask_losses_backward(Tensor cross_entropy_grad, Tensor dice_grad, Tensor logits, Tensor[] targets, "
+      "Tensor coords, Tensor image_index, Tensor query_index, Tensor target_index, str label_mode, str padding_mode, "
+      "SymInt[]? canvas) -> Tensor");
+  m.def(
+      "mask_costs(Tensor logits, Tensor[] targets, Tensor coords, *, str label_mode=\"bilinear\", "
+      "str padding_mode=\"zeros\", SymInt[]? canvas=None) -> (Tensor, Tensor)");
   // scatter_points
   m.def("scatter_points(Tensor logits, Tensor indices, Tensor values) -> Tensor");
   m.def("scatter_points_(Tensor(a!) logits, Tensor indices, Tensor values) -> ()");

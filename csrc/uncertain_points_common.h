@@ -47,19 +47,20 @@ inline DrawCounts draw_counts(int64_t num_points, double oversample_ratio, doubl
   return {static_cast<int64_t>(candidates), kept, num_points - kept};
 }
 
-// logits[N,C,H,W], class_index[N], random_coords[N,Q,2] of sample_uncertain_points.
+// logits[B,C,H,W], class_index[N], image_index[N], random_coords[N,Q,2] of sample_uncertain_points.
 inline DrawCounts check_sample(const at::Tensor& logits, int64_t num_points, double oversample_ratio,
                                double importance_ratio, const std::optional<at::Tensor>& class_index,
-                               c10::string_view padding_mode, const std::optional<at::Generator>& generator,
+                               const std::optional<at::Tensor>& image_index, c10::string_view padding_mode,
+                               const std::optional<at::Generator>& generator,
                                const std::optional<at::Tensor>& random_coords) {
   check_logits(logits);
-  check_class_index(class_index, logits);
+  check_class_index(class_index, logits, image_index);
   const DrawCounts counts = draw_counts(num_points, oversample_ratio, importance_ratio);
   TORCH_CHECK_VALUE(padding_mode == "zeros" || padding_mode == "border",
                     "padding_mode must be one of zeros, border, got '", padding_mode, "'");
   TORCH_CHECK_VALUE(logits.size(2) < (int64_t{1} << 31) / logits.size(3),
                     "logits must have fewer than 2**31 cells (H*W) for sampling, got shape ", logits.sizes());
-  const int64_t images = logits.size(0);
+  const int64_t images = image_index.has_value() ? image_index->size(0) : logits.size(0);
   const int64_t total = counts.candidates + counts.uniform;
   if (random_coords.has_value()) {
     const at::Tensor& given = *random_coords;

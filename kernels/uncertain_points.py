@@ -152,6 +152,7 @@ def _columns(four):
 def _sample_kernel(
     logits,
     class_index,
+    image_index,
     points,
     keys,
     histogram,
@@ -161,6 +162,8 @@ def _sample_kernel(
     width,
     strides,
     index_step,
+    image_step,
+    images,
     point_strides,
     candidates,
     total,
@@ -171,6 +174,7 @@ def _sample_kernel(
     COUNT: tl.constexpr,
     SINGLE: tl.constexpr,
     INDEXED: tl.constexpr,
+    IMAGES: tl.constexpr,
     BORDER: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     MODE: tl.constexpr,
@@ -180,7 +184,8 @@ def _sample_kernel(
 ):
     """Sort keys of the candidates, from the logits sampled there; the uniform points behind them are copied.
 
-    logits: [N, C, H, W] floating, any strides. class_index: [N] int64, read if INDEXED.
+    logits: [B, C, H, W] floating, any strides. class_index: [N] int64, read if INDEXED.
+    image_index: [N] int64, read if IMAGES; else mask n is in image n.
     points: [N, total, 2] float32 (POINTS) or [1] int64 seed (DRAWS).
     keys: [N, candidates] int32, written. histogram: [N, 256] int32, added to if COUNT.
     out: [N, rows, 2] float32, of which the rows from ``kept`` are written.
@@ -223,7 +228,11 @@ def _sample_kernel(
         weights, has = _columns(weights), _columns(has)
     second = first
     channel_step = tl.full([], s_c, tl.int64)
-    logits += n * s_n
+    image = n
+    if IMAGES:
+        wanted = tl.load(image_index + n * image_step)
+        image = tl.minimum(tl.maximum(wanted, 0), images - 1)
+    logits += image * s_n
     for c in tl.range(begin, end, BLOCK_C):
         plane = logits + c * channel_step + at
         if BLOCK_C == 1:
@@ -241,6 +250,8 @@ def _sample_kernel(
     margin = _finish_margin(first, second, SINGLE, BLOCK_C)
     if INDEXED:
         margin = known_class(margin, chosen, channels)
+    if IMAGES:
+        margin = known_class(margin, wanted, images)
     key = margin_key(margin)
     tl.store(keys + n * candidates + i, key, mask=inside)
     if COUNT:
@@ -347,6 +358,7 @@ def sample_uncertain_points_triton(
     importance_ratio: float,
     *,
     class_index: Tensor | None,
+    image_index: Tensor | None,
     padding_mode: str,
     align_corners: bool,
     generator: torch.Generator | None,
@@ -358,12 +370,12 @@ def sample_uncertain_points_triton(
     device; they are the same for the same state of the generator, but not those of ``torch.rand``.
     """
     check.logits(logits)
-    check_class_index(class_index, logits)
+    check_class_index(class_index, logits, image_index)
     candidates, kept, uniform = draw_counts(num_points, oversample_ratio, importance_ratio)
     check.option(padding_mode, "padding_mode", PADDING_MODES)
-    n, channels, height, width = logits.shape
-    total = candidates + uniform
-    check_draws(random_coords, logits, total)
+    images, channels, height, width = logits.shape
+    n, total = images if image_index is None else image_index.shape[0], candidates + uniform
+    check_draws(random_coords, logits, n, total)
     check_indices(max(height * width, total), "cells or points")
     logits = logits.detach()
     out = torch.empty((n, num_points, 2), dtype=torch.float32, device=logits.device)
@@ -384,6 +396,7 @@ def sample_uncertain_points_triton(
             _sample_kernel[(check_grid(n * tiles),)](
                 logits,
                 logits if class_index is None else class_index,
+                logits if image_index is None else image_index,
                 points,
                 selection.keys,
                 selection.histogram,
@@ -393,6 +406,8 @@ def sample_uncertain_points_triton(
                 width,
                 tuple(strides(logits)),
                 0 if class_index is None else class_index.stride(0),
+                0 if image_index is None else image_index.stride(0),
+                images,
                 points.stride() if mode == POINTS else (0, 0, 0),
                 candidates,
                 total,
@@ -403,6 +418,7 @@ def sample_uncertain_points_triton(
                 COUNT=selection.counting,
                 SINGLE=class_index is not None or channels == 1,
                 INDEXED=class_index is not None,
+                IMAGES=image_index is not None,
                 BORDER=padding_mode == "border",
                 ALIGN_CORNERS=align_corners,
                 MODE=mode,

@@ -28,8 +28,9 @@ constexpr int64_t kPointGrain = 4096;  // fewest candidate points worth a thread
 // The maps of a batch; keeps the copy that unreadable strides need.
 class LogitMaps {
  public:
-  LogitMaps(const at::Tensor& logits, const std::optional<at::Tensor>& class_index)
-      : logits_(readable_maps(logits)), class_index_(class_index) {
+  LogitMaps(const at::Tensor& logits, const std::optional<at::Tensor>& class_index,
+            const std::optional<at::Tensor>& image_index = std::nullopt)
+      : logits_(readable_maps(logits)), class_index_(class_index), image_index_(image_index) {
     map_.data = const_cast<void*>(logits_.const_data_ptr());
     map_.dtype = dtype_of(logits_.scalar_type());
     map_.images = logits_.size(0);
@@ -44,7 +45,12 @@ class LogitMaps {
 
   MarginMap operator[](int64_t n) const {
     MarginMap map = map_;
-    int64_t offset = n * map.stride_n;
+    int64_t image = n;
+    if (image_index_.has_value()) {
+      image = image_index_->const_data_ptr<int64_t>()[n * image_index_->stride(0)];
+      check_image(image, n, map.images);
+    }
+    int64_t offset = image * map.stride_n;
     if (class_index_.has_value()) {
       const int64_t chosen = class_index_->const_data_ptr<int64_t>()[n * class_index_->stride(0)];
       check_class(chosen, n, map.channels);
@@ -60,7 +66,7 @@ class LogitMaps {
 
  private:
   at::Tensor logits_;
-  std::optional<at::Tensor> class_index_;
+  std::optional<at::Tensor> class_index_, image_index_;
   MarginMap map_;
 };
 
@@ -183,22 +189,22 @@ class SampledSelection {
   decltype(&baseline::sampled_margin_keys_kernel) kernel_;
 };
 
-// logits[N,C,H,W], class_index[N], random_coords[N,Q,2] -> coords[N,num_points,2] float32
+// logits[B,C,H,W], class_index[N], image_index[N], random_coords[N,Q,2] -> coords[N,num_points,2] float32
 at::Tensor sample_uncertain_points_cpu(const at::Tensor& logits, int64_t num_points, double oversample_ratio,
                                        double importance_ratio, const std::optional<at::Tensor>& class_index,
-                                       c10::string_view padding_mode, bool align_corners,
-                                       std::optional<at::Generator> generator,
+                                       const std::optional<at::Tensor>& image_index, c10::string_view padding_mode,
+                                       bool align_corners, std::optional<at::Generator> generator,
                                        const std::optional<at::Tensor>& random_coords) {
   const DrawCounts counts = check_sample(logits, num_points, oversample_ratio, importance_ratio, class_index,
-                                         padding_mode, generator, random_coords);
-  const int64_t images = logits.size(0);
+                                         image_index, padding_mode, generator, random_coords);
+  const int64_t images = image_index.has_value() ? image_index->size(0) : logits.size(0);
   const int64_t total = counts.candidates + counts.uniform;
   at::Tensor given;
   if (random_coords.has_value()) given = random_coords->detach().contiguous();
   const auto options = logits.options().dtype(at::kFloat);
   at::Tensor coords = at::empty({images, num_points, 2}, options);
   if (images == 0) return coords;
-  const LogitMaps maps(logits, class_index);
+  const LogitMaps maps(logits, class_index, image_index);
   const SampledSelection select(counts, {padding_mode == "border", align_corners});
   float* out = coords.mutable_data_ptr<float>();
 

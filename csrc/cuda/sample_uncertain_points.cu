@@ -10,16 +10,16 @@
 
 namespace rendseg {
 
-// logits[N,C,H,W], class_index[N], random_coords[N,Q,2] -> coords[N,num_points,2] float32
+// logits[B,C,H,W], class_index[N], image_index[N], random_coords[N,Q,2] -> coords[N,num_points,2] float32
 at::Tensor sample_uncertain_points_cuda(const at::Tensor& logits, int64_t num_points, double oversample_ratio,
                                         double importance_ratio, const std::optional<at::Tensor>& class_index,
-                                        c10::string_view padding_mode, bool align_corners,
-                                        std::optional<at::Generator> generator,
+                                        const std::optional<at::Tensor>& image_index, c10::string_view padding_mode,
+                                        bool align_corners, std::optional<at::Generator> generator,
                                         const std::optional<at::Tensor>& random_coords) {
   const DrawCounts counts = check_sample(logits, num_points, oversample_ratio, importance_ratio, class_index,
-                                         padding_mode, generator, random_coords);
+                                         image_index, padding_mode, generator, random_coords);
   CudaLaunch launch(logits);
-  const int64_t images = logits.size(0);
+  const int64_t images = image_index.has_value() ? image_index->size(0) : logits.size(0);
   at::Tensor coords = at::empty({images, num_points, 2}, logits.options().dtype(at::kFloat));
   if (images == 0) return coords;
   const at::Tensor maps = readable_maps(logits);
@@ -37,6 +37,11 @@ at::Tensor sample_uncertain_points_cuda(const at::Tensor& logits, int64_t num_po
     if (class_index.has_value()) {
       args.class_index = data<int64_t>(*class_index);
       args.class_index_stride = class_index->stride(0);
+    }
+    if (image_index.has_value()) {
+      args.image_index = data<int64_t>(*image_index);
+      args.image_index_stride = image_index->stride(0);
+      args.maps = logits.size(0);
     }
     args.border = padding_mode == "border";
     args.align_corners = align_corners;

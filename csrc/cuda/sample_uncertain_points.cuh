@@ -30,6 +30,8 @@ struct SampleArgs {
   int64_t stride_n, stride_c, stride_cell;
   const int64_t* class_index;  // [N], or null
   int64_t class_index_stride;
+  const int64_t* image_index;  // [N], or null: mask n is in this one of `maps` images
+  int64_t image_index_stride, maps;
   bool border, align_corners;
   const float* given;  // [N, candidates + uniform, 2] in place of the draws, or null
   PhiloxSource philox;
@@ -144,7 +146,12 @@ __device__ inline void write_keys(const SampleArgs<T>& args, int64_t n, int64_t 
                                   uint32_t* keys) {
   using A = Acc<T>;
   const PhiloxKey philox = philox_key(args.philox);
-  const T* logits = args.logits + n * args.stride_n;
+  int64_t image = n;
+  if (args.image_index != nullptr) {
+    image = args.image_index[n * args.image_index_stride];
+    RENDSEG_DEVICE_ASSERT(image >= 0 && image < args.maps, "image_index must lie in [0, B)");
+  }
+  const T* logits = args.logits + image * args.stride_n;
   int64_t channels = args.channels;
   if (args.class_index != nullptr) {
     const int64_t chosen = args.class_index[n * args.class_index_stride];

@@ -13,7 +13,7 @@ from . import NAMES, Calls, layout_name, meta
 
 def calls() -> Calls:
     classes = meta(2, dtype=torch.int64)
-    draws = {"padding_mode": "zeros", "align_corners": False, "generator": None}
+    draws = {"image_index": None, "padding_mode": "zeros", "align_corners": False, "generator": None}
     for dtype, kind in NAMES.items():
         for channels, last in ((19, False), (19, True), (8, True)):
             logits = meta(2, channels, 256, 512, dtype=dtype, channels_last=last)
@@ -28,6 +28,8 @@ def calls() -> Calls:
                 yield f"{name} margins", functools.partial(uncertainty_triton, logits, None)
                 yield f"{name} class", functools.partial(uncertain_points_triton, logits, 2048, classes)
                 yield f"{name} class drawn", functools.partial(points, class_index=classes, random_coords=None)
+                masks = {"class_index": meta(300, dtype=torch.int64), "image_index": meta(300, dtype=torch.int64)}
+                yield f"{name} masks drawn", functools.partial(points, **masks, random_coords=None)
                 strided = logits[..., ::2]
                 yield f"{name} strided", functools.partial(uncertain_points_triton, strided, 2048, None)
     for cells in (128, 4096, SMALL, 2048 * MAX_BLOCKS):

@@ -6,6 +6,7 @@ from .enc_module import EncModule
 from .encoding import Encoding
 from .fcn_head import FCNHead
 from .fpn import FPN
+from .mask_criterion import MaskCriterion, MaskLosses
 from .point_head import PointHead
 from .ppm import PPM
 
@@ -16,6 +17,8 @@ __all__ = [
     "EncModule",
     "Encoding",
     "FCNHead",
+    "MaskCriterion",
+    "MaskLosses",
     "PPM",
     "PointHead",
     "SeparableConvNorm",

@@ -2,6 +2,7 @@
 
 from . import _flops as _flops
 from .encode import aggregate, encode, scaled_l2
+from .mask_losses import mask_costs, mask_losses
 from .point_sample import point_labels, point_sample
 from .refine import refine
 from .scatter_points import scatter_points, scatter_points_
@@ -11,6 +12,8 @@ from .uncertain_points import sample_uncertain_points, uncertain_points, uncerta
 __all__ = [
     "aggregate",
     "encode",
+    "mask_costs",
+    "mask_losses",
     "point_labels",
     "point_sample",
     "refine",

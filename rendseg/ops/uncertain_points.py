@@ -80,6 +80,7 @@ def sample_uncertain_points(
     importance_ratio: float = 0.75,
     *,
     class_index: Tensor | None = None,
+    image_index: Tensor | None = None,
     padding_mode: str = "zeros",
     align_corners: bool = False,
     generator: Generator | None = None,
@@ -98,6 +99,8 @@ def sample_uncertain_points(
         oversample_ratio: at least 1 and finite.
         importance_ratio: in ``[0, 1]``.
         class_index: ``[N]`` int64 in ``[0, C)``, or ``None``; see ``uncertainty``.
+        image_index: ``[N]`` int64 in ``[0, B)`` for logits ``[B, C, H, W]``: mask n is
+            ``logits[image_index[n], class_index[n]]``, read where it lies. ``None``: mask n is in image n.
         padding_mode: ``"zeros"`` or ``"border"``, as in ``F.grid_sample``.
         align_corners: as in ``F.grid_sample``.
         generator: source of the draws, on the device of ``logits``; ``None`` means the default one.
@@ -115,7 +118,7 @@ def sample_uncertain_points(
         ValueError: ``num_points <= 0``, a ratio or an option out of range, a wrong rank or shape, no channel, or no
             cell.
         TypeError: a wrong dtype.
-        IndexError: a class outside ``[0, C)`` (checked on the CPU).
+        IndexError: a class outside ``[0, C)``, or an image outside ``[0, B)`` (checked on the CPU).
         RuntimeError: tensors or generator on different devices.
 
     No gradient. Autocast does not change the dtype. Source: PointRend (Kirillov et al. 2020), section 3.2.
@@ -131,6 +134,7 @@ def sample_uncertain_points(
         oversample_ratio,
         importance_ratio,
         class_index=class_index,
+        image_index=image_index,
         padding_mode=padding_mode,
         align_corners=align_corners,
         generator=generator,
@@ -161,16 +165,18 @@ def _sample_uncertain_points_fake(
     importance_ratio: float,
     *,
     class_index: Tensor | None,
+    image_index: Tensor | None,
     padding_mode: str,
     random_coords: Tensor | None,
     **rest: Any,
 ) -> Tensor:
     check.logits(logits)
-    check.class_index(class_index, logits)
+    check.class_index(class_index, logits, image_index)
     candidates, _, uniform = draw_counts(num_points, oversample_ratio, importance_ratio)
     check.option(padding_mode, "padding_mode", PADDING_MODES)
-    check_draws(random_coords, logits, candidates + uniform)
-    return logits.new_empty((logits.shape[0], num_points, 2), dtype=torch.float32)
+    masks = (logits if image_index is None else image_index).shape[0]
+    check_draws(random_coords, logits, masks, candidates + uniform)
+    return logits.new_empty((masks, num_points, 2), dtype=torch.float32)
 
 
 for _name, _reference, _fake in (

@@ -4,6 +4,7 @@ Importable without any binary; float64 where differentiable.
 """
 
 from .encode import aggregate, encode, scaled_l2
+from .mask_losses import mask_costs, mask_losses
 from .point_sample import point_labels, point_sample
 from .refine import HeadLayers, refine
 from .scatter_points import scatter_points, scatter_points_
@@ -14,6 +15,8 @@ __all__ = [
     "HeadLayers",
     "aggregate",
     "encode",
+    "mask_costs",
+    "mask_losses",
     "point_labels",
     "point_sample",
     "refine",

@@ -67,14 +67,33 @@ def num_points(value: int) -> None:
         raise ValueError(f"num_points must be positive, got {value}")
 
 
-def class_index(index: Tensor | None, of: Tensor) -> None:
-    if index is None:
+def index(values: Tensor, name: str, like: Tensor | None, like_name: str, logits: Tensor) -> None:
+    """``[N]`` int64 on the device of ``logits``, with the N of ``like`` if that is given."""
+    strided(values, name)
+    if values.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {values.dtype}")
+    if values.dim() != 1 or (like is not None and values.shape[0] != like.shape[0]):
+        wanted = "" if like is None else f" with N = {like.shape[0]} as in {like_name}"
+        raise ValueError(f"{name} must have shape [N]{wanted}, got {shape_of(values)}")
+    same_device(values, name, logits, "logits")
+
+
+def class_index(classes: Tensor | None, of: Tensor, image_index: Tensor | None = None) -> None:
+    if image_index is not None:
+        index(image_index, "image_index", None, "", of)
+    if classes is not None:
+        like, name = (of, "logits") if image_index is None else (image_index, "image_index")
+        index(classes, "class_index", like, name, of)
+
+
+def in_range(values: Tensor, name: str, limit: int, what: str) -> None:
+    """Refuses an index outside ``[0, limit)``, on the CPU, where looking costs no synchronisation."""
+    if values.device.type != "cpu":
         return
-    if index.dtype != torch.int64:
-        raise TypeError(f"class_index must be int64, got {index.dtype}")
-    if index.dim() != 1 or index.shape[0] != of.shape[0]:
-        raise ValueError(f"class_index must have shape [N] with N = {of.shape[0]} as in logits, got {shape_of(index)}")
-    same_device(index, "class_index", of, "logits")
+    wrong = ((values < 0) | (values >= limit)).nonzero()
+    if wrong.numel():
+        n = int(wrong[0, 0])
+        raise IndexError(f"{name} must lie in [0, {what}) = [0, {limit}), got {int(values[n])} at position {n}")
 
 
 def coords(points: Tensor, of: Tensor, of_name: str = "input", grid: bool = True) -> None:

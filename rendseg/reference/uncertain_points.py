@@ -12,17 +12,13 @@ from . import _checks as check
 from .point_sample import PADDING_MODES, point_sample
 
 
-def check_class_index(class_index: Tensor | None, logits: Tensor) -> None:
-    """Shape, dtype and, on the CPU where that costs no synchronisation, the range of ``class_index``."""
-    check.class_index(class_index, logits)
-    if class_index is None or class_index.device.type != "cpu":
-        return
-    wrong = ((class_index < 0) | (class_index >= logits.shape[1])).nonzero()
-    if wrong.numel():
-        n = int(wrong[0, 0])
-        raise IndexError(
-            f"class_index must lie in [0, C) = [0, {logits.shape[1]}), got {int(class_index[n])} at position {n}"
-        )
+def check_class_index(class_index: Tensor | None, logits: Tensor, image_index: Tensor | None = None) -> None:
+    """Shape, dtype and, on the CPU, the range of ``class_index`` and ``image_index``."""
+    check.class_index(class_index, logits, image_index)
+    if image_index is not None:
+        check.in_range(image_index, "image_index", logits.shape[0], "B")
+    if class_index is not None:
+        check.in_range(class_index, "class_index", logits.shape[1], "C")
 
 
 def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
@@ -83,11 +79,10 @@ def draw_counts(num_points: int, oversample_ratio: float, importance_ratio: floa
     return int(oversample_ratio * num_points), kept, num_points - kept
 
 
-def check_draws(random_coords: Tensor | None, logits: Tensor, total: int) -> None:
+def check_draws(random_coords: Tensor | None, logits: Tensor, n: int, total: int) -> None:
     if random_coords is None:
         return
     check.strided(random_coords, "random_coords")
-    n = logits.shape[0]
     if random_coords.dim() != 3 or tuple(random_coords.shape) != (n, total, 2):
         raise ValueError(
             f"random_coords must have shape [N, Q, 2] = [{n}, {total}, 2], got {check.shape_of(random_coords)}"
@@ -104,6 +99,7 @@ def sample_uncertain_points(
     importance_ratio: float = 0.75,
     *,
     class_index: Tensor | None = None,
+    image_index: Tensor | None = None,
     padding_mode: str = "zeros",
     align_corners: bool = False,
     generator: torch.Generator | None = None,
@@ -112,14 +108,19 @@ def sample_uncertain_points(
     """Training-time selection, ``-> coords [N, num_points, 2]`` float32: the uncertain candidates, then uniform points.
 
     ``random_coords [N, Q, 2]`` replaces the draws: first the ``int(oversample_ratio * num_points)`` candidates, then
-    the ``num_points - int(importance_ratio * num_points)`` uniform points.
+    the ``num_points - int(importance_ratio * num_points)`` uniform points. With ``image_index [N]`` mask n lies in
+    ``logits[image_index[n]]``.
     """
     check.logits(logits)
-    check_class_index(class_index, logits)
+    check_class_index(class_index, logits, image_index)
     candidates, kept, uniform = draw_counts(num_points, oversample_ratio, importance_ratio)
     check.option(padding_mode, "padding_mode", PADDING_MODES)
-    n, total = logits.shape[0], candidates + uniform
-    check_draws(random_coords, logits, total)
+    n, total = (logits if image_index is None else image_index).shape[0], candidates + uniform
+    check_draws(random_coords, logits, n, total)
+    if image_index is not None and class_index is not None:
+        logits, class_index = logits[image_index, class_index].unsqueeze(1), None
+    elif image_index is not None:
+        logits = logits[image_index]
     if random_coords is None:
         random_coords = torch.rand(n, total, 2, generator=generator, dtype=torch.float32, device=logits.device)
     random_coords = random_coords.detach()

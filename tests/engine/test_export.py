@@ -172,7 +172,8 @@ def test_every_operator_of_inference_has_a_form() -> None:
     from rendseg.ops.schemas import SCHEMAS
 
     names = {schema.split("(")[0] for schema in SCHEMAS}
-    without = {"sample_uncertain_points", *(name for name in names if name.endswith("_backward"))}
+    training = {"sample_uncertain_points", "mask_losses", "mask_costs"}
+    without = {*training, *(name for name in names if name.endswith("_backward"))}
     assert set(onnx_ops.OPERATORS) == names - without
     with StandardOps(), pytest.raises(NotImplementedError, match="rendseg::sample_uncertain_points has no ONNX form"):
         torch.ops.rendseg.sample_uncertain_points(torch.randn(1, 2, 4, 4), 3)

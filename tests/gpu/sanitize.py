@@ -98,6 +98,11 @@ def points(make: Inputs) -> None:
     torch.use_deterministic_algorithms(False)
     ops.point_labels(make.integers(19, 2, 40, 50).to(torch.uint8), coords)
     indices = torch.stack([torch.randperm(33 * 45, generator=make.generator)[:60] for _ in range(2)]).to(make.device)
+    masks = [make.uniform(3, 40, 50) > 0.5, make.uniform(1, 25, 60)]
+    pairs = torch.tensor([[1, 0, 0], [4, 2, 0], [0, 2, 1]]).to(make.device)
+    logits = make.tensor(2, 5, 33, 45, grad=True)
+    torch.stack(ops.mask_losses(logits, masks, make.uniform(3, 700, 2), *pairs)).sum().backward()
+    ops.mask_costs(logits, masks, make.uniform(2, 700, 2), canvas=(45, 64))
     logits, values = make.tensor(2, 19, 33, 45, grad=True), make.tensor(2, 19, 60, grad=True)
     backward(ops.scatter_points(logits, indices, values))
     ops.scatter_points_(logits.detach().clone(), indices, values.detach())

@@ -55,6 +55,8 @@ OPS = (
     "subdivide_labels",
     "point_sample",
     "point_labels",
+    "mask_losses",
+    "mask_costs",
     "scatter_points",
     "scaled_l2",
     "aggregate",
@@ -404,6 +406,53 @@ def case_point_labels(c: Case) -> Iterator[Measure]:
     for at in (coords, coords.double()):
         got = ops.point_labels(labels.to(c.device), at.to(c.device), -1)
         yield c.exact(f"{at.dtype}"[6:], got, reference.point_labels(labels, at, -1))
+
+
+def some_masks(c: Case) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Logits, targets of two sizes and dtypes, and pairs of which two share a query."""
+    torch = c.torch
+    logits = c.normal(2, 5, c.cut(33), c.cut(45))
+    targets = [
+        torch.rand(3, c.cut(60), 71, generator=c.generator) > 0.5,
+        (torch.rand(2, 40, c.cut(50), generator=c.generator) > 0.5).to(torch.uint8),
+    ]
+    pairs = {
+        name: torch.tensor(values)
+        for name, values in (
+            ("image_index", [1, 0, 0, 1, 0]),
+            ("query_index", [4, 2, 0, 4, 1]),
+            ("target_index", [1, 2, 0, 0, 1]),
+        )
+    }
+    return logits, targets, pairs
+
+
+def case_mask_losses(c: Case) -> Iterator[Measure]:
+    from rendseg import ops, reference
+
+    logits, targets, pairs = some_masks(c)
+    coords = c.uniform(5, c.cut(700, 9), 2)
+    held = [t.to(c.device) for t in targets]
+    on_device = {name: index.to(c.device) for name, index in pairs.items()}
+    for options in ({}, {"label_mode": "nearest", "padding_mode": "border", "canvas": (64, 80)}):
+        yield from c.with_gradients(
+            f"losses {options.get('label_mode', 'bilinear')}",
+            lambda x, o=options: c.torch.stack(ops.mask_losses(x, held, coords.to(c.device), **on_device, **o)),
+            lambda x, o=options: c.torch.stack(reference.mask_losses(x, targets, coords, **pairs, **o)),
+            logits,
+        )
+
+
+def case_mask_costs(c: Case) -> Iterator[Measure]:
+    from rendseg import ops, reference
+
+    logits, targets, _ = some_masks(c)
+    coords = c.uniform(2, c.cut(700, 9), 2)
+    got = ops.mask_costs(logits.to(c.device), [t.to(c.device) for t in targets], coords.to(c.device))
+    for name, mine, right in zip(
+        ("cross-entropy", "dice"), got, reference.mask_costs(logits.double(), targets, coords), strict=True
+    ):
+        yield c.compare(name, mine, right)
 
 
 def case_scatter_points(c: Case) -> Iterator[Measure]:

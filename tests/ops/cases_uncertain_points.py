@@ -140,6 +140,21 @@ def bad_inputs(device: str = "cpu") -> Iterator[tuple[str, str, dict[str, Any], 
         yield f"importance_ratio = {ratio}", op, {**sample, "importance_ratio": ratio}, ValueError, pattern
     pattern = r"oversample_ratio \* num_points must be less than 2\*\*31, got"
     yield "too many candidates", op, {**sample, "oversample_ratio": 1e9}, ValueError, pattern
+    masks = {**sample, "image_index": torch.tensor([0, 1, 1], device=device)}
+    pattern = r"class_index must have shape \[N\] with N = 3 as in image_index, got \[2\]"
+    kwargs = {**masks, "class_index": torch.tensor([0, 1], device=device)}
+    yield "class_index of another N than image_index", op, kwargs, ValueError, pattern
+    kwargs = {**masks, "image_index": masks["image_index"].int()}
+    yield "image_index int32", op, kwargs, TypeError, "image_index must be int64, got"
+    kwargs = {**masks, "image_index": masks["image_index"][None]}
+    yield "image_index rank 2", op, kwargs, ValueError, r"image_index must have shape \[N\], got \[1, 3\]"
+    kwargs = {**masks, "random_coords": torch.zeros(2, 13, 2, device=device)}
+    yield "random_coords of another N", op, kwargs, ValueError, r"random_coords must have shape .* = \[3, 13, 2\]"
+    if device == "cpu":
+        for value in (2, -1):
+            kwargs = {**masks, "image_index": torch.tensor([0, value])}
+            pattern = rf"image_index must lie in \[0, B\) = \[0, 2\), got {value} at position 1"
+            yield f"image_index = {value}", op, kwargs, IndexError, pattern
     pattern = "padding_mode must be one of zeros, border, got 'reflection'"
     yield "padding_mode", op, {**sample, "padding_mode": "reflection"}, ValueError, pattern
     for shape in ((2, 12, 2), (2, 13, 3), (1, 13, 2), (2, 26), (2, 13, 2, 1)):

@@ -223,6 +223,28 @@ def test_sample_uncertain_points(case: str, isa: str) -> None:
             check_sampled(logits, got, draws, 40, 3.0, 0.75, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_masks_of_images(layout: torch.memory_format, dtype: torch.dtype, isa: str) -> None:
+    """With image_index, mask n is that of logits gathered by it; without class_index all classes count."""
+    logits = torch.randn(3, 5, 20, 24, generator=torch.Generator().manual_seed(23)).to(dtype, memory_format=layout)
+    images, classes = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([4, 0, 0, 1, 9])[[0, 1, 2, 3, 3]]
+    draws = torch.rand(5, 3 * 40 + 10, 2, generator=torch.Generator().manual_seed(24))
+    gathered = logits[images, classes].unsqueeze(1)
+    got = ops.sample_uncertain_points(logits, 40, class_index=classes, image_index=images, random_coords=draws)
+    check_sampled(gathered, got, draws, 40, 3.0, 0.75)
+    got = ops.sample_uncertain_points(logits, 40, image_index=images, random_coords=draws)
+    check_sampled(logits[images], got, draws, 40, 3.0, 0.75)
+    none = ops.sample_uncertain_points(logits, 40, class_index=images[:0], image_index=images[:0])
+    assert none.shape == (0, 40, 2)
+    torch.manual_seed(25)
+    first = ops.sample_uncertain_points(logits, 40, class_index=classes, image_index=images)
+    torch.manual_seed(25)
+    drawn = torch.rand(5, 3 * 40 + 10, 2)
+    given = ops.sample_uncertain_points(logits, 40, class_index=classes, image_index=images, random_coords=drawn)
+    assert torch.equal(first, given)
+
+
 @pytest.mark.parametrize("oversample,importance", [(1.0, 0.5), (2.5, 0.0), (3.0, 1.0), (1.01, 0.999), (7.3, 0.2)])
 def test_ratios(oversample: float, importance: float, isa: str) -> None:
     logits = torch.randn(2, 4, 20, 24, generator=torch.Generator().manual_seed(10))
@@ -366,6 +388,9 @@ def test_opcheck(case: str, requires_grad: bool) -> None:
         (logits, 8),
         {"class_index": class_index, "random_coords": draws, "padding_mode": "border"},
     )
+    index = torch.arange(len(logits))
+    masks = {"class_index": class_index, "image_index": index, "random_coords": draws}
+    assert_opcheck(torch.ops.rendseg.sample_uncertain_points.default, (logits, 8), masks)
 
 
 @pytest.mark.parametrize("backend", backends_to_test())

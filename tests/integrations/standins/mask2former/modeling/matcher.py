@@ -1,0 +1,39 @@
+"""A matcher with the names and arguments of Mask2Former's repository, one image after the other."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.projects.point_rend.point_features import point_sample
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+
+def costs(x, y):
+    """Cross-entropy and dice of every row of x with every row of y."""
+    pairs = F.binary_cross_entropy_with_logits(
+        x[:, None].expand(-1, len(y), -1), y[None].expand(len(x), -1, -1), reduction="none"
+    )
+    s = x.sigmoid()
+    return pairs.mean(2), 1 - (2 * s @ y.T + 1) / (s.sum(1)[:, None] + y.sum(1) + 1)
+
+
+class HungarianMatcher(nn.Module):
+    def __init__(self, cost_class=1, cost_mask=1, cost_dice=1, num_points=0):
+        super().__init__()
+        self.cost_class, self.cost_mask, self.cost_dice = cost_class, cost_mask, cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def memory_efficient_forward(self, outputs, targets):
+        indices = []
+        for logits, masks, target in zip(outputs["pred_logits"], outputs["pred_masks"], targets, strict=True):
+            points = torch.rand(1, self.num_points, 2)
+            x = point_sample(masks[None], points, align_corners=False)[0]
+            y = point_sample(target["masks"][None].to(masks), points, align_corners=False)[0]
+            mask, dice = costs(x, y)
+            cost = self.cost_mask * mask + self.cost_dice * dice
+            cost = cost - self.cost_class * logits.softmax(-1)[:, target["labels"]]
+            indices.append([torch.as_tensor(index) for index in linear_sum_assignment(cost.cpu())])
+        return indices
+
+    def forward(self, outputs, targets):
+        return self.memory_efficient_forward(outputs, targets)
