@@ -28,12 +28,21 @@ class Head(nn.Module):
         self.each, self.coarse_first, self.stock = each, coarse_first, stock
         widths = [fine, *hidden]
         generator = torch.Generator().manual_seed(7)
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.layers = len(hidden) + 1
         for i, out in enumerate((*hidden, classes)):
             inputs = widths[i] + (classes if each or i == 0 else 0)
             weight = torch.randn(out, inputs, generator=generator) * (2 / inputs) ** 0.5
-            self.weights.append(nn.Parameter(weight))
-            self.biases.append(nn.Parameter(torch.randn(out, generator=generator) * 0.1))
+            setattr(self, f"weight{i}", nn.Parameter(weight))
+            setattr(self, f"bias{i}", nn.Parameter(torch.randn(out, generator=generator) * 0.1))
+
+    # Not nn.ParameterList, which torch.compile of PyTorch 2.8 does not take.
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [getattr(self, f"weight{i}") for i in range(self.layers)]
+
+    @property
+    def biases(self) -> list[nn.Parameter]:
+        return [getattr(self, f"bias{i}") for i in range(self.layers)]
 
     def _join(self, x: Tensor, coarse: Tensor) -> Tensor:
         return torch.cat((coarse, x) if self.coarse_first else (x, coarse), dim=1)
@@ -45,12 +54,12 @@ class Head(nn.Module):
             if i and self.each:
                 x = self._join(x, coarse.to(x.dtype))
             x = F.conv1d(x, weight.unsqueeze(2), bias)
-            if i + 1 < len(self.weights):
+            if i + 1 < self.layers:
                 x = x.relu()
         return x
 
     def refine_parameters(self) -> HeadLayers | None:
-        return HeadLayers(list(self.weights), list(self.biases), self.each, self.coarse_first) if self.stock else None
+        return HeadLayers(self.weights, self.biases, self.each, self.coarse_first) if self.stock else None
 
 
 def inputs(
