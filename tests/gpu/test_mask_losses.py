@@ -71,24 +71,27 @@ def test_the_same_bits_and_in_a_graph() -> None:
     logits = cases.normal(2, 20, 64, 64)
     targets = [cases.masks(5, 250, 170, torch.bool), cases.masks(3, 90, 400, torch.uint8)]
     pairs = [(i % 2, (7 * i) % 20, i % 3) for i in range(16)]
-    losses = moved(cases.build(logits, targets, pairs, 5000)[0])
+    losses, costs = map(moved, cases.build(logits, targets, pairs, 5000))
     grads = [torch.randn(16, device="cuda") for _ in range(2)]
     names = ("logits", "targets", "coords", "image_index", "query_index", "target_index")
+    arguments = [losses[name] for name in names]
 
-    def backward() -> Tensor:
-        arguments = [losses[name] for name in names]
-        return torch.ops.rendseg._mask_losses_backward(*grads, *arguments, "bilinear", "zeros", None)
+    def call() -> list[Tensor]:
+        gradient = torch.ops.rendseg._mask_losses_backward(*grads, *arguments, "bilinear", "zeros", None)
+        return [*rendseg.ops.mask_losses(**losses), *rendseg.ops.mask_costs(**costs), gradient]
 
-    wanted = backward()
-    assert all(torch.equal(backward(), wanted) for _ in range(3))
+    wanted = call()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(call(), wanted, strict=True))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backward()
-    out.zero_()
+        results = call()
+    for result in results:
+        result.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
 
 
 @pytest.mark.bad_input
