@@ -25,7 +25,7 @@ OP_FILES = (
     "tests/emulation/test_{file}.py",
     "tests/gpu/test_{file}.py",
 )
-# Not written yet: the reference serves in their place (docs/operators.md).
+# Not written yet: another backend serves in their place (README.md).
 NOT_YET = {
     "mask_losses": (
         "csrc/cpu/",

@@ -74,32 +74,6 @@ constexpr int kPairRows = 6;
 constexpr int64_t kTile = kEncodeTile;
 constexpr int64_t kChannelBlock = 64;  // channels whose tile rows and codewords fit the first-level cache
 
-// exp(x) for x <= 0 (or NaN), to about one unit in the last place; below the normal range it is 0.
-RENDSEG_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  using U = Bits<float>;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const Vec<float> shifted = fused(x, splat(1.44269504f), splat(kShift));
-  const Vec<float> n = shifted - kShift;
-  Vec<float> r = fused(n, splat(-0.693145752f), x);  // ln 2 in two parts; the first has trailing zero bits
-  r = fused(n, splat(-1.42860677e-6f), r);
-  // Taylor to the seventh order: |r| <= ln(2) / 2, so the rest is below 6e-9.
-  Vec<float> p = splat(1.0f / 5040);
-  p = fused(p, r, splat(1.0f / 720));
-  p = fused(p, r, splat(1.0f / 120));
-  p = fused(p, r, splat(1.0f / 24));
-  p = fused(p, r, splat(1.0f / 6));
-  p = fused(p, r, splat(0.5f));
-  p = fused(p, r, splat(1.0f));
-  p = fused(p, r, splat(1.0f));
-  const Vec<float> power = (Vec<float>)(((U)shifted << 23) + 0x3f800000u);
-  return x < -87.3f ? Vec<float>{} : p * power;
-}
-RENDSEG_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  Vec<double> y;
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
-  return y;
-}
-
 // ---- Moving between tensors of any dtype and stride, and rows of T
 
 template <typename T, typename X>

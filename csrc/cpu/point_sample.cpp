@@ -11,23 +11,20 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
 #include "../point_sample_common.h"
 #include "../strided_tensors.h"
-#include "huge_pages.h"
+#include "zero_gradient.h"
 
 #define RENDSEG_KERNELS "point_sample_kernels.h"
 #include "compile_kernels.h"
@@ -189,27 +186,6 @@ void sample_kernel(const at::Tensor& map, const Wide<T>* coords, const SampleCal
       }
     }
   });
-}
-
-// A zero tensor in the layout of `map`. A large one is memory that the system hands out already zero, in huge pages
-// where it has them: filling it again would cost more than the whole scatter.
-at::Tensor zero_gradient(const at::Tensor& map) {
-  const at::MemoryFormat format = gradient_format(map);
-  const int64_t bytes = map.numel() * map.element_size();
-  constexpr int64_t kHuge = int64_t{2} << 20, kAlign = 64;
-  if (bytes < 2 * kHuge) return at::zeros_like(map, map.options(), format);
-  void* block = std::calloc(1, bytes + kAlign);
-  if (block == nullptr) throw std::bad_alloc();
-  const auto address = (reinterpret_cast<uintptr_t>(block) + kAlign - 1) / kAlign * kAlign;
-  prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
-  std::vector<int64_t> strides(4, 1);
-  if (format == at::MemoryFormat::ChannelsLast) {
-    strides = {map.size(1) * map.size(2) * map.size(3), 1, map.size(3) * map.size(1), map.size(1)};
-  } else {
-    strides = {map.size(1) * map.size(2) * map.size(3), map.size(2) * map.size(3), map.size(3), 1};
-  }
-  return at::from_blob(
-      reinterpret_cast<void*>(address), map.sizes(), strides, [block](void*) { std::free(block); }, map.options());
 }
 
 // The taps of one image gathered by cell, taps of a cell in the order of points.

@@ -9,6 +9,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -296,6 +297,32 @@ RENDSEG_INLINE Ints<A> select_greater(Vec<A> a, Vec<A> b, Ints<A> yes, Ints<A> n
   return a > b ? yes : no;
 }
 
+// exp(x) for x <= 0 (or NaN), to about one unit in the last place; below the normal range it is 0.
+RENDSEG_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  using U = Bits<float>;
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Vec<float> shifted = fused(x, splat(1.44269504f), splat(kShift));
+  const Vec<float> n = shifted - kShift;
+  Vec<float> r = fused(n, splat(-0.693145752f), x);  // ln 2 in two parts; the first has trailing zero bits
+  r = fused(n, splat(-1.42860677e-6f), r);
+  // Taylor to the seventh order: |r| <= ln(2) / 2, so the rest is below 6e-9.
+  Vec<float> p = splat(1.0f / 5040);
+  p = fused(p, r, splat(1.0f / 720));
+  p = fused(p, r, splat(1.0f / 120));
+  p = fused(p, r, splat(1.0f / 24));
+  p = fused(p, r, splat(1.0f / 6));
+  p = fused(p, r, splat(0.5f));
+  p = fused(p, r, splat(1.0f));
+  p = fused(p, r, splat(1.0f));
+  const Vec<float> power = (Vec<float>)(((U)shifted << 23) + 0x3f800000u);
+  return x < -87.3f ? Vec<float>{} : p * power;
+}
+RENDSEG_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
+  return y;
+}
+
 // ---- Across lanes
 
 // 0, 1, 2, ...
@@ -399,6 +426,41 @@ RENDSEG_INLINE Vec<Wide<T>> gather(const T* p, const int32_t* index) {
   T picked[kLanes<Wide<T>>];
   for (int i = 0; i < kLanes<Wide<T>>; ++i) picked[i] = index[i] >= 0 ? p[index[i]] : T(0);
   return load(picked);
+}
+
+// p[at[i]] and p[at[i] + 1], each pair fetched as one word. (A gather of the hardware is slower on many processors.)
+typedef float Quad __attribute__((vector_size(16)));
+typedef double Words __attribute__((vector_size(16)));
+RENDSEG_INLINE void four_pairs(const float* p, const int32_t* at, Quad& first, Quad& second) {
+  const Words low = {load_bits<double>(p + at[0]), load_bits<double>(p + at[1])};
+  const Words high = {load_bits<double>(p + at[2]), load_bits<double>(p + at[3])};
+  first = __builtin_shufflevector((Quad)low, (Quad)high, 0, 2, 4, 6);
+  second = __builtin_shufflevector((Quad)low, (Quad)high, 1, 3, 5, 7);
+}
+template <typename V, int... Lane>
+RENDSEG_INLINE auto joined(V low, V high, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(low, high, Lane...);
+}
+RENDSEG_INLINE void gather_pairs(const float* p, const int32_t* at, Vec<float>& first, Vec<float>& second) {
+  Quad a[kLanes<float> / 4], b[kLanes<float> / 4];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<float> / 4; ++i) four_pairs(p, at + 4 * i, a[i], b[i]);
+  constexpr auto eight = std::make_integer_sequence<int, 8>{};
+#if RENDSEG_ISA == 2
+  constexpr auto sixteen = std::make_integer_sequence<int, 16>{};
+  first = joined(joined(a[0], a[1], eight), joined(a[2], a[3], eight), sixteen);
+  second = joined(joined(b[0], b[1], eight), joined(b[2], b[3], eight), sixteen);
+#elif RENDSEG_ISA == 1
+  first = joined(a[0], a[1], eight);
+  second = joined(b[0], b[1], eight);
+#else
+  first = a[0];
+  second = b[0];
+  (void)eight;
+#endif
+}
+RENDSEG_INLINE void gather_pairs(const double* p, const int32_t* at, Vec<double>& first, Vec<double>& second) {
+  for (int i = 0; i < kLanes<double>; ++i) first[i] = p[at[i]], second[i] = p[at[i] + 1];
 }
 
 #if RENDSEG_ISA == 2
