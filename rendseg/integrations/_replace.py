@@ -1,7 +1,7 @@
 """Replacing functions of other packages, and putting them back.
 
-A function is only replaced if it can be recognised. Where its whole body is replaced by another (a criterion), its
-source must be one that was compared with rendseg's; where only an inner function is (point sampling), its parameters.
+A function is only replaced if it can be recognised: by its source, which must be one that was compared with rendseg's,
+or by its parameters together with what it computes on a small example (``_points.py``).
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import inspect
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 _ABSENT = object()
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass
@@ -89,9 +93,16 @@ def _shape_of(node: Any) -> Any:
     return type(node).__name__, tuple(kept)
 
 
-def fingerprint(function: Callable[..., Any]) -> str:
-    """A short hash of what a function does: comments, docstrings, annotations and layout do not count."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+def fingerprint(function: Any) -> str:
+    """A short hash of what a function does: comments, docstrings, annotations and layout do not count.
+
+    Decorators of torch (``no_grad``) are in the source. Any other wrapper may change what the function does.
+    """
+    while hasattr(function, "__wrapped__"):
+        if not function.__code__.co_filename.startswith(_TORCH):
+            raise TypeError(f"{function.__qualname__} is wrapped")
+        function = function.__wrapped__
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     return hashlib.sha256(repr(_shape_of(tree)).encode()).hexdigest()[:16]
 
 
@@ -141,15 +152,13 @@ def replace(report: Report, owner: Any, name: str, new: Callable[..., Any], why:
 
 
 def overridden(part: Any, base: type, names: Iterable[str]) -> str:
-    """The first of ``names`` that an object does not have from ``base``; hooks count. Empty if there is none."""
+    """Says which of ``names`` an object does not have from ``base``; empty if it has them all."""
     kind: Any = type(part)
     if not isinstance(part, base):
         return f"is a {kind.__name__}"
     for name in names:
         if name in vars(part) or getattr(kind, name) is not getattr(base, name):
             return f"overrides {name}"
-    if getattr(part, "_forward_hooks", None) or getattr(part, "_forward_pre_hooks", None):
-        return "has a forward hook"
     return ""
 
 

@@ -202,6 +202,8 @@ def _keeps_own(report: Report, self: Any, loss: type, matcher: type) -> bool:
     """Whether this object has pieces of its own, so that the original forward must call them."""
     for part, base, names in ((self, loss, PIECES), (self.matcher, matcher, ("forward",))):
         why = overridden(part, base, names)
+        if part is not self and (part._forward_hooks or part._forward_pre_hooks):
+            why = why or "has a forward hook"
         if why:
             report.keep(f"{type(part).__module__}.{type(part).__qualname__}", f"{why}: its own code runs")
             return True

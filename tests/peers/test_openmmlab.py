@@ -1,0 +1,89 @@
+"""mmdet and mmsegmentation, patched and not, at the same random points."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rendseg
+from tests.integrations import openmmlab
+from tests.integrations.draws import Draws
+
+openmmlab.prepare()
+
+
+def test_mmdet() -> None:
+    pytest.importorskip("mmdet", reason="needs the package mmdet: pip install -e .[peers]")
+    module = importlib.import_module("mmdet.models.dense_heads.mask2former_head")
+    select = module.get_uncertain_point_coords_with_randomness
+    sample = module.point_sample
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 4, 12, 14, generator=g).requires_grad_(), torch.tensor([2, 0, 3])
+    draws = Draws(32)
+
+    def points_and_values() -> tuple[torch.Tensor, torch.Tensor]:
+        coords = module.get_uncertain_point_coords_with_randomness(logits, labels, 32, 3.0, 0.75)
+        coords = coords.gather(1, coords[..., :1].argsort(1).expand(-1, -1, 2))
+        return coords, module.point_sample(logits, coords)
+
+    with draws.recorded():
+        wanted = points_and_values()
+    with rendseg.patched("mmdet") as report, draws.fed():
+        got = points_and_values()
+        assert module.point_sample is not sample
+    assert len(report.replaced) >= 8 and "Mask2FormerHead" in report.left[-1][0]
+    assert module.get_uncertain_point_coords_with_randomness is select and module.point_sample is sample
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    a, b = (torch.autograd.grad(values.square().sum(), logits)[0] for _, values in (got, wanted))
+    assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_mmseg() -> None:
+    pytest.importorskip("mmseg", reason="needs the package mmsegmentation: pip install -e .[peers]")
+    head = importlib.import_module("mmseg.models.decode_heads.point_head")
+    encoding = importlib.import_module("mmseg.models.utils.encoding").Encoding
+    part = head.PointHead.__new__(head.PointHead)
+    torch.nn.Module.__init__(part)
+    part.align_corners = False
+    g = torch.Generator().manual_seed(0)
+    logits, features = torch.randn(2, 5, 9, 8, generator=g), torch.randn(2, 6, 9, 8, generator=g).requires_grad_()
+    options = SimpleNamespace(
+        num_points=32, oversample_ratio=3, importance_sample_ratio=0.75, subdivision_num_points=20
+    )
+    torch.manual_seed(0)
+    layer, draws = encoding(6, 4), Draws(32)
+
+    def computed() -> dict[str, torch.Tensor]:
+        train = part.get_points_train(logits, head.calculate_uncertainty, options)
+        train = train.gather(1, train[..., :1].argsort(1).expand(-1, -1, 2))
+        index, test = part.get_points_test(logits, head.calculate_uncertainty, options)
+        order = index.argsort(1)
+        return {
+            "train": train,
+            "index": index.gather(1, order),
+            "test": test.gather(1, order[..., None].expand(-1, -1, 2)),
+            "fine": part._get_fine_grained_point_feats([features, logits], train),
+            "coarse": part._get_coarse_point_feats(logits, train),
+            "codes": layer(features),
+        }
+
+    with draws.recorded():
+        wanted = computed()
+    with rendseg.patched("mmseg") as report, draws.fed():
+        got = computed()
+    assert [name.rpartition(".")[2] for name, _ in report.replaced] == [
+        "forward",
+        "get_points_train",
+        "get_points_test",
+        "point_sample",
+    ]
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    sums = [(found["fine"].square().sum() + found["codes"].square().sum()) for found in (got, wanted)]
+    leaves = features, layer.codewords, layer.scale
+    for a, b in zip(*(torch.autograd.grad(total, leaves) for total in sums), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
