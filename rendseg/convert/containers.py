@@ -53,9 +53,10 @@ def _content(path: Path) -> Any:
         file.seek(0)
         if magic[:4] == b"PK\x03\x04":
             return _zip(path)
-        if magic[:1] == b"\x80":
+        header = magic[8:9] == b"{"  # of safetensors, after its length, whose first byte may look like a pickle's
+        if magic[:1] == b"\x80" and not (header and struct.unpack("<Q", magic[:8])[0] < path.stat().st_size):
             return _pickles(path, file)
-        if magic[8:9] == b"{":
+        if header:
             return _safetensors(path, file)
     if not magic:
         raise ConversionError(f"{path} is empty")

@@ -230,15 +230,37 @@ def load(file: BinaryIO, path: Any, storages: Storages | None = None) -> Any:
         raise ConversionError(f"{path} is truncated, damaged or no file of weights: {reason}") from None
 
 
+class _Bounded:
+    """A file of which nobody can ask for more than there is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        start = file.tell()
+        self.end, self.tell, self.readline = file.seek(0, 2), file.tell, file.readline
+        self._file = file
+        file.seek(start)
+
+    def read(self, count: int) -> bytes:
+        self.check(count)
+        return self._file.read(count)
+
+    def check(self, count: int) -> None:
+        """``ValueError`` unless that many bytes are left."""
+        if count > self.end - self.tell():
+            raise ValueError("a length in it is beyond its end")
+
+
 def _scan(file: BinaryIO) -> None:
     """Read over the pickle once. Names that stand in it as they are get refused before anything else is read; every
     length is then known to be within the file, and no memo larger than the pickle, so that a few bytes cannot ask for
     much memory."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+    bounded = _Bounded(file)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(bounded)):  # type: ignore[arg-type]
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= count:
             raise ValueError(f"memo {argument} after {count} operations")
         if opcode.name in ("GLOBAL", "INST"):
             _named(*argument.split(" ", 1))
+        elif opcode.name == "FRAME":
+            bounded.check(argument)
 
 
 def _finished(value: Any, seen: set[int]) -> Any:
