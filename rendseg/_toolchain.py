@@ -19,7 +19,7 @@ INSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --n
 def too_old(torch_version: str) -> bool:
     """Whether this torch is older than :data:`MIN_TORCH`; what cannot be read counts as new enough."""
     found = re.match(r"(\d+)\.(\d+)", torch_version)
-    return bool(found) and tuple(map(int, found.groups())) < tuple(map(int, MIN_TORCH.split(".")))
+    return found is not None and tuple(map(int, found.groups())) < tuple(map(int, MIN_TORCH.split(".")))
 
 
 def output_of(command: list[str]) -> str:

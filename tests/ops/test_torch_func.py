@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import rendseg
-from rendseg import nn, ops
+from rendseg import _extension, nn, ops
 
 torch.manual_seed(0)
 CODEWORDS, SCALE = torch.randn(3, 4), -torch.rand(3)
@@ -64,6 +64,7 @@ def test_a_model_and_second_derivatives() -> None:
 
 
 @pytest.mark.bad_input
+@pytest.mark.skipif(not _extension.LOADED, reason="asks for the compiled backend")
 def test_a_backend_by_name_refuses() -> None:
     with rendseg.backend("cpp"), pytest.raises(RuntimeError, match=r"no transforms of torch.func.*set_backend"):
         grad(lambda y: ops.encode(y, CODEWORDS, SCALE).sum())(torch.randn(1, 4, 5))
