@@ -1,4 +1,4 @@
-"""The command ``rendseg``: train, eval, predict, export, experiment, data check, doctor.
+"""The command ``rendseg``: train, eval, predict, export, convert, experiment, data check, doctor.
 
 ``doctor`` must work where nearly nothing is installed, so that this module imports the standard library only; the
 commands themselves are in ``rendseg/engine/commands.py``, imported once it is known that their packages are there.
@@ -28,6 +28,7 @@ usage: rendseg train CONFIG [key=value ...]
        rendseg eval CHECKPOINT [--preset NAME] [--labels classes|dataset] [key=value ...]
        rendseg predict CHECKPOINT IMAGES... --out DIR [--labels classes|dataset]
        rendseg export CHECKPOINT --format pt2|aoti|onnx [--out FILE] [key=value ...]
+       rendseg convert SOURCE... --from NAME [--config FILE] [--out FILE] [--to NAME] [--check]
        rendseg experiment CONFIG [--only VARIANT] [key=value ...]
        rendseg data check CONFIG [key=value ...]
        rendseg doctor"""

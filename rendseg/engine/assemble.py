@@ -20,16 +20,31 @@ def build_data(config: Config, split: str) -> Any:
 
 
 def build_network(config: Config, num_classes: int, initialise: bool = True) -> nn.Module:
-    """The model of a configuration; ``initialise=False`` does not load the backbone's pretrained weights."""
+    """The model of a configuration; ``initialise=False`` does not load the weights that the configuration names."""
     from rendseg.models import build_model
 
     options = dict(config.model)
-    if not initialise:
+    start = options.get("checkpoint") if initialise else None
+    if start is not None or not initialise:
         options["backbone"] = {**options["backbone"], "pretrained": False, "checkpoint": None}
     try:
-        return build_model(options, num_classes)
+        network = build_model(options, num_classes)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise ConfigError(f"the model cannot be built: {error}") from error
+    if start is not None:
+        _start_from(network, start, num_classes)
+    return network
+
+
+def _start_from(network: nn.Module, path: str, num_classes: int) -> None:
+    """Load the weights of a checkpoint; what depends on the number of classes may differ, and stays as it is."""
+    contents = load_checkpoint(path)
+    state, own = contents["model"], network.state_dict()
+    if len(contents["classes"]["names"]) != num_classes:
+        other = [key for key in own if key in state and own[key].shape != state[key].shape]
+        print(f"{path} has other classes: {', '.join(other)} begin with random weights")
+        state = {**state, **{key: own[key] for key in other}}
+    load_weights(network, state, path)
 
 
 def load_trained(

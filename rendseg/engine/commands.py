@@ -46,15 +46,17 @@ def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         # Imported here, so that --help does not wait for torch.
+        from rendseg.convert import ConversionError
         from rendseg.data import DataError
         from rendseg.engine.checkpoint import CheckpointError
         from rendseg.engine.config import ConfigError
         from rendseg.engine.export import ExportError
         from rendseg.engine.train import Interrupted, TrainingError
 
+        ours = (ConfigError, DataError, CheckpointError, ConversionError, ExportError, TrainingError, Interrupted)
         try:
             command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
-        except (ConfigError, DataError, CheckpointError, ExportError, TrainingError, Interrupted) as error:
+        except ours as error:
             if os.environ.get("RENDSEG_DEBUG") == "1":
                 raise
             if os.environ.get("RANK", "0") == "0" or not isinstance(error, Interrupted):
@@ -235,6 +237,57 @@ def export(
         preprocessing=with_preprocessing,
         opset=opset,
     )
+
+
+@app.command()
+@_one_line_errors
+def convert(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="File or folder of weights; of csail: encoder and decoder."),
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="NAME",
+            help="mmseg, detectron2, paddleseg, pytorch_encoding, csail, unifiedparsing, transformers, torchvision or "
+            "rendseg; default: rendseg.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The model's configuration there (.py, .yaml, .json), read as data."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write; default: named as SOURCE.")] = None,
+    to: Annotated[str, typer.Option(help="rendseg, safetensors, mmseg or transformers.")] = "rendseg",
+    normalize: Annotated[
+        str | None,
+        typer.Option(help="Normalisation of images, where the source does not say: imagenet, caffe or half."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the result, such as data.name=cityscapes."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Convert back and compare every tensor, and run the network once.")
+    ] = False,
+) -> None:
+    """Turn weights of another framework into a checkpoint for eval, predict, export and fine-tuning, or back."""
+    from rendseg.convert.command import convert as run
+
+    done = run(
+        sources,
+        format,
+        config=config,
+        out=out,
+        to=to,
+        normalize=normalize,
+        overrides=overrides or (),
+        check=check,
+    )
+    dead = f", {done.dead} without an effect left out" if done.dead else ""
+    print(f"{done.tensors} tensors{dead} -> {done.out} ({done.seconds:.1f} s)")
 
 
 @app.command()

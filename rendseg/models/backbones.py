@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -269,31 +270,33 @@ def strided_points(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def load_backbone_weights(net: nn.Module, path: str) -> None:
-    """Load a local file (``.safetensors``, or a PyTorch file read without executing anything it holds) into ``net``,
+    """Load a local file of weights (``rendseg.convert`` reads it, without executing anything it holds) into ``net``,
     strictly.
 
-    Containers (``state_dict``, ``model``) and prefixes (``module.``, ``backbone.``) are removed, the weights of a
-    classifier are dropped, and the first convolution is adapted to the number of input channels as timm does.
+    The weights of a classifier are dropped, and the first convolution is adapted to the number of input channels as
+    timm does. Names are timm's, behind prefixes (``module.``, ``backbone.``) or not, or those of another framework.
     """
     from timm.models import adapt_input_conv
 
-    state = _read(path)
+    from ..convert import ConversionError, read
+    from ..convert.engine import backbone_weights
+
     target = net.state_dict()
-    while state and not any(k in target or k.replace(".", "_", 1) in target for k in state):
-        prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in state)), None)
-        if prefix is None:
-            break
-        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    # features_only flattens some networks by one level: "stages.0" becomes "stages_0".
-    flat = {k: k.replace(".", "_", 1) for k in state}
-    state = {flat[k] if k not in target and flat[k] in target else k: v for k, v in state.items()}
-    unknown = [k for k in state if k not in target and not k.startswith(_CLASSIFIER)]
-    missing = [k for k in target if k not in state and not k.endswith("num_batches_tracked")]
-    if unknown or missing:
-        raise ValueError(
-            f"the weights in {path!r} are of another network: {len(missing)} missing (first: {missing[:3]}), "
-            f"{len(unknown)} unknown (first: {unknown[:3]})"
-        )
+    try:
+        loaded = read(path).tensors
+        state = _of_timm(loaded, target)
+        unknown = [k for k in state if k not in target and not k.startswith(_CLASSIFIER)]
+        missing = [k for k in target if k not in state and not k.endswith("num_batches_tracked")]
+        if unknown or missing:
+            renamed = backbone_weights(loaded, list(target), path)
+            if renamed is None:
+                raise ValueError(
+                    f"the weights in {path!r} are of another network: {len(missing)} missing (first: {missing[:3]}), "
+                    f"{len(unknown)} unknown (first: {unknown[:3]})"
+                )
+            state = renamed
+    except ConversionError as error:
+        raise ValueError(f"the weights of the backbone cannot be read: {error}") from None
     state = {k: v for k, v in state.items() if k in target}
     for name, weight in state.items():
         wanted = target[name].shape
@@ -309,19 +312,13 @@ def load_backbone_weights(net: nn.Module, path: str) -> None:
     net.load_state_dict(state, strict=False)
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - pickle, zip and safetensors raise many kinds
-        raise ValueError(f"{path!r} cannot be read as weights: {type(error).__name__}: {error}") from error
-    for key in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path!r} holds no dictionary of tensors")
-    return content
+def _of_timm(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without prefixes, and with the names that ``features_only`` gives."""
+    while state and not any(k in target or k.replace(".", "_", 1) in target for k in state):
+        prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in state)), None)
+        if prefix is None:
+            break
+        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    # features_only flattens some networks by one level: "stages.0" becomes "stages_0".
+    flat = {k: k.replace(".", "_", 1) for k in state}
+    return {flat[k] if k not in target and flat[k] in target else k: v for k, v in state.items()}

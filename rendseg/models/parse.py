@@ -40,6 +40,9 @@ class ModelOptions(Options):
     ``pointrend.preset`` says, or, where that is rendseg, ``decoder.preset``."""
     norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of the running statistics of every batch norm. ``None``: csail 0.001, else as the layers have it."""
+    checkpoint: str | None = None
+    """A checkpoint (of a run, or converted) whose weights training starts from. A classifier of another number of
+    classes keeps its random weights."""
     channels_last: Flag = True
 
 
