@@ -1,4 +1,4 @@
-# make venv | demo | test | bench | lint | format | docs | gpu-check | versions | clean
+# make venv | demo | test | test-peers | bench | lint | format | docs | gpu-check | versions | clean
 # Everything runs in .venv, which the first target sets up; VENV=path uses another environment's folder.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh
 	tests/emulation/*.h tests/emulation/*.cpp)
 BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help venv demo test bench lint format docs gpu-check versions clean
+.PHONY: help venv demo test test-peers bench lint format docs gpu-check versions clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -48,6 +48,20 @@ demo: venv
 
 test: venv
 	$(PY) -m pytest tests/ --durations=30 $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
+
+# Comparison with other projects, in an environment of its own on top of the first (mmsegmentation brings a package called
+# tests, among others). Where they cannot be installed the tests are skipped.
+PEERS := $(VENV)/peers
+$(PEERS)/.installed: $(VENV)/.installed
+	test -x $(PEERS)/bin/python || $(PY) -m venv $(PEERS)
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$($(PEERS)/bin/python -c 		"import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	timeout 900 $(PEERS)/bin/python -m pip install --no-compile $$($(PY) -c "import importlib.metadata as m; \
+		print(*(r.split(';')[0].replace(' ', '') for r in m.requires('rendseg') if 'peers' in r.partition(';')[2]))") \
+		&& timeout 300 $(PEERS)/bin/python -m pip install --no-compile --no-deps --force-reinstall opencv-python-headless \
+		&& touch $@ || echo "make: the other projects were not installed; tests of those that lack are skipped"
+
+test-peers: venv $(PEERS)/.installed
+	timeout 900 $(PEERS)/bin/python -m pytest tests/peers -q $(PYTEST_ARGS)
 
 bench: venv
 	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file $(BENCH_ARGS) || exit 1; done

@@ -22,6 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Here rather than in an __init__.py: without one, this folder gives way to the package on PyPI of the same name, and
+# those who look for that (transformers does) take the folder for what it is, no package.
+if not __name__.startswith("rendseg."):
+    raise ImportError("import these files as rendseg.kernels, the package that they are part of")
+
 INT32_LIMIT = 2**31
 # Most cells or points of an image that 32-bit indices hold, with room for the tail of a tile.
 INDEX_LIMIT = INT32_LIMIT - 2**16

@@ -7,6 +7,8 @@ only a type checker reads (``if TYPE_CHECKING:``) does not count.
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +97,31 @@ def test_a_circle_is_seen(tmp_path: Path, one: str, two: str, found: int) -> Non
     for name, text in (("__init__", ""), ("one", one), ("two", two)):
         (house / f"{name}.py").write_text(text)
     assert circles(house) == ({frozenset({"house.one", "house.two"})} if found else set())
+
+
+@pytest.mark.parametrize("order", [("kernels", "rendseg.kernels"), ("rendseg.kernels", "kernels")])
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_folder_kernels_gives_way_to_the_package(
+    order: tuple[str, str], installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the root of a checkout ``import kernels`` finds the package on PyPI, and without it a folder, not ours."""
+    import rendseg
+
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("theirs = True")
+    monkeypatch.setattr(sys, "path", [str(PACKAGE.parent), str(tmp_path), *sys.path])
+    for name in order:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(rendseg, "kernels", None, raising=False)
+    importlib.invalidate_caches()
+    found = {name: importlib.import_module(name) for name in order}
+    assert hasattr(found["kernels"], "theirs") is installed and not hasattr(found["rendseg.kernels"], "theirs")
+    assert (found["kernels"].__file__ is None) is not installed
+    ours = PACKAGE.parent / "kernels"
+    assert [Path(p) for p in found["rendseg.kernels"].__path__] == [ours]
+    if not installed:
+        with pytest.raises(ImportError, match="import these files as rendseg.kernels"):
+            importlib.import_module("kernels._common")
+    for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
+        monkeypatch.delitem(sys.modules, name)

@@ -187,7 +187,24 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     wrong = problem(contents)
     if wrong is not None:
         raise CheckpointError(f"{path} is not a sound rendseg checkpoint: {wrong}")
+    _add_switches(contents["config"].get("model"))
     return contents
+
+
+def _add_switches(model: Any) -> None:
+    """To the configuration of a network of before there was ``model.pad``: what it computed without these switches,
+    which presets would now set otherwise."""
+    if not isinstance(model, dict) or "pad" in model:
+        return
+    model["pad"] = "stride"
+    sections = {
+        "backbone": dict.fromkeys(("output_norm", "pad_before_shift", "stride_in_1x1"), False),
+        "decoder": {"output_last": True},
+    }
+    for name, switches in sections.items():
+        section = model.get(name)
+        if isinstance(section, dict) and (name == "backbone" or section.get("name") == "semantic_fpn"):
+            model[name] = {**switches, **section}
 
 
 def _first_line(error: BaseException) -> str:

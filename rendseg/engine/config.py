@@ -240,7 +240,7 @@ class EvalConfig(Options):
         default=False,
         description="bilinear resizing of logits to the label's size: corners aligned or not; model: as in the model",
     )
-    absent: Literal["skip", "ignore_without_label", "zero"] = Field(
+    absent: Literal["skip", "ignore_without_label", "zero", "one"] = Field(
         default="skip",
         description="classes left out of means: skip: neither labelled nor predicted; ignore_without_label: not "
         "labelled; zero: none, what is not defined is 0",

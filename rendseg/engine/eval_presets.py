@@ -34,7 +34,8 @@ mmsegmentation 1.2
 PaddleSeg 2.x
     p1 ``core/infer.py``, ``aug_inference``: logits resized to the input's size (half-pixel centres), softmax, sum over
     scales and flips; a scaled side is ``int(side * scale + 0.5)``. p2 ``utils/metrics.py``, ``mean_iou``: union 0 gives
-    IoU 0, the mean is over all classes; what it prints as "Class Acc" is precision (here ``per_class_precision``). p3
+    IoU 0 (after release 2.8.0: 1, ``eval.absent: one``), the mean is over all classes; what it prints as "Class Acc"
+    is precision (here ``per_class_precision``). p3
     ``aug_inference`` overwrites the image in its loop over scales, so each scale is made from the one before.
     p4 ``slide_inference``, as m5; logits are averaged.
 detectron2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABSENT = ("skip", "ignore_without_label", "zero")
+ABSENT = ("skip", "ignore_without_label", "zero", "one")
 
 
 def _window(values: Tensor, radius: int, dim: int, largest: bool) -> Tensor:
@@ -229,7 +229,9 @@ class SegmentationMetrics:
         * ``skip`` (mmsegmentation): where the denominator is 0; an IoU, where a class occurs neither in the labels nor
           in the predictions. A class that is only predicted, or only labelled, has IoU 0 and counts.
         * ``ignore_without_label`` (detectron2): also every value of a class that has no labelled pixel.
-        * ``zero`` (PaddleSeg, PyTorch-Encoding): never; instead of 0/0 it is 0, and means are over all classes.
+        * ``zero`` (PaddleSeg up to 2.8, PyTorch-Encoding): never; instead of 0/0 it is 0, and means are over all
+          classes.
+        * ``one`` (PaddleSeg after 2.8): never; instead of 0/0 it is 1, and means are over all classes.
 
         A mean over nothing is nan.
         """
@@ -264,7 +266,7 @@ class SegmentationMetrics:
         """part / whole of each class, None where `absent` leaves it out."""
         if self.absent == "ignore_without_label":
             whole = whole.masked_fill(self.confusion.cpu().sum(1) == 0, 0)
-        undefined = 0.0 if self.absent == "zero" else None
+        undefined = {"zero": 0.0, "one": 1.0}.get(self.absent)
         return [p / w if w else undefined for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
 
 

@@ -37,7 +37,8 @@ class Decoder(nn.Module):
     the maps it adds to the backbone's, by name), and, where the decoder needs image sizes that are a multiple of
     something beyond its stride, ``size_divisor``. ``default_point_features`` names the maps of PointRend's fine
     features where a configuration names none. ``resizes`` is set by the model: maps of images that are not padded do
-    not fit together, and are resized to the exact size of the finest rather than cropped to it. All parameters take part in every training step, or DDP would wait.
+    not fit together, and are resized to the exact size of the finest rather than cropped to it. All parameters take
+    part in every training step, or DDP would wait.
     """
 
     num_classes: int

@@ -66,8 +66,8 @@ def ohem_loss(
     a probability below ``threshold``, and in any case the ``min_kept`` hardest of the batch (with all that tie with the
     last of them; fewer where fewer are valid).
 
-    ``mean="valid"`` divides by the (weighted) number of pixels kept, ``"all"`` by that of all labels. With ``normalize="global"`` the hardest are those
-    of all processes.
+    ``mean="valid"`` divides by the (weighted) number of pixels kept, ``"all"`` by that of all labels. With
+    ``normalize="global"`` the hardest are those of all processes.
     """
     _option(mean, "mean", MEANS)
     logits, labels, valid = _prepare(logits, labels, ignore_index)

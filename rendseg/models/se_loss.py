@@ -36,6 +36,7 @@ def se_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     float32 (float64 for float64), also under autocast.
 
     The mean over the classes and over the images that have a valid label; without any, exactly 0 with a zero gradient.
+    (PyTorch-Encoding, mmsegmentation and PaddleSeg count an image that is wholly ignored as one without any class.)
     Errors: as ``presence_targets``, and ``ValueError`` when the shapes do not fit.
     """
     if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:

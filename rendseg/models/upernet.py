@@ -19,7 +19,6 @@ from .fcn import check_levels
 from .options import DecoderOptions, Norm
 from .registry import register_decoder
 
-
 UPerNetPreset = Literal["rendseg", "mmseg", "transformers", "csail", "paddleseg", "pytorch_encoding", "deeplab"]
 
 

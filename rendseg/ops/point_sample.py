@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.point_sample import _point_sample_backward as reference_backward
-from ..reference.point_sample import check_point_labels, check_point_sample, gradient_format
+from ..reference.point_sample import check_point_labels, check_point_sample, gradient_format, of_masks
 from ..reference.point_sample import point_labels as reference_labels
 from ..reference.point_sample import point_sample as reference_sample
 from ._register import impl, register, use_reference
@@ -32,7 +32,8 @@ def point_sample(
     Args:
         input: a map ``[N, C, H, W]``, or a list of maps with the same N and any C, H, W. All maps of a list are sampled
             at the same points and concatenated over channels, without an intermediate tensor. float16, bfloat16,
-            float32 or float64; contiguous and channels_last maps are read in place.
+            float32 or float64; contiguous and channels_last maps are read in place. Masks, bool or uint8, are copied
+            to float32.
         coords: points ``(x, y)`` in ``[0, 1]²``, ``[N, P, 2]`` or ``[N, Hg, Wg, 2]``, float32 (also for half maps) or
             float64. ``(0, 0)`` is the outer corner of the top-left cell.
         mode: ``"bilinear"``, or ``"nearest"`` (a tie goes to the even cell, as in PyTorch).
@@ -50,7 +51,9 @@ def point_sample(
     map is dense and has the layout of the map. On the CPU it is the same to the last bit for any number of threads.
 
     Autocast: maps that share a dtype keep it. Maps of different dtypes are promoted to the widest of them; outside
-    autocast they are an error. ``coords`` keep their dtype.
+    autocast they are an error. ``coords`` keep their dtype. (In detectron2, ``F.grid_sample`` widens a bfloat16 map to
+    float32 under autocast and returns float32; here the result is rounded to bfloat16, so that the selection of points
+    may differ where margins tie.)
 
     Raises:
         ValueError: a wrong rank or size, an empty list or map, or an unknown option.
@@ -59,7 +62,7 @@ def point_sample(
 
     Source: PointRend (Kirillov et al. 2020), section 3.3.
     """
-    maps = [input] if isinstance(input, Tensor) else list(input)
+    maps = [of_masks(m) for m in ([input] if isinstance(input, Tensor) else input)]
     if use_reference("point_sample", maps[0] if maps else coords):
         if maps and torch.is_autocast_enabled(maps[0].device.type):
             maps = _promote(maps)

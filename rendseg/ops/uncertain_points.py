@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from .. import reference
 from ..reference import _checks as check
-from ..reference.point_sample import PADDING_MODES
+from ..reference.point_sample import PADDING_MODES, of_masks
 from ..reference.uncertain_points import check_draws, draw_counts
 from . import _register as _registry
 
@@ -95,6 +95,7 @@ def sample_uncertain_points(
 
     Args:
         logits: ``[N, C, H, W]`` float32, float64, float16 or bfloat16; contiguous and channels_last are read in place.
+            Masks, bool or uint8, are copied to float32.
         num_points: points returned for each image.
         oversample_ratio: at least 1 and finite.
         importance_ratio: in ``[0, 1]``.
@@ -123,6 +124,7 @@ def sample_uncertain_points(
 
     No gradient. Autocast does not change the dtype. Source: PointRend (Kirillov et al. 2020), section 3.2.
     """
+    logits = of_masks(logits)
     function = (
         reference.sample_uncertain_points
         if _registry.use_reference("sample_uncertain_points", logits)

@@ -15,6 +15,11 @@ MODES = ("bilinear", "nearest")
 PADDING_MODES = ("zeros", "border")
 
 
+def of_masks(feature: Tensor) -> Tensor:
+    """``feature``, in float32 where it is a mask: bool or uint8."""
+    return feature.float() if feature.dtype in (torch.bool, torch.uint8) else feature
+
+
 def check_point_sample(maps: Sequence[Tensor], coords: Tensor, mode: str, padding_mode: str) -> None:
     """The checks of :func:`point_sample`, shared with the fake kernels."""
     check.option(mode, "mode", MODES)
@@ -44,10 +49,10 @@ def point_sample(
 ) -> Tensor:
     """``F.grid_sample(input, 2*coords - 1)``: ``[N, C, P]`` or ``[N, C, Hg, Wg]``; lists are concatenated.
 
-    Halves are sampled in float32 and rounded once. With border padding a NaN coordinate is the first cell, as in the
-    forward of ``F.grid_sample`` on the CPU, and has no gradient.
+    Halves are sampled in float32 and rounded once; masks, bool or uint8, are sampled as float32. With border padding a
+    NaN coordinate is the first cell, as in the forward of ``F.grid_sample`` on the CPU, and has no gradient.
     """
-    maps = [input] if isinstance(input, Tensor) else list(input)
+    maps = [of_masks(m) for m in ([input] if isinstance(input, Tensor) else input)]
     check_point_sample(maps, coords, mode, padding_mode)
     dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32
     grid = 2 * coords.to(dtype) - 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .point_sample import PADDING_MODES, point_sample
+from .point_sample import PADDING_MODES, of_masks, point_sample
 
 
 def check_class_index(class_index: Tensor | None, logits: Tensor, image_index: Tensor | None = None) -> None:
@@ -109,8 +109,9 @@ def sample_uncertain_points(
 
     ``random_coords [N, Q, 2]`` replaces the draws: first the ``int(oversample_ratio * num_points)`` candidates, then
     the ``num_points - int(importance_ratio * num_points)`` uniform points. With ``image_index [N]`` mask n lies in
-    ``logits[image_index[n]]``.
+    ``logits[image_index[n]]``. Masks, bool or uint8, are sampled as float32.
     """
+    logits = of_masks(logits)
     check.logits(logits)
     check_class_index(class_index, logits, image_index)
     candidates, kept, uniform = draw_counts(num_points, oversample_ratio, importance_ratio)

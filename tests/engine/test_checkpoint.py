@@ -334,3 +334,18 @@ def test_newest_usable_falls_back(tmp_path: Path) -> None:
 def test_json_has_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": [1.5, float("inf"), None], "c": {3: "x"}})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": [1.5, None, None], "c": {"3": "x"}}
+
+
+def test_a_network_of_before_the_switches_keeps_what_it_computes(tmp_path: Path) -> None:
+    """Its configuration names presets that now say otherwise."""
+    old = {"backbone": {"name": "swin_tiny_patch4_window7_224"}, "decoder": {"name": "upernet", "preset": "mmseg"}}
+    fpn = {"decoder": {"name": "semantic_fpn"}, "pointrend": {"preset": "paddleseg"}}
+    new = {"pad": 32, "decoder": {"name": "semantic_fpn"}}
+    found = []
+    for model in (old, fpn, new):
+        save_checkpoint(tmp_path / "x.pt", {**contents(), "config": {"model": model}})
+        found.append(load_checkpoint(tmp_path / "x.pt")["config"]["model"])
+    switches = dict.fromkeys(("output_norm", "pad_before_shift", "stride_in_1x1"), False)
+    assert found[0] == {**old, "pad": "stride", "backbone": {**old["backbone"], **switches}}
+    assert found[1] == {**fpn, "pad": "stride", "decoder": {"name": "semantic_fpn", "output_last": True}}
+    assert found[2] == new

@@ -134,7 +134,7 @@ def with_absent_classes() -> tuple[torch.Tensor, torch.Tensor]:
     return pred, labels
 
 
-@pytest.mark.parametrize("rule", ["skip", "ignore_without_label", "zero"])
+@pytest.mark.parametrize("rule", ["skip", "ignore_without_label", "zero", "one"])
 def test_absent_rules_against_numpy(rule: str) -> None:
     """As the frameworks write it: np.nanmean; only classes with labels; 0 for 0/0 and the mean over all."""
     pred, labels = with_absent_classes()
@@ -157,14 +157,14 @@ def test_absent_rules_against_numpy(rule: str) -> None:
     for key, wanted in values.items():
         if rule == "ignore_without_label":
             wanted = np.where(truth > 0, wanted, np.nan)
-        if rule == "zero":
-            wanted = np.nan_to_num(wanted, nan=0.0)
+        if rule in ("zero", "one"):
+            wanted = np.nan_to_num(wanted, nan=float(rule == "one"))
         found = [math.nan if value is None else value for value in got[key]]
         np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=key)
         for mean, each in (("miou", "per_class_iou"), ("mean_accuracy", "per_class_accuracy"), ("mean_dice", key)):
             if each == key and (mean != "mean_dice" or key == "per_class_dice"):
                 assert math.isclose(got[mean], np.nanmean(wanted)), mean
-    counts = {"skip": 6, "ignore_without_label": 5, "zero": 7}
+    counts = {"skip": 6, "ignore_without_label": 5, "zero": 7, "one": 7}
     assert sum(value is not None for value in got["per_class_iou"]) == counts[rule]
     assert sum(value is not None for value in got["per_class_boundary_iou"]) == counts[rule]
     present = [value for value in got["per_class_boundary_iou"] if value is not None]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rendseg.models import FCN, Backbone, Segmenter, build_model, create_backbone, parse_options
@@ -289,3 +290,64 @@ def test_strided_points_of_the_image_never_run_in_channels_last():
     assert [tuple(t.stride())[1] for t in seen] == [64 * 64, 1]
     other = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 48)
     assert other.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- switches that change a network after it was made
+
+
+def test_stride_in_1x1():
+    torch.manual_seed(0)
+    plain, moved = (create_backbone(name="resnet26", stride_in_1x1=on).eval() for on in (False, True))
+    for block in plain.net.layer2:
+        torch.nn.init.ones_(block.bn3.weight)  # it begins at zero
+    moved.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 40, 56)
+    block, start = moved.net.layer2[0], moved(x)[1]
+    y = block.bn1(F.conv2d(start, block.conv1.weight, stride=2)).relu()
+    y = block.bn2(F.conv2d(y, block.conv2.weight, padding=1)).relu()
+    y = block.bn3(F.conv2d(y, block.conv3.weight)) + block.downsample(start)
+    torch.testing.assert_close(moved(x)[2], moved.net.layer2[1](y.relu()))
+    assert not torch.allclose(plain(x)[2], moved(x)[2])
+
+
+def test_output_norm():
+    torch.manual_seed(0)
+    plain, normed = (create_backbone(name="test_convnext", output_norm=on).eval() for on in (False, True))
+    normed.net.load_state_dict(plain.net.state_dict())
+    for norm in normed.output_norms:
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 3, 64, 96)
+    for norm, before, after in zip(normed.output_norms, plain(x), normed(x), strict=True):
+        mean, var = before.mean(1, keepdim=True), before.var(1, unbiased=False, keepdim=True)
+        wanted = (before - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+        torch.testing.assert_close(after, wanted)
+
+
+def test_pad_before_shift():
+    """A map filled up by hand to whole windows needs no padding, so that timm's own block then shifts it as wanted."""
+    torch.manual_seed(0)
+    name = "swin_tiny_patch4_window7_224"
+    padded = create_backbone(name=name, pad_before_shift=True).eval()
+    block = padded.net.layers_0.blocks[1]
+    assert block.shift_size == (3, 3)
+    x = torch.randn(1, 9, 17, 96)
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    wanted = SwinTransformerBlock._attn(block, F.pad(x, (0, 0, 0, 4, 0, 5)))[:, :9, :17]
+    torch.testing.assert_close(block._attn(x), wanted)
+    assert not torch.allclose(SwinTransformerBlock._attn(block, x), wanted, atol=1e-3)
+    assert padded.any_size and [m.shape[2:] for m in padded(torch.randn(1, 3, 33, 65))][0] == (9, 17)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("name", "switch", "words"),
+    [
+        ("resnet18", "stride_in_1x1", "applies to ResNets with bottlenecks only"),
+        ("resnet18", "pad_before_shift", "applies to Swin Transformers only"),
+        ("resnet18", "output_norm", "is for networks with layer norms"),
+    ],
+)
+def test_switches_that_a_network_has_not(name, switch, words):
+    with pytest.raises(ValueError, match=f"backbone.{switch} {words}"):
+        create_backbone(name=name, **{switch: True})

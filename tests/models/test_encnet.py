@@ -90,6 +90,14 @@ def test_extra_losses(align):
     present = torch.stack([torch.histc(y[y != 255].float(), 5, 0, 4) > 0 for y in labels]).float()
     scores = F.linear(output.extra["encoding"], decoder.se_layer.weight, decoder.se_layer.bias).sigmoid()
     torch.testing.assert_close(losses["loss_se"], 0.3 * F.binary_cross_entropy(scores, present))
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
+    for shared, divisor in (
+        ({"mean": "all"}, labels.numel()),
+        ({"class_weights": weights}, weights[labels[labels != 255]].sum()),
+    ):
+        got = decoder.extra_losses(output, labels, 255, **shared)["loss_aux_encnet"]
+        total = F.cross_entropy(logits, labels, shared.get("class_weights"), ignore_index=255, reduction="sum")
+        torch.testing.assert_close(got, 0.7 * total / divisor)
     zero = decoder.extra_losses(output, torch.full_like(labels, 255), 255)
     assert all(v.item() == 0 and v.requires_grad for v in zero.values())
 

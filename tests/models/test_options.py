@@ -54,9 +54,56 @@ def test_preset_fills_in_backbone_and_decoder(name):
     decoder = options.decoder
     assert (decoder.norm, decoder.neck_norm, decoder.level_order, options.backbone.output_stride) == PARTS[name]
     assert decoder.top_down == ("bilinear_aligned" if name == "paddleseg" else "nearest")
+    assert decoder.output_last is (name != "paddleseg")
     assert options.backbone.freeze_norm is False  # nothing is loaded, so there is nothing worth freezing
     loaded = parse_options({"pointrend": {"preset": name}, "backbone": {"pretrained": True}})
     assert loaded.backbone.freeze_norm is (name == "detectron2")
+
+
+AROUND = {  # pad, momentum of the norms, and Swin's output_norm and pad_before_shift
+    "rendseg": ("stride", None, False),
+    "detectron2": (32, None, False),
+    "mmseg": ("none", None, True),
+    "paddleseg": ("none", None, False),
+    "deeplab": ("stride", None, False),
+    "transformers": ("none", None, True),
+    "csail": ("none", 0.001, False),
+    "pytorch_encoding": ("none", None, False),
+}
+
+
+@pytest.mark.parametrize("name", list(AROUND))
+def test_preset_fills_in_what_is_around_the_decoder(name):
+    """By ``pointrend.preset``, or, where that is rendseg, by the decoder's."""
+    pad, momentum, swin = AROUND[name]
+    sources = [] if name == "detectron2" else [{"decoder": {"name": "upernet", "preset": name}}]
+    if name in NAMES:
+        sources += [{"pointrend": {"preset": name}}]
+        other = {"name": "upernet", "preset": "rendseg" if name == "rendseg" else "csail"}
+        sources += [{"pointrend": {"preset": name}, "decoder": other}]
+    for source in sources:
+        options = parse_options({**source, "backbone": {"name": "swin_tiny_patch4_window7_224"}})
+        assert (options.pad, options.norm_momentum) == (pad, momentum)
+        assert options.backbone.output_norm is options.backbone.pad_before_shift is swin
+        assert parse_options(dataclasses.asdict(options)) == options
+        for backbone, wanted in (
+            ("convnext_tiny.fb_in1k", swin),
+            ("resnet50", False),
+            ("swinv2_tiny_window8_256", False),
+        ):
+            assert parse_options({**source, "backbone": {"name": backbone}}).backbone.output_norm is wanted
+    for backbone, wanted in (
+        ("resnet50", True),
+        ("resnet101.tv_in1k", True),
+        ("resnet50d", False),
+        ("resnet18", False),
+    ):
+        options = parse_options({**sources[-1], "backbone": {"name": backbone}}).backbone
+        assert options.stride_in_1x1 is (wanted and name == "detectron2")
+    timm = parse_options({**sources[-1], "backbone": {"name": "resnet50", "pretrained": True}})
+    assert timm.backbone.stride_in_1x1 is False  # its weights are of networks that stride in the 3x3
+    given = parse_options({**sources[0], "pad": 64, "norm_momentum": 0.5, "backbone": {"output_norm": True}})
+    assert (given.pad, given.norm_momentum, given.backbone.output_norm) == (64, 0.5, True)
 
 
 @pytest.mark.parametrize("name", NAMES)

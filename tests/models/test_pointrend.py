@@ -300,7 +300,7 @@ def cross_entropy(logits, labels, weights, mean, ignore=255):
         else torch.tensor(weights, dtype=torch.float64)
     )
     w = w[labels[valid]]
-    return -(w * picked).sum() / (labels.numel() if mean == "all" else w.sum())
+    return -(w * picked).sum() / (labels.numel() if mean == "all" and weights is None else w.sum())
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

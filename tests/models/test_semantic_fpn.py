@@ -71,6 +71,14 @@ def test_dilated_backbone_and_fewer_levels(align):
     assert decoder.stride == 8 and out.coarse.shape[2:] == (8, 6) and list(out.features) == ["p3", "p4", "p5"]
 
 
+def test_without_the_last_output_convolution():
+    decoder = SemanticFPN(CHANNELS, STRIDES, 3, channels=8, head_channels=8, output_last=False)
+    features = maps(64, 96, dtype=torch.float32)
+    deepest = decoder(features).features["p5"]
+    torch.testing.assert_close(deepest, decoder.fpn.fpn_lateral5(features["c5"]))
+    assert not [name for name, _ in decoder.named_parameters() if name.startswith("fpn.fpn_output5")]
+
+
 def test_coarse_first_order():
     """The order of PaddleSeg: the deepest level sets the stride, the finest is enlarged eight times, then reduced."""
     torch.manual_seed(1)

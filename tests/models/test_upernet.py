@@ -151,6 +151,7 @@ def model(preset="mmseg", name="pointrend", **switches):
     return build_model(
         {
             "name": name,
+            "pad": "stride",
             "backbone": {"name": "test_resnet"},
             "decoder": {"name": "upernet", "preset": preset, "channels": 8, "fuse_channels": 8, "ppm_channels": 4,
                         **switches},
@@ -196,7 +197,10 @@ def test_options_round_trip():
 @pytest.mark.parametrize(
     "switches,message",
     [
-        ({"preset": "mmsegg"}, r"model.decoder.preset must be one of mmseg, .*, got 'mmsegg'; did you mean 'mmseg'\?"),
+        (
+            {"preset": "mmsegg"},
+            r"model.decoder.preset must be one of rendseg, .*, got 'mmsegg'; did you mean 'mmseg'\?",
+        ),
         ({"pol": "max"}, r"unknown key model.decoder.pol; did you mean 'pool'\?"),
         ({"levels": ["c2", "c6"]}, r"levels must name maps of the backbone \(c1, .*\), got \['c2', 'c6'\]"),
         ({"levels": ["c3", "c2"]}, r"levels must go from fine to coarse without repetition, got \['c3', 'c2'\]"),

@@ -13,7 +13,7 @@ from torch import Tensor
 import rendseg
 from rendseg import reference
 from rendseg._extension import C
-from rendseg.ops import point_labels, point_sample
+from rendseg.ops import point_labels, point_sample, sample_uncertain_points
 from rendseg.reference.point_sample import _point_sample_backward
 
 CASES = {name: (inputs, coords) for name, inputs, coords in samples()}
@@ -296,6 +296,20 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(point_sample(value, points(1, 5)).square().sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_masks_are_sampled_as_float32(dtype, name):
+    masks = torch.randint(0, 2 if dtype == torch.bool else 256, (2, 3, 7, 9)).to(dtype)
+    coords = points(2, 11)
+    with rendseg.backend(name):
+        got = point_sample(masks, coords, align_corners=True)
+        chosen = sample_uncertain_points(masks, 5, random_coords=torch.rand(2, 17, 2))
+    assert got.dtype == torch.float32 and chosen.shape == (2, 5, 2)
+    torch.testing.assert_close(got, grid_sample(masks.float(), coords, "bilinear", "zeros", True))
+    mixed = point_sample([masks, masks.float()], coords)
+    assert torch.equal(mixed[:, :3], mixed[:, 3:])
 
 
 @pytest.mark.bad_input
