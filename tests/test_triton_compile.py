@@ -34,7 +34,7 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 INTERPRETED_TESTS = {
     "dispatch": 23,
     "encode": 165,
-    "mask_losses": 83,
+    "mask_losses": 80,
     "point_sample": 370,
     "refine": 45,
     "scatter_points": 195,
