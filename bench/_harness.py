@@ -70,6 +70,7 @@ WORKLOADS = {
     "refine": ("W1", "W2", "W3", "stages"),
     "points": ("T1", "T2", "T3", "step", "scatter"),
     "encode": ("Enc", "broadcast"),
+    "criterion": ("K1", "K2"),
     "masks": ("M1", "M2"),
 }
 GPU_QUICK = ("W1", "W2", "T2", "T3", "Enc")  # what --quick runs on a GPU
