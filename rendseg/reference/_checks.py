@@ -70,6 +70,7 @@ def num_points(value: int) -> None:
 def class_index(index: Tensor | None, of: Tensor) -> None:
     if index is None:
         return
+    strided(index, "class_index")
     if index.dtype != torch.int64:
         raise TypeError(f"class_index must be int64, got {index.dtype}")
     if index.dim() != 1 or index.shape[0] != of.shape[0]:

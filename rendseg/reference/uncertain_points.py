@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._types import checked
 from .point_sample import PADDING_MODES, point_sample
 
 
@@ -25,6 +26,7 @@ def check_class_index(class_index: Tensor | None, logits: Tensor) -> None:
         )
 
 
+@checked
 def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     """Negative margin between the two largest logits: ``[N, C, H, W] -> [N, H, W]`` float32, <= 0."""
     check.logits(logits)
@@ -59,6 +61,7 @@ def most_uncertain(scores: Tensor, k: int) -> Tensor:
     return order.sort(dim=1).values
 
 
+@checked
 def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``k = min(num_points, H*W)`` most uncertain cells: ascending ``indices [N, k]``, their centres."""
     check.logits(logits)
@@ -97,6 +100,7 @@ def check_draws(random_coords: Tensor | None, logits: Tensor, total: int) -> Non
     check.same_device(random_coords, "random_coords", logits, "logits")
 
 
+@checked
 def sample_uncertain_points(
     logits: Tensor,
     num_points: int,
