@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import _checks as check
-from ..reference.scatter_points import _check_range, check_indices, check_scatter_points
+from ..reference.scatter_points import _check_range, check_indices, check_scatter_points, refuse_overlap
 from ._common import launch_tuned, shape_class
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -144,28 +144,6 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def _share_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors have an element in common."""
-    (begin_a, end_a), (begin_b, end_b) = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
-    return begin_a < end_b and begin_b < end_a
-
-
-def _refuse_overlap(logits: Tensor, *reads: Tensor) -> None:
-    """In PyTorch's words, before anything is written."""
-    overlap = torch._debug_has_internal_overlap
-    if overlap(logits) == 1:
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-            "Please clone() the tensor before performing the operation."
-        )
-    for read in reads:
-        if logits.numel() and read.numel() and not overlap(logits) and not overlap(read) and _share_bytes(logits, read):
-            raise RuntimeError(
-                "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single "
-                "memory location. Please clone() the tensor before performing the operation."
-            )
-
-
 def _check_on_cpu(indices: Tensor, cells: int) -> None:
     if indices.device.type == "cpu":  # a GPU asserts, without a wait for it
         _check_range(indices, cells)
@@ -203,7 +181,7 @@ def _scatter(logits: Tensor, indices: Tensor, values: Tensor) -> None:
 def scatter_points_inplace_triton(logits: Tensor, indices: Tensor, values: Tensor) -> None:
     """``rendseg::scatter_points_``: writes into ``logits``."""
     check_scatter_points(logits, indices, values)
-    _refuse_overlap(logits, values, indices)
+    refuse_overlap(logits, values, indices)
     _check_on_cpu(indices, logits.shape[2] * logits.shape[3])
     _scatter(logits, indices, values)
 

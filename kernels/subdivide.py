@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rendseg.reference import _checks as check
-from rendseg.reference.subdivide import check_subdivide, label_dtype
+from rendseg.reference.subdivide import check_subdivide, check_subdivide_backward, label_dtype
 from rendseg.reference.uncertain_points import check_class_index
 
 from ._bilinear import EXACT
@@ -469,15 +468,8 @@ def _backward_tile(channels: int, inside: bool) -> dict[str, Any]:
 
 def subdivide_backward_triton(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     """Gradient of the upsampling to ``[N, C, height, width]``, in the layout of ``grad``; deterministic."""
-    check.strided(grad, "grad")
-    check.rank(grad, "grad", "[N, C, H, W]", 4)
-    check.feature_dtype(grad, "grad")
+    scale = check_subdivide_backward(grad, height, width)
     n, channels, fine_height, fine_width = grad.shape
-    scale = fine_height // height if height > 0 else 0
-    if scale < 1 or (height * scale, width * scale) != (fine_height, fine_width):
-        raise ValueError(
-            f"grad must be a whole multiple of height and width = [{height}, {width}], got {check.shape_of(grad)}"
-        )
     check_indices(fine_height * fine_width, "cells")
     layout = torch._prims_common.suggest_memory_format(grad)
     out = torch.empty((n, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=layout)

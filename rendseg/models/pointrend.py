@@ -80,8 +80,10 @@ class PointRend(Segmenter):
         channels, strides = self.map_channels(), self.map_strides()
         unknown = [name for name in self.point_features if name not in channels]
         if unknown:
+            finest = min(channels, key=lambda name: strides[name])
             raise ValueError(
-                f"point_features must name maps of the backbone or decoder ({', '.join(channels)}), got {unknown}"
+                f"point_features must name maps of the backbone or decoder ({', '.join(channels)}), got {unknown}: "
+                f"set point_features to [{finest}], the finest of them"
             )
         self.coarse_stride = options.coarse_stride or decoder.stride
         self.steps = _steps(self.coarse_stride, options.steps)

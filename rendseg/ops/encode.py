@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference._types import explained
 from ..reference.encode import (
     _aggregate_backward,
     _check_aggregate,
@@ -27,6 +28,7 @@ from ._register import register, use_reference
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
+@explained
 def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """Scaled squared distance of each position to each codeword, ``scale[k] * ||x[b, m] - codewords[k]||^2``.
 
@@ -51,6 +53,7 @@ def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.rendseg.scaled_l2(x, codewords, scale)
 
 
+@explained
 def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
     """Weighted sum of the residuals to each codeword, ``sum_m assignment[b, m, k] * (x[b, m] - codewords[k])``.
 
@@ -75,6 +78,7 @@ def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
     return torch.ops.rendseg.aggregate(assignment, x, codewords)
 
 
+@explained
 def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """Residual encoding of a feature map, ``aggregate(softmax_k(scaled_l2(x, c, s)), x, c)`` in one pass.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference._types import explained
 from ..reference.mask_losses import (
     _arithmetic,
     _mask_losses_backward,
@@ -25,6 +26,7 @@ from . import _register as _registry
 __all__ = ["mask_costs", "mask_losses"]
 
 
+@explained
 def mask_losses(
     logits: Tensor,
     targets: Sequence[Tensor],
@@ -86,6 +88,7 @@ def mask_losses(
     )
 
 
+@explained
 def mask_costs(
     logits: Tensor,
     targets: Sequence[Tensor],

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference._types import explained
 from ..reference.point_sample import _point_sample_backward as reference_backward
-from ..reference.point_sample import check_point_labels, check_point_sample, gradient_format, of_masks
+from ..reference.point_sample import (
+    check_point_labels,
+    check_point_sample,
+    check_sample_grad,
+    gradient_format,
+    of_masks,
+)
 from ..reference.point_sample import point_labels as reference_labels
 from ..reference.point_sample import point_sample as reference_sample
 from ._register import impl, register, use_reference
@@ -20,6 +27,7 @@ __all__ = ["point_labels", "point_sample"]
 _RANK = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
+@explained
 def point_sample(
     input: Tensor | Sequence[Tensor],
     coords: Tensor,
@@ -70,6 +78,7 @@ def point_sample(
     return torch.ops.rendseg.point_sample(maps, coords, mode, padding_mode, align_corners)
 
 
+@explained
 def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
     """The label of the cell that holds each point, as an exact integer.
 
@@ -124,6 +133,8 @@ def _fake_backward(
     input_grad: bool,
     coords_grad: bool,
 ) -> list[Tensor]:
+    check_point_sample(input, coords, mode, padding_mode)
+    check_sample_grad(grad, input, coords)
     results = [torch.empty_like(m, memory_format=gradient_format(m)) if input_grad else m.new_empty(0) for m in input]
     results.append(
         torch.empty_like(coords, memory_format=torch.contiguous_format) if coords_grad else coords.new_empty(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._refine_loop import Operators, call_head, refine_loop
+from ..reference._types import checked
 from ..reference.refine import (
     Head,
     HeadLayers,
@@ -25,6 +26,7 @@ from .scatter_points import scatter_points, scatter_points_
 __all__ = ["refine"]
 
 
+@checked
 def refine(
     coarse: Tensor,
     features: Tensor | Sequence[Tensor],

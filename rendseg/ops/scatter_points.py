@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference._types import explained
 from ..reference.scatter_points import _scatter_points_backward as reference_backward
 from ..reference.scatter_points import check_indices, check_scatter_points
 from ..reference.scatter_points import scatter_points as reference_scatter
@@ -16,6 +17,7 @@ from ._register import impl, register, use_reference
 __all__ = ["scatter_points", "scatter_points_"]
 
 
+@explained
 def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """In place: ``logits[n, :, indices[n, p]] = values[n, :, p]`` over flattened cells; returns ``logits``.
 
@@ -34,8 +36,8 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         ValueError: a wrong rank or size.
         TypeError: a wrong dtype.
         IndexError: on the CPU, an index outside ``[0, H*W)``; nothing is written then. A GPU asserts on the device.
-        RuntimeError: tensors on different devices, ``logits`` that overlap themselves, or a leaf that requires a
-            gradient.
+        RuntimeError: tensors on different devices, ``logits`` that overlap themselves or another argument, or a leaf
+            that requires a gradient.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
@@ -47,6 +49,7 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return logits
 
 
+@explained
 def scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """The same as ``scatter_points_``, but out of place: a copy of ``logits [N, C, H, W]`` with the points written.
 
@@ -137,6 +140,7 @@ def _autograd(logits: Tensor, indices: Tensor, values: Tensor) -> None:
         logits.copy_(torch.ops.rendseg.scatter_points(logits, indices, values))
     else:
         if logits.requires_grad and logits.is_leaf:  # before anything is written, in PyTorch's words
+            check_scatter_points(logits, indices, values)
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
         _ScatterInPlace.apply(logits, indices, values)
 
@@ -148,7 +152,15 @@ def _bump_version(logits: Tensor, indices: Tensor, values: Tensor) -> None:
         torch.autograd.graph.increment_version(logits)
 
 
+def _negative(logits: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Views whose memory holds the negative values, as the imaginary part of a conjugate."""
+    if logits.is_neg():
+        logits, values = torch._neg_view(logits), torch._neg_view(values)
+    torch.ops.rendseg.scatter_points_(logits, indices, values.resolve_neg())
+
+
 impl("scatter_points_", _autograd, "Autograd")
+impl("scatter_points_", _negative, "Negative")
 impl("scatter_points_", _bump_version, "ADInplaceOrView")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.subdivide import check_subdivide, label_dtype, subdivide_backward, upsample
+from ..reference._types import explained
+from ..reference.subdivide import check_subdivide, check_subdivide_backward, label_dtype, subdivide_backward, upsample
 from ..reference.subdivide import subdivide as reference
 from ..reference.subdivide import subdivide_labels as reference_labels
 from ._register import register, use_reference
@@ -15,6 +16,7 @@ from ._register import register, use_reference
 __all__ = ["subdivide"]
 
 
+@explained
 def subdivide(
     logits: Tensor,
     num_points: int,
@@ -114,6 +116,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
 
 
 def _fake_backward(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    check_subdivide_backward(grad, height, width)
     layout = torch._prims_common.suggest_memory_format(grad)
     size = (*grad.shape[:2], height, width)
     return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)

@@ -14,11 +14,13 @@ from torch import Generator, Tensor
 
 from .. import reference
 from ..reference import _checks as check
+from ..reference._types import explained
 from ..reference.point_sample import PADDING_MODES, of_masks
 from ..reference.uncertain_points import check_draws, draw_counts
 from . import _register as _registry
 
 
+@explained
 def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     """The negative margin between the two largest logits; larger means more uncertain.
 
@@ -46,6 +48,7 @@ def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     return torch.ops.rendseg.uncertainty(logits, class_index)
 
 
+@explained
 def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The most uncertain cells of each image.
 
@@ -73,6 +76,7 @@ def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None
     return torch.ops.rendseg.uncertain_points(logits, num_points, class_index)
 
 
+@explained
 def sample_uncertain_points(
     logits: Tensor,
     num_points: int,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._types import checked
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -96,6 +97,7 @@ def _like(values: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor).copy_(values.reshape(tensor.shape))
 
 
+@checked
 def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """``scale[k] * ||x[b, m] - codewords[k]||^2``: ``[B, M, D] -> [B, M, K]``."""
     _check_scaled_l2(x, codewords, scale)
@@ -104,6 +106,7 @@ def scaled_l2(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     return (scale.to(wide) * distance).to(_result_dtype(x, codewords, scale)).contiguous()
 
 
+@checked
 def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
     """``sum_m assignment[b, m, k] * (x[b, m] - codewords[k])``: ``[B, K, D]``."""
     _check_aggregate(assignment, x, codewords)
@@ -114,6 +117,7 @@ def aggregate(assignment: Tensor, x: Tensor, codewords: Tensor) -> Tensor:
     )
 
 
+@checked
 def encode(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     """``aggregate(softmax_k(scaled_l2(x, c, s)), x, c)`` of ``x [B, D, H, W]`` or ``[B, D, M]``: ``[B, K, D]``."""
     _check_encode(x, codewords, scale)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._float64 import widest
 from . import _checks as check
+from ._types import checked
 from .point_sample import MODES, PADDING_MODES, _point_sample_backward, gradient_format, point_sample
 
 TARGET_DTYPES = (torch.bool, *check.LABEL_DTYPES, *check.FEATURE_DTYPES)
@@ -134,6 +135,7 @@ def _pairs_at_points(
     return x.squeeze(1), torch.cat(y) if y else x.new_zeros(coords.shape[:2])
 
 
+@checked
 def mask_losses(
     logits: Tensor,
     targets: Sequence[Tensor],
@@ -207,6 +209,7 @@ def check_loss_grads(cross_entropy_grad: Tensor, dice_grad: Tensor, logits: Tens
         check.same_device(grad, name, logits, "logits")
 
 
+@checked
 def mask_costs(
     logits: Tensor,
     targets: Sequence[Tensor],

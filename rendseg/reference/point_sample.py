@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._float64 import widened
 from . import _checks as check
+from ._types import checked
 
 MODES = ("bilinear", "nearest")
 PADDING_MODES = ("zeros", "border")
@@ -40,6 +41,18 @@ def check_point_sample(maps: Sequence[Tensor], coords: Tensor, mode: str, paddin
     check.total_channels(maps, "input")
 
 
+def check_sample_grad(grad: Tensor, maps: Sequence[Tensor], coords: Tensor) -> None:
+    """The checks of the gradient of the output."""
+    check.strided(grad, "grad")
+    shape = (coords.shape[0], sum(m.shape[1] for m in maps), *coords.shape[1:-1])
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"grad must have shape {list(shape)} as the output, got {check.shape_of(grad)}")
+    if grad.dtype != maps[0].dtype:
+        raise TypeError(f"grad must have the dtype of input ({maps[0].dtype}), got {grad.dtype}")
+    check.same_device(grad, "grad", maps[0], "input")
+
+
+@checked
 def point_sample(
     input: Tensor | Sequence[Tensor],
     coords: Tensor,
@@ -67,7 +80,7 @@ def point_sample(
             out = out + source.sum().to(out.dtype) * 0
     else:
         sampled = [
-            F.grid_sample(m.to(dtype), grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
+            F.grid_sample(m.to(dtype), grid, mode=mode, padding_mode=padding_mode, align_corners=bool(align_corners))
             for m in maps
         ]
         out = torch.cat([s.to(m.dtype) for s, m in zip(sampled, maps, strict=True)], dim=1)
@@ -97,11 +110,7 @@ def _point_sample_backward(
     the coordinates receive ``grad * value_t`` times the derivative of ``w_t``.
     """
     check_point_sample(input, coords, mode, padding_mode)
-    shape = (coords.shape[0], sum(m.shape[1] for m in input), *coords.shape[1:-1])
-    if tuple(grad.shape) != shape:
-        raise ValueError(f"grad must have shape {list(shape)} as the output, got {check.shape_of(grad)}")
-    if grad.dtype != input[0].dtype:
-        raise TypeError(f"grad must have the dtype of input ({input[0].dtype}), got {grad.dtype}")
+    check_sample_grad(grad, input, coords)
     dtype = torch.float64 if input[0].dtype == torch.float64 else torch.float32
     points = coords.to(dtype).flatten(1, -2)
     wide = grad.to(dtype).flatten(2)
@@ -171,6 +180,7 @@ def check_point_labels(labels: Tensor, coords: Tensor) -> None:
     check.coords(coords, labels, "labels", grid=False)
 
 
+@checked
 def point_labels(labels: Tensor, coords: Tensor, ignore_index: int = 255) -> Tensor:
     """Label of the cell that holds each point: ``[N, H, W] -> [N, P]`` int64; outside the map ``ignore_index``.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
+from ._types import checked
 from .point_sample import PADDING_MODES, point_sample
 from .scatter_points import scatter_points
 from .subdivide import countable, label_dtype, subdivide, upsample
@@ -177,6 +178,7 @@ def every_cell(coarse: Tensor, height: int, width: int) -> Tensor:
     return cell_centres(every_index(coarse, height * width), height, width)
 
 
+@checked
 def refine(
     coarse: Tensor,
     features: Tensor | Sequence[Tensor],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import _checks as check
+from ._types import checked
 
 
 def check_indices(indices: Tensor, of: Tensor, of_name: str) -> None:
@@ -20,7 +22,7 @@ def check_indices(indices: Tensor, of: Tensor, of_name: str) -> None:
 
 
 def check_scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> None:
-    """The checks of :func:`scatter_points` but that of the range of the indices; shared with the fake kernels."""
+    """The checks of :func:`scatter_points` except that of the range of the indices; shared with the fake kernels."""
     check.logits(logits)
     check_indices(indices, logits, "logits")
     n, c = logits.shape[:2]
@@ -46,6 +48,34 @@ def _check_range(indices: Tensor, cells: int) -> None:
         )
 
 
+def _share_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors have an element in common."""
+    (begin_a, end_a), (begin_b, end_b) = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    return begin_a < end_b and begin_b < end_a
+
+
+def refuse_overlap(logits: Tensor, *reads: Tensor) -> None:
+    """In PyTorch's words, before anything is written."""
+    tensors = (logits, *reads)
+    if torch.compiler.is_compiling() or any(t.is_meta or type(t) not in (Tensor, Parameter) for t in tensors):
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return
+    overlap = torch._debug_has_internal_overlap
+    if overlap(logits) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )
+    for read in reads:
+        if logits.numel() and read.numel() and not overlap(logits) and not overlap(read) and _share_bytes(logits, read):
+            raise RuntimeError(
+                "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single "
+                "memory location. Please clone() the tensor before performing the operation."
+            )
+
+
+@checked
 def scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """``out[n, :, indices[n, p]] = values[n, :, p]``, everything else as in ``logits``; out of place."""
     check_scatter_points(logits, indices, values)
@@ -55,8 +85,11 @@ def scatter_points(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(logits).copy_(out)  # in the layout of logits
 
 
+@checked
 def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """The in-place form of :func:`scatter_points`."""
+    """The in-place form of :func:`scatter_points`; refuses arguments that share memory with ``logits``."""
+    check_scatter_points(logits, indices, values)
+    refuse_overlap(logits, values, indices)
     return logits.copy_(scatter_points(logits, indices, values))
 
 

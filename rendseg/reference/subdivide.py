@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
+from ._types import checked
 from .uncertain_points import check_class_index, uncertain_points
 
 
@@ -80,6 +81,7 @@ def upsample_cells(logits: Tensor, indices: Tensor, scale_factor: int, align_cor
     return (row(top) * (1 - down) + row(bottom) * down).to(logits.dtype)
 
 
+@checked
 def subdivide(
     logits: Tensor,
     num_points: int,
@@ -113,8 +115,22 @@ def subdivide_labels(
     return fine.argmax(1).to(dtype), indices, coords
 
 
+def check_subdivide_backward(grad: Tensor, height: int, width: int) -> int:
+    """The factor between ``height x width`` and ``grad``, a whole one and the same in both directions."""
+    check.strided(grad, "grad")
+    check.rank(grad, "grad", "[N, C, H, W]", 4)
+    check.feature_dtype(grad, "grad")
+    scale = grad.shape[2] // height if height > 0 else 0
+    if scale < 1 or width < 1 or height * scale != grad.shape[2] or width * scale != grad.shape[3]:
+        raise ValueError(
+            f"grad must be a whole multiple of height and width = [{height}, {width}], got {check.shape_of(grad)}"
+        )
+    return scale
+
+
 def subdivide_backward(grad: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     """Gradient of :func:`upsample` to ``[N, C, height, width]``: each cell gathers ``weight * grad``."""
+    check_subdivide_backward(grad, height, width)
     layout = torch._prims_common.suggest_memory_format(grad)
     size = [*grad.shape[:2], height, width]
     if grad.shape[0] == 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._types import checked
 from .point_sample import PADDING_MODES, of_masks, point_sample
 
 
@@ -21,6 +22,7 @@ def check_class_index(class_index: Tensor | None, logits: Tensor, image_index: T
         check.in_range(class_index, "class_index", logits.shape[1], "C")
 
 
+@checked
 def uncertainty(logits: Tensor, class_index: Tensor | None = None) -> Tensor:
     """Negative margin between the two largest logits: ``[N, C, H, W] -> [N, H, W]`` float32, <= 0."""
     check.logits(logits)
@@ -55,6 +57,7 @@ def most_uncertain(scores: Tensor, k: int) -> Tensor:
     return order.sort(dim=1).values
 
 
+@checked
 def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``k = min(num_points, H*W)`` most uncertain cells: ascending ``indices [N, k]``, their centres."""
     check.logits(logits)
@@ -92,6 +95,7 @@ def check_draws(random_coords: Tensor | None, logits: Tensor, n: int, total: int
     check.same_device(random_coords, "random_coords", logits, "logits")
 
 
+@checked
 def sample_uncertain_points(
     logits: Tensor,
     num_points: int,

@@ -325,10 +325,16 @@ def test_bad_input_of_the_backward():
     value, coords = maps(2, 3, 4, 5), points(2, 6)
     tail = ("bilinear", "zeros", False, True, True)
     op = torch.ops.rendseg._point_sample_backward
-    with pytest.raises(ValueError, match=r"grad must have shape \[2, 3, 6\] as the output, got \[2, 4, 6\]"):
-        op(torch.zeros(2, 4, 6), [value], coords, *tail)
-    with pytest.raises(TypeError, match="grad must have the dtype of input"):
-        op(torch.zeros(2, 3, 6).double(), [value], coords, *tail)
+    for device in ("cpu", "meta"):
+        value, coords, grad = value.to(device), coords.to(device), torch.zeros(2, 3, 6, device=device)
+        with pytest.raises(ValueError, match=r"grad must have shape \[2, 3, 6\] as the output, got \[2, 4, 6\]"):
+            op(torch.zeros(2, 4, 6, device=device), [value], coords, *tail)
+        with pytest.raises(TypeError, match="grad must have the dtype of input"):
+            op(grad.double(), [value], coords, *tail)
+        with pytest.raises(ValueError, match="padding_mode must be one of zeros, border, got 'reflect'"):
+            op(grad, [value], coords, "bilinear", "reflect", *tail[2:])
+        with pytest.raises(ValueError, match="coords must have shape"):
+            op(grad, [value], coords[:1], *tail)
 
 
 @pytest.mark.bad_input

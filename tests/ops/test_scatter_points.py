@@ -160,14 +160,28 @@ def test_refuses_maps_that_overlap_themselves():
 
 
 @pytest.mark.bad_input
-@pytest.mark.skipif(C is None, reason="the compiled kernels are not loaded")
-def test_refuses_logits_that_hold_the_indices():
-    logits, _, values = make(2, 3, 4, 5, 6)
-    indices = logits.view(-1).view(torch.int64)[:12].view(2, 6).zero_()
+def test_refuses_logits_that_hold_the_indices_or_the_values():
+    logits, indices, values = make(2, 3, 4, 5, 6)
+    inside = logits.view(-1).view(torch.int64)[:12].view(2, 6).zero_()
     before = logits.clone()
-    with pytest.raises(RuntimeError, match="single memory location"):
-        scatter_points_(logits, indices, values)
-    assert torch.equal(logits, before)
+    for function in (scatter_points_, reference.scatter_points_):
+        for arguments in ((inside, values), (indices, logits.view(-1)[:36].view(2, 3, 6))):
+            with pytest.raises(RuntimeError, match="single memory location"):
+                function(logits, *arguments)
+            assert torch.equal(logits, before)
+
+
+def test_negative_views():
+    """Memory that holds the negative values, as the imaginary part of a conjugate does."""
+    logits, indices, values = make(2, 3, 4, 5, 6)
+    wanted = reference.scatter_points(logits, indices, values)
+    for function in (scatter_points_, reference.scatter_points_):
+        for given in (values, torch._neg_view(-values)):
+            imaginary = torch.complex(torch.zeros_like(logits), -logits).conj().imag
+            for view in (torch._neg_view(-logits), imaginary):
+                version = view._version
+                assert view.is_neg() and torch.equal(function(view, indices, given), wanted)
+                assert view._version > version
 
 
 @pytest.mark.skipif(C is None, reason="the compiled kernels are not loaded")

@@ -218,3 +218,26 @@ def test_too_many_classes_for_labels() -> None:
     for function in (reference_labels, torch.ops.rendseg._subdivide_labels):
         with pytest.raises(ValueError, match="at most 32768 classes, got 32769"):
             function(torch.zeros(1, 32769, 1, 1), 1, 2, False)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_input_of_the_backward(device: str) -> None:
+    op, grad = torch.ops.rendseg._subdivide_backward, torch.zeros(1, 2, 6, 9, device=device)
+    assert op(grad, 2, 3, False).shape == (1, 2, 2, 3)
+    for height, width in ((2, 4), (4, 9), (2, 9), (0, 0), (-2, -3), (7, 10)):
+        words = rf"grad must be a whole multiple of height and width = \[{height}, {width}\], got \[1, 2, 6, 9\]"
+        with pytest.raises(ValueError, match=words):
+            op(grad, height, width, False)
+    with pytest.raises(ValueError, match=r"grad must have shape \[N, C, H, W\], got \[2, 6, 9\]"):
+        op(grad[0], 2, 3, False)
+    with pytest.raises(TypeError, match="grad must be float32, float64, float16 or bfloat16"):
+        op(grad.long(), 2, 3, False)
+
+
+@pytest.mark.bad_input
+def test_a_sparse_class_index_is_refused() -> None:
+    index = torch.tensor([0, 1]).to_sparse()
+    for function in (reference.subdivide, torch.ops.rendseg.subdivide):
+        with pytest.raises(TypeError, match="class_index must be a dense"):
+            function(torch.zeros(2, 2, 3, 3), 2, class_index=index)

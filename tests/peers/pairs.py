@@ -19,10 +19,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rendseg.convert.engine import identify
 from torch import Tensor, nn
 
 from rendseg import ops
+from rendseg.convert.engine import identify
 from rendseg.models import Segmenter, build_model
 
 CLASSES, IGNORED = 19, 255
