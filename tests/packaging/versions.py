@@ -32,9 +32,9 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 # What is tried: the title of a column, the words after `python`, and what the environment gets. Not every test, since
 # the whole takes half an hour: those that depend on how torch traces and registers, and on how Triton compiles.
 PARTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "operators": ((*PYTEST, "tests/ops", "-m", "not slow and not triton", "-k", TRACED), {}),
     "nn": ((*PYTEST, "tests/nn"), {}),
     "training": (("-m", "rendseg", "train", "configs/shapes/fcn.yaml", "train.iterations=20"), {}),
+    "operators": ((*PYTEST, "tests/ops", "-m", "not slow and not triton", "-k", TRACED), {}),
     "Triton compiled": ((*PYTEST, "tests/test_triton_compile.py", "-k", "sm_100 or fused or pointers"), {}),
     "Triton interpreted": (
         (*PYTEST, "tests/ops", "-m", "triton", "-k", INTERPRETED),
