@@ -25,17 +25,6 @@ OP_FILES = (
     "tests/emulation/test_{file}.py",
     "tests/gpu/test_{file}.py",
 )
-# Not written yet: another backend serves in their place (README.md).
-NOT_YET = {
-    "mask_losses": (
-        "csrc/cpu/",
-        "csrc/cuda/",
-        "kernels/",
-        "tests/ops/test_triton",
-        "tests/emulation/",
-        "tests/gpu/test",
-    )
-}
 OP_NAMED_IN = (
     "tests/gpu/smoke.py",
     "tests/gpu/sanitize.py",
@@ -62,8 +51,7 @@ def missing(op: str, file: str, root: Path = ROOT) -> list[str]:
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_an_op_has_its_files(op: str) -> None:
-    absent = [path for path in missing(op, file_of(op)) if not path.startswith(NOT_YET.get(file_of(op), ()) or "-")]
-    assert not absent and not unnamed(op, OP_NAMED_IN)
+    assert not missing(op, file_of(op)) and not unnamed(op, OP_NAMED_IN)
 
 
 def test_what_is_missing_is_named() -> None:

@@ -34,6 +34,7 @@ TURN = {"sm_80": 0, "sm_100": 1, "gfx942": 2}
 INTERPRETED_TESTS = {
     "dispatch": 23,
     "encode": 165,
+    "mask_losses": 80,
     "point_sample": 370,
     "refine": 45,
     "scatter_points": 195,

@@ -40,6 +40,10 @@ _PRODUCTS: dict[str, Callable[..., int]] = {
     "aggregate": lambda assignment, x, codewords, *_, **__: _encoding(x, codewords),
     "_aggregate_backward": lambda grad, assignment, x, codewords, *_, **__: 2 * _encoding(x, codewords),
     "encode": lambda x, codewords, *_, **__: 2 * _encoding(x, codewords),
+    # both losses of every query and target of an image: a product with the logits, and one with their sigmoid
+    "mask_costs": lambda logits, targets, coords, *_, **__: (
+        4 * logits[1] * coords[1] * sum(target[0] for target in targets)
+    ),
     # four gradients of products, and the assignment, which is computed again
     "_encode_backward": lambda grad, x, codewords, *_, **__: 5 * _encoding(x, codewords),
     "_refine_mlp": _refine_mlp,

@@ -96,3 +96,11 @@ def test_a_second_import(disabled: str) -> None:
     environment = {**os.environ, "RENDSEG_DISABLE_EXTENSION": disabled, "PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, "-c", AGAIN], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_costs_of_masks_count_their_products() -> None:
+    """Of 3 queries with 2 and 1 targets, at 7 points, once for each loss."""
+    targets = [torch.ones(2, 4, 4), torch.ones(1, 5, 3)]
+    with FlopCounterMode(display=False) as counted:
+        ops.mask_costs(torch.randn(2, 3, 6, 6), targets, torch.rand(2, 7, 2))
+    assert counted.get_total_flops() == 2 * (2 * 3 * 7 * (2 + 1))

@@ -16,6 +16,7 @@ from rendseg import nn, ops
 torch.manual_seed(0)
 CODEWORDS, SCALE = torch.randn(3, 4), -torch.rand(3)
 COORDS, VALUES = torch.rand(2, 7, 2), torch.randn(2, 4, 7)
+MASKS, PAIRS = torch.randn(3, 5, 8) > 0, torch.tensor([[1, 0], [3, 0], [2, 1]])
 INDICES = torch.stack([torch.randperm(30)[:7] for _ in range(2)])
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "encode": lambda x: ops.encode(x, CODEWORDS, SCALE),
@@ -24,6 +25,7 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
         x.flatten(2).transpose(1, 2)[:, :, :3], x.flatten(2).transpose(1, 2), CODEWORDS
     ),
     "point_sample": lambda x: ops.point_sample(x, COORDS),
+    "mask_losses": lambda x: torch.stack(ops.mask_losses(x, [MASKS] * len(x), COORDS, *PAIRS)),
     "subdivide": lambda x: ops.subdivide(x, 5)[0],
     "scatter_points": lambda x: ops.scatter_points(x, INDICES, VALUES.to(x.dtype)),
 }
@@ -40,7 +42,7 @@ def test_transforms(name: str) -> None:
     both = torch.stack([x, 2 * x])
     torch.testing.assert_close(vmap(f)(both), torch.stack([f(x), f(2 * x)]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(vmap(grad(lambda y: f(y).square().sum() / 2))(both)[0], slopes, rtol=1e-4, atol=1e-4)
-    if name == "point_sample":  # PyTorch's grid_sample has no forward-mode derivative, and says so
+    if name in ("point_sample", "mask_losses"):  # PyTorch's grid_sample has no forward-mode derivative, and says so
         with pytest.raises(NotImplementedError, match="forward AD with grid_sampler_2d"):
             jvp(f, (x,), (x,))
         return

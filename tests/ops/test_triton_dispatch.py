@@ -35,10 +35,13 @@ COORDS = torch.rand(2, 9, 2, generator=torch.Generator().manual_seed(2)).to(DEVI
 LOGITS, VALUES = tensor(2, 3, 6, 8), tensor(2, 3, 9, seed=3)
 X, CODEWORDS, SCALE = tensor(2, 16, 5, 7), tensor(6, 16, seed=4), tensor(6, seed=5)
 WEIGHTS = tensor(2, 35, 6, seed=6).softmax(2)
+MASKS = [tensor(2, 5, 9, seed=8).to(DEVICE) > 0, (tensor(1, 7, 4, seed=9) > 0).to(DEVICE, torch.uint8)]
+PAIRS = torch.tensor([[1, 0], [2, 0], [0, 1]]).to(DEVICE)
 # name: (function, tensors that get a gradient)
 DIFFERENTIABLE: dict[str, tuple[Function, Sequence[Tensor]]] = {
     "point_sample": (lambda m: ops.point_sample(m, COORDS), [LOGITS]),
     "point_sample, two maps": (lambda m, o: ops.point_sample([m, o], COORDS, padding_mode="border"), [LOGITS, X]),
+    "mask_losses": (lambda m: torch.stack(ops.mask_losses(m, MASKS, COORDS, *PAIRS)).to(m.dtype), [LOGITS]),
     "scatter_points": (lambda m, v: ops.scatter_points(m, cells(2, 48, 9), v), [LOGITS, VALUES]),
     "subdivide": (lambda m: ops.subdivide(m, 11)[0], [LOGITS]),
     "encode": (ops.encode, [X, CODEWORDS, SCALE]),
@@ -50,6 +53,7 @@ EXACT: dict[str, Function] = {
     "uncertain_points": lambda: ops.uncertain_points(LOGITS.to(DEVICE), 13),
     "subdivide": lambda: ops.subdivide(LOGITS.to(DEVICE), 13),
     "point_labels": lambda: ops.point_labels(torch.arange(96, device=DEVICE).view(2, 6, 8), COORDS),
+    "mask_costs": lambda: ops.mask_costs(LOGITS.to(DEVICE), MASKS, COORDS),
     "scatter_points_": lambda: ops.scatter_points_(LOGITS.clone().to(DEVICE), cells(2, 48, 9), VALUES.to(DEVICE)),
 }
 

@@ -29,6 +29,7 @@ def uniform(*shape: int) -> Tensor:
 
 LOGITS, FEATURES, COORDS = random(2, 3, 5, 6), random(2, 7, 4, seed=1), uniform(2, 9, 2)
 INDICES = torch.tensor([[3, 0, 29], [7, 8, 9]])
+PAIRS = torch.tensor([[0, 1], [2, 0], [1, 0]])
 CODES = (random(3, 7, seed=2), -uniform(3))
 HEAD = cases_refine.Head(4, 3)
 COARSE, MAPS = random(1, 3, 4, 5), random(1, 4, 8, 10)
@@ -63,6 +64,12 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "_subdivide_labels": (labels_of, (LOGITS,), 0),
     "point_sample": (lambda m, x, c: m.point_sample(x, c), (LOGITS, COORDS), 2),
     "point_labels": (lambda m, x, c: m.point_labels(x, c), ((LOGITS[:, 0] * 9).long(), COORDS), 0),
+    "mask_losses": (
+        lambda m, x, c, t: m.mask_losses(x, [t, t[1:]], c, *PAIRS.to(x.device)),
+        (LOGITS, COORDS, random(2, 6, 5) > 0),
+        1,
+    ),
+    "mask_costs": (lambda m, x, c, t: m.mask_costs(x, [t, t[1:]], c), (LOGITS, COORDS, random(2, 6, 5) > 0), 0),
     "scatter_points": (lambda m, x, v: m.scatter_points(x, INDICES.to(x.device), v), (LOGITS, random(2, 3, 3)), 2),
     "scatter_points_": (written, (LOGITS, random(2, 3, 3)), 2),
     "scaled_l2": (lambda m, x, c, s: m.scaled_l2(x, c, s), (FEATURES.transpose(1, 2).contiguous(), *CODES), 3),
