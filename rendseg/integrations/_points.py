@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ._masks import sampler
@@ -25,16 +25,26 @@ SELECTION = "get_uncertain_point_coords_with_randomness"
 
 
 @contextmanager
-def own_randomness() -> Iterator[torch.Generator]:
-    """``torch.rand`` draws from a generator of its own; the state of the process stays what it was."""
+def own_randomness() -> Iterator[list[Tensor]]:
+    """``torch.rand`` draws from a generator of its own; what it drew. The state of the process stays what it was."""
     generator = torch.Generator().manual_seed(0)
-    real = torch.rand
+    real, drawn = torch.rand, []
 
     def rand(*size: Any, **options: Any) -> Tensor:
-        return real(*size, **{**options, "generator": generator, "device": "cpu"})
+        drawn.append(real(*size, **{**options, "generator": generator, "device": "cpu"}))
+        return drawn[-1]
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), mock.patch.object(torch, "rand", rand):
-        yield generator
+        yield drawn
+
+
+def bare(kind: Any, **attributes: Any) -> Any:
+    """An object of a module's class, without its constructor, that has only ``attributes``."""
+    part = kind.__new__(kind)
+    nn.Module.__init__(part)
+    for name, value in attributes.items():
+        setattr(part, name, value)
+    return part
 
 
 def same(report: Report, owner: Any, name: str, compute: Callable[[], tuple[Tensor, Tensor]]) -> bool:
@@ -64,8 +74,8 @@ def patch_sample(report: Report, module: ModuleType, *, padding_mode: str = "zer
     new = sampler(original, padding_mode)
 
     def compute() -> tuple[Tensor, Tensor]:
-        with own_randomness() as generator:
-            points = torch.rand(2, 40, 2, generator=generator) * 1.4 - 0.2  # some are outside
+        with own_randomness():
+            points = torch.rand(2, 40, 2) * 1.4 - 0.2  # some are outside
         with torch.no_grad():
             return (
                 torch.cat([new(small(2), points), new(small(2), points, mode="nearest", align_corners=False)]),
@@ -148,11 +158,9 @@ def patch_selection(report: Report, module: ModuleType, *, padding_mode: str = "
         return -logits.abs()
 
     def compute() -> tuple[Tensor, Tensor]:
-        logits, draws = small(1), []
-        with own_randomness():
-            rand = torch.rand
-            with mock.patch.object(torch, "rand", lambda *s, **o: draws.append(rand(*s, **o)) or draws[-1]):
-                wanted = original(logits, uncertainty, 8, 3, 0.75)
+        logits = small(1)
+        with own_randomness() as draws:
+            wanted = original(logits, uncertainty, 8, 3, 0.75)
         coords = torch.cat(draws, 1)
         got = ops.sample_uncertain_points(logits, 8, 3, 0.75, padding_mode=padding_mode, random_coords=coords)
         # The order of points does not matter.

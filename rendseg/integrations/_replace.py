@@ -162,7 +162,7 @@ def overridden(part: Any, base: type, names: Iterable[str]) -> str:
     return ""
 
 
-def name_subclasses(report: Report, base: type, names: Sequence[str]) -> None:
+def name_subclasses(report: Report, base: Any, names: Sequence[str]) -> None:
     """Note the subclasses that override a piece: their objects keep the code that they have."""
     for kind in base.__subclasses__():
         own = [name for name in names if getattr(kind, name) is not getattr(base, name)]

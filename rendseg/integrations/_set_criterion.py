@@ -13,13 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
 from ..nn.mask_criterion import largest_size, match, pair_losses
 from ._masks import index_pairs, index_tensors, where_logits_are
-from ._points import own_randomness, patch_sample, patch_selection, same, small
+from ._points import bare, own_randomness, patch_sample, patch_selection, same, small
 from ._replace import Report, find_module, known, name_subclasses, overridden, replace
 
 PIECES = ("loss_masks", "_get_src_permutation_idx", "_get_tgt_permutation_idx")
@@ -53,15 +53,6 @@ def _example() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     return {"pred_logits": torch.randn(2, 4, 4, generator=generator), "pred_masks": small(4)}, targets
 
 
-def _bare(kind: type, **attributes: Any) -> Any:
-    """An object of a class, without its constructor, that has only ``attributes``."""
-    part = kind.__new__(kind)
-    nn.Module.__init__(part)
-    for name, value in attributes.items():
-        setattr(part, name, value)
-    return part
-
-
 def _patch_loss_masks(report: Report, module: ModuleType) -> None:
     kind = getattr(module, "SetCriterion", None)
     takes = ("self", "outputs", "targets", "indices", "num_masks")
@@ -82,12 +73,9 @@ def _patch_loss_masks(report: Report, module: ModuleType) -> None:
     def compute() -> tuple[Tensor, Tensor]:
         outputs, targets = _example()
         indices = [(torch.tensor([3, 0]), torch.tensor([1, 0])), (torch.tensor([2]), torch.tensor([0]))]
-        part = _bare(kind, num_points=8, oversample_ratio=3.0, importance_sample_ratio=0.75)
-        draws: list[Tensor] = []
-        with own_randomness():
-            rand = torch.rand
-            with mock.patch.object(torch, "rand", lambda *s, **o: draws.append(rand(*s, **o)) or draws[-1]):
-                wanted = original(part, outputs, targets, indices, 3.0)
+        part = bare(kind, num_points=8, oversample_ratio=3.0, importance_sample_ratio=0.75)
+        with own_randomness() as draws:
+            wanted = original(part, outputs, targets, indices, 3.0)
         select, coords = ops.sample_uncertain_points, torch.cat(draws, 1)
         fed = mock.patch.object(ops, "sample_uncertain_points", lambda *a, **o: select(*a, random_coords=coords, **o))
         with fed, torch.no_grad():
@@ -130,7 +118,7 @@ def _patch_matcher(report: Report, criterion: ModuleType, module: ModuleType) ->
 
     def compute() -> tuple[Tensor, Tensor]:
         outputs, targets = _example()
-        part = _bare(kind, num_points=8, cost_class=2.0, cost_mask=5.0, cost_dice=5.0)
+        part = bare(kind, num_points=8, cost_class=2.0, cost_mask=5.0, cost_dice=5.0)
         results = []
         for function in (memory_efficient_forward, original):
             with own_randomness():

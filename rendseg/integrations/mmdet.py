@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -65,11 +64,8 @@ def patch_labelled_selection(report: Report, module: ModuleType) -> None:
 
     def compute() -> tuple[Tensor, Tensor]:
         logits, labels = small(3), torch.tensor([2, 0])
-        draws: list[Tensor] = []
-        with own_randomness():
-            rand = torch.rand
-            with mock.patch.object(torch, "rand", lambda *s, **o: draws.append(rand(*s, **o)) or draws[-1]):
-                wanted = original(logits, labels, 8, 3.0, 0.75)
+        with own_randomness() as draws:
+            wanted = original(logits, labels, 8, 3.0, 0.75)
         got = select(logits, labels, 8, 3.0, 0.75, random_coords=torch.cat(draws, 1))
         return got.sort(1).values, wanted.sort(1).values
 

@@ -240,7 +240,7 @@ class MaskCriterion(nn.Module):
         self._check(classes, logits, labels, masks)
         canvas = canvas or largest_size(masks)
         padded = pad_sequence(list(labels), batch_first=True)
-        options = {"label_mode": self.label_mode, "padding_mode": self.padding_mode, "canvas": canvas}
+        options: dict[str, Any] = {"label_mode": self.label_mode, "padding_mode": self.padding_mode, "canvas": canvas}
         assignment = match(classes, logits, padded, masks, num_points=self.num_points, **self.weights, **options)
         divisor = mean_over_processes(sum(len(mask) for mask in masks), logits[0].device)
         points = self.num_points, self.oversample_ratio, self.importance_ratio
