@@ -622,7 +622,9 @@ def test_bad_use():
         model.predict(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="output must be one of logits, labels, got 'mask'"):
         model.eval().predict(torch.zeros(1, 3, 8, 8), "mask")
-    with pytest.raises(ValueError, match=r"point_features must name maps .*\(c4, c5, fine\), got \['p2'\]: set .* to \[c4\]"):
+    with pytest.raises(
+        ValueError, match=r"point_features must name maps .*\(c4, c5, fine\), got \['p2'\]: set .* to \[c4\]"
+    ):
         pool_model(4, point_features=("p2",))
     with pytest.raises(ValueError, match=r"one weight per class \(3\), got 2"):
         pool_model(4, loss=LossOptions(class_weights=(1.0, 2.0)))
