@@ -1,4 +1,4 @@
-# make venv | demo | test | bench | lint | format | docs | gpu-check | clean
+# make venv | demo | test | fuzz | sanitize | bench | lint | format | docs | gpu-check | clean
 # Everything runs in .venv, which the first target sets up; VENV=path uses another environment's folder.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh
 	tests/emulation/*.h tests/emulation/*.cpp)
 BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help venv demo test bench lint format docs gpu-check clean
+.PHONY: help venv demo test fuzz sanitize bench lint format docs gpu-check clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -48,6 +48,14 @@ demo: venv
 
 test: venv
 	$(PY) -m pytest tests/ --durations=30 $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
+
+# Drawn calls of every operator against the reference; FUZZ_ARGS="--seed 1234" repeats one.
+fuzz: venv
+	$(PY) -m tests.fuzz $(or $(FUZZ_ARGS),--calls 50000)
+
+# The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy in build/sanitize: fuzz and tests/ops.
+sanitize: venv
+	$(PY) -m tests.sanitize $(SANITIZE_ARGS)
 
 bench: venv
 	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file $(BENCH_ARGS) || exit 1; done
