@@ -1,4 +1,4 @@
-# make venv | demo | test | test-peers | bench | lint | format | docs | gpu-check | versions | clean
+# make venv | demo | test | test-peers | fuzz | sanitize | bench | lint | format | docs | gpu-check | versions | clean
 # Everything runs in .venv, which the first target sets up; VENV=path uses another environment's folder.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh
 	tests/emulation/*.h tests/emulation/*.cpp)
 BUILD_INPUTS := setup.py rendseg/_toolchain.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help venv demo test test-peers bench lint format docs gpu-check versions clean
+.PHONY: help venv demo test test-peers fuzz sanitize bench lint format docs gpu-check versions clean
 
 help:
 	@sed -n 1,2p Makefile
@@ -62,6 +62,15 @@ $(PEERS)/.installed: $(VENV)/.installed
 
 test-peers: venv $(PEERS)/.installed
 	timeout 900 $(PEERS)/bin/python -m pytest tests/peers -q $(PYTEST_ARGS)
+
+# Drawn calls of every operator against the reference; FUZZ_ARGS="--seed 1234" repeats one.
+fuzz: venv
+	$(PY) -m tests.fuzz $(or $(FUZZ_ARGS),--calls 50000)
+
+# The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy in build/sanitize: fuzz and tests/ops;
+# then the emulated CUDA kernels.
+sanitize: venv
+	$(PY) -m tests.sanitize $(SANITIZE_ARGS)
 
 bench: venv
 	@for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file $(BENCH_ARGS) || exit 1; done

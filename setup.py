@@ -9,6 +9,7 @@ RENDSEG_REQUIRE_EXTENSION=0|1   go on as pure Python | stop with the cause when 
                                 (default: 1 for ``setup.py build_ext``, 0 for an install)
 TORCH_CUDA_ARCH_LIST            GPU architectures, as in PyTorch: "9.0", "8.0;9.0+PTX"
 RENDSEG_EMULATE_AVX512=1        for tests: compile the AVX-512 kernels so that they run on a processor with AVX2, slowly
+RENDSEG_SANITIZE=1              for tests: AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``)
 CUDA_HOME                       the CUDA toolkit: the folder that holds include/cuda_runtime.h
 CXX, MAX_JOBS                   C++ compiler, and the number of parallel compile jobs (default: the cores)
 """
@@ -47,6 +48,14 @@ FACTS_NAME = "_build_facts"
 # Architectures built by default, where the compiler knows them; binaries also run on later members of the same family,
 # and the PTX of the newest serves what comes after.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+# Compiling sanitized code is slow above -O1.
+SANITIZERS = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
 CUDA_LIBRARIES = ["c10_cuda", "torch_cuda", "cudart"]  # torch_cuda: the state of random generators
 BUILD_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel", "bdist", "bdist_egg"}
 
@@ -255,6 +264,9 @@ class Plan:
 
         # Not CppExtension: the module uses no symbol of libtorch_python, and so loads in any process that has libtorch.
         flags = build_flags(clang)
+        if flag("RENDSEG_SANITIZE"):
+            flags["cxx"] += SANITIZERS
+            flags["link"] += SANITIZERS
         emulated = flag("RENDSEG_EMULATE_AVX512")
         if emulated:  # -Wno-psabi: how functions take 64-byte vectors matters to nobody outside
             flags["cxx"] += ["-DRENDSEG_EMULATE_AVX512", "-Wno-psabi"]

@@ -296,4 +296,6 @@ def upsample_taps(position, in_size, SCALE: tl.constexpr, ALIGN_CORNERS: tl.cons
     else:
         lower = numerator // (2 * SCALE)
     upper_weight = divide((numerator - lower * denominator).to(ACC), denominator.to(ACC))
-    return lower, tl.minimum(lower + 1, in_size - 1), 1.0 - upper_weight, upper_weight
+    # At a factor of one a cell has no other neighbour than itself: 0 * inf is NaN.
+    upper = tl.minimum(lower + 1, in_size - 1) if SCALE > 1 else lower
+    return lower, upper, 1.0 - upper_weight, upper_weight

@@ -17,7 +17,9 @@ struct UpsampleTap {
 };
 
 // Output cell `out_index` of `in_size * scale`. Cell centres lie at (2*out + 1) / (2*scale) - 1/2, clamped at the lower
-// border; with align_corners the outer centres coincide. The upper neighbour is clamped at the upper border.
+// border; with align_corners the outer centres coincide. The upper neighbour is clamped at the upper border; at a
+// factor of one a cell has no other neighbour than itself, which matters where the next one is infinite (0 * inf is
+// NaN).
 template <typename T>
 RENDSEG_HD UpsampleTap<T> upsample_tap(int64_t out_index, int64_t in_size, int64_t scale, bool align_corners) {
   const int64_t out_size = in_size * scale;
@@ -32,7 +34,7 @@ RENDSEG_HD UpsampleTap<T> upsample_tap(int64_t out_index, int64_t in_size, int64
   }
   const int64_t lower = numerator / denominator;
   const T fraction = static_cast<T>(numerator - lower * denominator) / static_cast<T>(denominator);
-  return {lower, lower < in_size - 1 ? lower + 1 : lower, T(1) - fraction, fraction};
+  return {lower, lower < in_size - 1 && scale > 1 ? lower + 1 : lower, T(1) - fraction, fraction};
 }
 
 }  // namespace rendseg

@@ -28,7 +28,9 @@ def subdivide(
     """Upsample a logit map bilinearly and select its most uncertain cells, in one pass over memory.
 
     The result equals ``fine = F.interpolate(logits, scale_factor=s, mode="bilinear", align_corners=align_corners)``
-    followed by ``uncertain_points`` of ``fine``. The margin is that of the stored values, rounded to the dtype.
+    followed by ``uncertain_points`` of ``fine``. The margin is that of the stored values, rounded to the dtype. Weights
+    are exact, so that beside an infinity a weight of zero gives NaN (0 * inf). ``F.interpolate`` rounds some of these
+    weights to tiny ones, depending on the processor, except at half-pixel powers of two.
 
     Args:
         logits: ``[N, C, h, w]``, float32, float16, bfloat16 or float64; contiguous and channels_last are read in place.

@@ -37,13 +37,26 @@ def label_dtype(classes: int) -> torch.dtype:
 
 
 def upsample(logits: Tensor, scale_factor: int, align_corners: bool) -> Tensor:
-    """Bilinear, in float32 for halves and rounded once; the result has the layout of ``logits``."""
+    """Bilinear, in float32 for halves and rounded once; the result has the layout of ``logits``.
+
+    ``F.interpolate`` rounds positions, except at half-pixel powers of two. Elsewhere a weight that is zero may come out
+    tiny, by the processor: an infinity beside such a cell is then infinite or NaN (0 * inf). So the exact weights are
+    taken there.
+    """
     size = (logits.shape[2] * scale_factor, logits.shape[3] * scale_factor)
     layout = torch._prims_common.suggest_memory_format(logits)
     if logits.shape[0] == 0:  # no image to interpolate
         return logits.new_zeros((0, logits.shape[1], *size)).contiguous(memory_format=layout) + logits.sum()
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    fine = F.interpolate(wide, size=size, mode="bilinear", align_corners=align_corners)
+    if align_corners or scale_factor & (scale_factor - 1):
+        for dim in (3, 2):
+            position = torch.arange(size[dim - 2], device=logits.device)
+            lower, upper, weight = _taps(position, logits.shape[dim], scale_factor, align_corners)
+            weight = weight.to(wide.dtype).unsqueeze(1) if dim == 2 else weight.to(wide.dtype)
+            wide = wide.index_select(dim, lower) * (1 - weight) + wide.index_select(dim, upper) * weight
+        fine = wide
+    else:
+        fine = F.interpolate(wide, size=size, mode="bilinear", align_corners=False)
     return fine.to(logits.dtype).contiguous(memory_format=layout)
 
 
@@ -55,7 +68,9 @@ def _taps(position: Tensor, size: int, scale_factor: int, align_corners: bool) -
         numerator, denominator = (2 * position + (1 - scale_factor)).clamp(min=0), 2 * scale_factor
     lower = torch.div(numerator, denominator, rounding_mode="floor")
     rest = (numerator - lower * denominator).double()
-    return lower, (lower + 1).clamp(max=size - 1), rest / torch.full_like(rest, denominator)
+    # At a factor of one a cell has no other neighbour than itself: 0 * inf is NaN.
+    upper = (lower + 1).clamp(max=size - 1) if scale_factor > 1 else lower
+    return lower, upper, rest / torch.full_like(rest, denominator)
 
 
 def upsample_cells(logits: Tensor, indices: Tensor, scale_factor: int, align_corners: bool) -> Tensor:

@@ -83,6 +83,10 @@ def draw_counts(num_points: int, oversample_ratio: float, importance_ratio: floa
 
 
 def check_draws(random_coords: Tensor | None, logits: Tensor, n: int, total: int) -> None:
+    if logits.shape[2] * logits.shape[3] >= 2**31:
+        raise ValueError(
+            f"logits must have fewer than 2**31 cells (H*W) for sampling, got shape {check.shape_of(logits)}"
+        )
     if random_coords is None:
         return
     check.strided(random_coords, "random_coords")

@@ -68,7 +68,7 @@ def test_labels_are_the_argmax(emulated, case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name, logits", list(cases.special_cases()), ids=[case[0] for case in cases.special_cases()])
 def test_special_values(emulated, name: str, logits: Tensor, dtype: torch.dtype) -> None:
     for layout, x in cases.layouts(logits.to(dtype)):
-        for factor, aligned in ((2, False), (3, False), (2, True)):
+        for factor, aligned in cases.SPECIAL_FACTORS:
             fine, indices, _ = emulated.ops.subdivide(x, 50, factor, aligned)
             size = (x.shape[2] * factor, x.shape[3] * factor)
             want = F.interpolate(x.double(), size=size, mode="bilinear", align_corners=aligned)

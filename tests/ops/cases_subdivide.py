@@ -64,6 +64,10 @@ def special_cases() -> Iterator[tuple[str, Tensor]]:
     yield "all NaN", torch.full((1, 3, 4, 18), float("nan"), dtype=torch.float64)
 
 
+# Factor and align_corners; F.interpolate in float64 has exact weights there.
+SPECIAL_FACTORS = ((1, False), (1, True), (2, False), (2, True), (3, False))
+
+
 def layouts(logits: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same values in memory layouts that must not matter."""
     yield "contiguous", logits.contiguous()

@@ -75,14 +75,16 @@ def test_labels_are_the_argmax(name: str, logits: Tensor, kwargs: dict, dtype: t
 @pytest.mark.parametrize("name, logits", list(cases.special_cases()), ids=[case[0] for case in cases.special_cases()])
 def test_special_values(name: str, logits: Tensor, dtype: torch.dtype, isa: str) -> None:
     for layout, x in cases.layouts(logits.to(dtype)):
-        fine, indices, _ = subdivide(x, 50)
-        want = F.interpolate(x.double(), scale_factor=2, mode="bilinear")
-        assert torch.equal(fine.isnan(), want.isnan()), layout
-        assert torch.equal(fine == float("inf"), want == float("inf"))
-        assert torch.equal(fine == float("-inf"), want == float("-inf"))
-        assert torch.equal(indices, selection(fine, 50)), layout
-        labels, same, _ = torch.ops.rendseg._subdivide_labels(x, 50)
-        assert torch.equal(labels.long(), fine.argmax(1)) and torch.equal(same, indices), layout
+        for factor, aligned in cases.SPECIAL_FACTORS:
+            fine, indices, _ = subdivide(x, 50, factor, aligned)
+            size = (x.shape[2] * factor, x.shape[3] * factor)
+            want = F.interpolate(x.double(), size=size, mode="bilinear", align_corners=aligned)
+            assert torch.equal(fine.isnan(), want.isnan()), (layout, factor, aligned)
+            assert torch.equal(fine == float("inf"), want == float("inf"))
+            assert torch.equal(fine == float("-inf"), want == float("-inf"))
+            assert torch.equal(indices, selection(fine, 50)), layout
+            labels, same, _ = torch.ops.rendseg._subdivide_labels(x, 50, factor, aligned)
+            assert torch.equal(labels.long(), fine.argmax(1)) and torch.equal(same, indices), layout
 
 
 def test_many_classes_give_int16_labels() -> None:

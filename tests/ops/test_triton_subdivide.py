@@ -107,14 +107,17 @@ def test_float64() -> None:
 def test_special_values(name: str, logits: Tensor, dtype: torch.dtype) -> None:
     rows, columns = SPECIAL[name]
     for layout, x in list(cases.layouts(logits[:, :, :rows, list(columns)].to(dtype)))[:2]:
-        fine, indices, _ = run("subdivide", x, 50)
-        want = F.interpolate(x.double(), scale_factor=2, mode="bilinear")
-        assert torch.equal(fine.isnan(), want.isnan()), layout
-        assert torch.equal(fine == float("inf"), want == float("inf"))
-        assert torch.equal(fine == float("-inf"), want == float("-inf"))
-        assert torch.equal(indices, reference.uncertain_points(fine, 50)[0]), layout
-        labels, same, _ = run("_subdivide_labels", x, 50)
-        assert torch.equal(labels.long(), fine.argmax(1)) and torch.equal(same, indices), layout
+        factors = cases.SPECIAL_FACTORS if layout == "contiguous" and dtype == torch.float32 else [(2, False)]
+        for factor, aligned in factors:
+            fine, indices, _ = run("subdivide", x, 50, factor, aligned)
+            size = (x.shape[2] * factor, x.shape[3] * factor)
+            want = F.interpolate(x.double(), size=size, mode="bilinear", align_corners=aligned)
+            assert torch.equal(fine.isnan(), want.isnan()), (layout, factor, aligned)
+            assert torch.equal(fine == float("inf"), want == float("inf"))
+            assert torch.equal(fine == float("-inf"), want == float("-inf"))
+            assert torch.equal(indices, reference.uncertain_points(fine, 50)[0]), layout
+            labels, same, _ = run("_subdivide_labels", x, 50, factor, aligned)
+            assert torch.equal(labels.long(), fine.argmax(1)) and torch.equal(same, indices), layout
 
 
 def test_map_too_large_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
