@@ -159,13 +159,19 @@ def _sample_uncertain_points(d: Drawing) -> dict[str, Any]:
     num_points = d.size(20)
     oversample, importance = d.choose.choice((1.0, 1.5, 3.0, 4)), d.choose.choice((0.0, 0.3, 0.75, 1.0, 1))
     total = int(oversample * num_points) + num_points - int(importance * num_points)
-    drawn = d.coords(logits.shape[0], total, dtype=torch.float32)
+    images = None
+    if len(logits) and d.chance(0.2):
+        images = torch.randint(len(logits), (d.size(4, 0),), generator=d.generator)
+    masks = len(logits) if images is None else len(images)
+    classes = torch.randint(logits.shape[1], (masks,), generator=d.generator) if d.chance(0.2) else None
+    drawn = d.coords(masks, total, dtype=torch.float32)
     return {
         "logits": logits,
         "num_points": num_points,
         "oversample_ratio": oversample,
         "importance_ratio": importance,
-        "class_index": d.class_index(logits),
+        "class_index": classes,
+        "image_index": images,
         "padding_mode": d.choose.choice(("zeros", "border")),
         "align_corners": d.chance(0.3),
         "generator": torch.Generator().manual_seed(3) if d.chance(0.3) else None,
@@ -270,6 +276,51 @@ def _refine(d: Drawing) -> dict[str, Any]:
     }
 
 
+def _targets(d: Drawing, count: int) -> list[Tensor]:
+    """Of every dtype and of different sizes; at times an image has none."""
+    targets = []
+    for _ in range(count):
+        size = (d.size(4, 0), d.size(), d.size(11))
+        values = torch.rand(size, generator=d.generator)
+        kind = d.choose.choice((torch.bool, torch.bool, *LABELS, *FLOATS))
+        targets.append(d.laid_out((values if kind.is_floating_point else values > 0.4).to(kind)))
+    return targets
+
+
+def _mask_options(d: Drawing, targets: list[Tensor]) -> dict[str, Any]:
+    largest = [max((t.shape[dim] for t in targets), default=1) for dim in (1, 2)]
+    return {
+        "label_mode": d.choose.choice(("bilinear", "nearest")),
+        "padding_mode": d.choose.choice(("zeros", "border")),
+        "canvas": (largest[0] + d.size(3, 0), largest[1] + d.size(3, 0)) if d.chance(0.4) else None,
+    }
+
+
+def _mask_losses(d: Drawing) -> dict[str, Any]:
+    logits = d.logits()
+    targets = _targets(d, len(logits))
+    there = [b for b, target in enumerate(targets) if len(target)]
+    images = [d.choose.choice(there) for _ in range(d.size(5, 0))] if there else []
+    chosen = [d.choose.randrange(len(targets[b])) for b in images]
+    queries = torch.randint(logits.shape[1], (len(images),), generator=d.generator)
+    return {
+        "logits": d.grad(logits),
+        "targets": targets,
+        "coords": d.coords(len(images), d.size(20, 0), dtype=d.choose.choice((torch.float32, torch.float64))),
+        "image_index": torch.tensor(images, dtype=torch.int64),
+        "query_index": queries,
+        "target_index": torch.tensor(chosen, dtype=torch.int64),
+        **_mask_options(d, targets),
+    }
+
+
+def _mask_costs(d: Drawing) -> dict[str, Any]:
+    logits = d.logits()
+    targets = _targets(d, len(logits))
+    coords = d.coords(len(logits), d.size(20, 0), dtype=d.choose.choice((torch.float32, torch.float64)))
+    return {"logits": d.grad(logits), "targets": targets, "coords": coords, **_mask_options(d, targets)}
+
+
 OPS: dict[str, Callable[[Drawing], dict[str, Any]]] = {
     "uncertainty": _uncertainty,
     "uncertain_points": _uncertain_points,
@@ -277,6 +328,8 @@ OPS: dict[str, Callable[[Drawing], dict[str, Any]]] = {
     "subdivide": _subdivide,
     "point_sample": _point_sample,
     "point_labels": _point_labels,
+    "mask_losses": _mask_losses,
+    "mask_costs": _mask_costs,
     "scatter_points": _scatter_points,
     "scatter_points_": _scatter_points,
     "scaled_l2": _scaled_l2,

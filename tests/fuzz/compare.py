@@ -15,6 +15,7 @@ from tests.fuzz.calls import Call, Drawing, draw
 EQUAL, REFUSED, TIE = "equal to the reference", "refused", "another choice at a tie"
 WRONG, DIFFERENT = "wrong value", "another outcome"
 CLEAN = (ValueError, TypeError, IndexError, RuntimeError)
+RESULTS = {"subdivide": 3, "uncertain_points": 2, "mask_losses": 2, "mask_costs": 2}
 ARITHMETIC = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
@@ -118,7 +119,7 @@ def _differ(call: Call, found: list[Tensor | None], wanted: list[Tensor | None])
         return f"{len(found)} results, not {len(wanted)}"
     if found and found[0] is not None and not found[0].numel() and call.name != "subdivide":
         return ""  # its gradients are zeros, or NaN beside infinities
-    gradients = len(found) - (3 if call.name == "subdivide" else 2 if call.name == "uncertain_points" else 1)
+    gradients = len(found) - RESULTS.get(call.name, 1)
     if gradients and _wild(call):  # what overflows, and which infinities meet, depends on the order of a sum
         found, wanted = found[: len(found) - gradients], wanted[: len(wanted) - gradients]
     for i, (got, want) in enumerate(zip(found, wanted, strict=True)):
@@ -154,10 +155,11 @@ def _at_a_tie(call: Call, found: list[Tensor | None], wanted: list[Tensor | None
     if call.name == "subdivide":
         return _selects_from(found, arguments) and (found[0] is None or not _differ(call, found[:1], wanted[:1]))
     if call.name == "sample_uncertain_points":
+        logits, images = arguments["logits"].detach(), arguments["image_index"]
         scores = [
             reference.uncertainty(
                 reference.point_sample(
-                    arguments["logits"].detach().double(),
+                    (logits if images is None else logits[images]).double(),
                     points,
                     padding_mode=arguments["padding_mode"],
                     align_corners=arguments["align_corners"],
@@ -167,8 +169,8 @@ def _at_a_tie(call: Call, found: list[Tensor | None], wanted: list[Tensor | None
             for points in (found[0].clamp(-3, 3), wanted[0].clamp(-3, 3))
             if points is not None
         ]  # fmt: skip
-        eps = torch.finfo(arguments["logits"].dtype).eps
-        size = float(arguments["logits"].detach().double().nan_to_num(0, 0, 0).abs().max())
+        eps = torch.finfo(logits.dtype).eps
+        size = float(logits.double().nan_to_num(0, 0, 0).abs().max())
         return torch.allclose(*scores, rtol=0, atol=8 * (eps + 1e-6) * max(size, 1e-3), equal_nan=True)
     if call.name == "refine":
         # Ties: the reference too goes elsewhere when the coarse logits change in their last bits.
