@@ -353,6 +353,8 @@ def _enormous(d: Drawing, t: Tensor) -> Tensor | None:
     if not t.dim() or not t.numel():
         return None
     dim, size = d.choose.randrange(t.dim()), list(t.shape)
+    if t.dim() == 4 and dim == 1:  # channels that take no memory are read all the same, for days
+        return None
     size[dim] = d.choose.choice((2**47, 2**59, 2**62))
     if t.numel() // t.shape[dim] * size[dim] >= 2**63:
         return None

@@ -13,6 +13,8 @@ from rendseg import ops, reference
 from tests.fuzz.calls import Call, Drawing, draw
 
 EQUAL, REFUSED, TIE = "equal to the reference", "refused", "another choice at a tie"
+IN_PLACE = "read in place, where the reference finds no memory for a copy"
+GOOD = (EQUAL, REFUSED, TIE, IN_PLACE)
 WRONG, DIFFERENT = "wrong value", "another outcome"
 CLEAN = (ValueError, TypeError, IndexError, RuntimeError)
 RESULTS = {"subdivide": 3, "uncertain_points": 2, "mask_losses": 2, "mask_costs": 2}
@@ -76,6 +78,8 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any]) -> tuple[str, st
     wanted, refusal = outcome(lambda op, arguments: getattr(reference, op)(**arguments), other)
     if error is not None or refusal is not None:
         said = f"{_said(error)} | reference: {_said(refusal)}"
+        if error is None and "can't allocate memory" in str(refusal):
+            return IN_PLACE, said
         if error is None or refusal is None:
             return DIFFERENT, said
         kinds = [next((k for k in CLEAN if isinstance(e, k)), None) for e in (error, refusal)]
@@ -136,10 +140,11 @@ def _differ(call: Call, found: list[Tensor | None], wanted: list[Tensor | None])
             if not torch.equal(got, want):
                 return f"result {i}: {int((got != want).sum())} of {got.numel()} integers differ"
             continue
-        for kind in ("nan", "inf"):
+        summed = call.name in ("scaled_l2", "aggregate", "encode") and _wild(call)
+        for kind in ("finite",) if summed else ("nan", "inf"):
             there = getattr(got, f"is{kind}")() != getattr(want, f"is{kind}")()
             if there.any():
-                return f"result {i}: {int(there.sum())} of {got.numel()} are {kind} in one of the two"
+                return f"result {i}: {int(there.sum())} of {got.numel()} are {kind} in one of the two only"
         compute = torch.float64 if want.dtype == torch.float64 else torch.float32
         wide = want.double().nan_to_num(0, 0, 0)
         bound = 4 * (ARITHMETIC[compute] + torch.finfo(want.dtype).eps) * max(float(wide.abs().max()), 1e-3)

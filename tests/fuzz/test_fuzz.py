@@ -27,7 +27,7 @@ def test_2000_calls() -> None:
     counts = Counter(result for _, result, _ in done)
     print(", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
     assert [seed for seed, _, _ in done] == list(range(2000))
-    assert not [each for each in done if each[1] not in fuzz.GOOD]
+    assert not [each for each in done if each[1] not in compare.GOOD]
     assert counts[compare.EQUAL] > 1000 and counts[compare.REFUSED] > 300 and counts[compare.TIE] < 20
 
 
