@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rendseg import __version__
 from rendseg.data.folder import distinct_colors
-from rendseg.engine.assemble import build_network, load_trained
-from rendseg.engine.checkpoint import FORMAT, save_checkpoint, write_atomically
+from rendseg.engine.assemble import build_network
+from rendseg.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint, write_atomically
 from rendseg.engine.config import build_config, override_mapping
 
 from .containers import Source, read
@@ -208,7 +208,7 @@ def _own(path: Path, format_name: str | None, overrides: Sequence[str]) -> dict[
             raise ConversionError(
                 f"{path} is no checkpoint of rendseg: name its framework with --from {' | '.join(FORMATS)}"
             )
-        contents = load_trained(path)[3]
+        contents = load_checkpoint(path)
     contents["config"] = build_config(contents["config"], overrides, source=str(path)).to_dict()
     return contents
 

@@ -63,7 +63,8 @@ def identify(tensors: Mapping[str, Tensor], format_name: str, path: object) -> M
     applied = apply(form.rules(model, backbone), dead, theirs, path)
     if applied.left:
         raise ConversionError(
-            f"{path}: {len(applied.left)} tensors have no place in {format_name}'s {model.name}, first {applied.left[0]}"
+            f"{path}: {len(applied.left)} tensors have no place in the {model.name} of {format_name}, first "
+            f"{applied.left[0]}"
         )
     ours = {name: _plain(tensor) for name, tensor in applied.tensors.items()}
     return Model(form, model, backbone, theirs, applied._replace(tensors=ours))

@@ -14,7 +14,9 @@ from rendseg.convert.engine import backbone_weights, configure, gather, identify
 from rendseg.convert.registry import FORMATS, load_format
 from rendseg.convert.rules import renamed, reversed_rules
 from rendseg.convert.source_config import literals, lookup, read_config
+from rendseg.engine.assemble import build_network
 from rendseg.engine.checkpoint import load_checkpoint
+from rendseg.engine.config import build_config
 from rendseg.models import build_model
 
 # format, model, backbone -> names there and here. A name that ends in "<" does not come back: it was folded.
@@ -239,6 +241,13 @@ def test_a_model_of_mmseg_predicts_here(trained, tmp_path, monkeypatch, capsys):
     assert again["config"] == contents["config"]
     assert all(torch.equal(again["model"][name], value) for name, value in contents["model"].items())
 
+    config = build_config(contents["config"], ["model.checkpoint=again.pt"])
+    for classes, equal in ((11, True), (5, False)):
+        started = build_network(config, classes).state_dict()
+        assert len(started["decoder.predictor.bias"]) == classes
+        assert torch.equal(started["decoder.fpn.fpn_output2.weight"], again["model"]["decoder.fpn.fpn_output2.weight"])
+        assert torch.equal(started["head.predictor.weight"], again["model"]["head.predictor.weight"]) is equal
+
 
 @pytest.mark.bad_input
 def test_commands_that_cannot_be_done(trained, tmp_path, monkeypatch, capsys):
@@ -252,7 +261,7 @@ def test_commands_that_cannot_be_done(trained, tmp_path, monkeypatch, capsys):
     torch.save({**whole, "state_dict": less}, "less.pth")
     for arguments, message in (
         (["bare.pth", "--from", "mmseg"], "leaves open data.mean (--normalize); align_corners"),
-        (["more.pth", "--from", "mmseg"], "1 tensors have no place in mmseg's pointrend, first decode_head.2.x"),
+        (["more.pth", "--from", "mmseg"], "1 tensors have no place in the pointrend of mmseg, first decode_head.2.x"),
         (["less.pth", "--from", "mmseg"], "lacks 1 tensors of the network, first decoder.fpn.fpn_output3.bias"),
         (["less.pth", "--from", "torchvision"], "it looks like mmseg"),
         (["less.pth"], "name its framework with --from"),

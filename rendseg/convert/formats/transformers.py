@@ -75,7 +75,11 @@ FORMAT = Format(
                 _OLD_ATTENTION,
                 (("intermediate.dense.*", "mlp.fc1.*"), ("output.dense.*", "mlp.fc2.*")),
             ),
-            ("encoder.layers.{s}.blocks.{i}.attention.self.relative_position_index", "layernorm.*"),
+            (
+                "encoder.layers.{s}.blocks.{i}.attention.self.relative_position_index",
+                "layernorm.*",
+                "swin.layernorm.*",  # saved so by its version 5
+            ),
             _SWIN,
         ),
         Part(
