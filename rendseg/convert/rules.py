@@ -51,6 +51,8 @@ def _merge_back(x: Tensor) -> Tensor:
 
 
 MERGE = Change(_merge_there, _merge_back)
+# ASPP: image pooling first there, last here; each branch has as many channels as the result.
+POOL_LAST = Change(lambda x: x.roll(-x.shape[0], 1), lambda x: x.roll(x.shape[0], 1))
 
 Rule = tuple[str, str] | tuple[str, str, Change]
 

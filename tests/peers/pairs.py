@@ -188,7 +188,8 @@ def transformers(backbone: str = "convnext", width: int = 32) -> Peer:
         encoder: Any = SwinConfig(out_features=stages)
         ours, third = {"name": "swin_tiny_patch4_window7_224"}, 384
     elif backbone == "convnext":
-        encoder = ConvNextConfig(layer_scale_init_value=1.0, out_features=stages)
+        sizes = {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}
+        encoder = ConvNextConfig(**sizes, layer_scale_init_value=1.0, out_features=stages)
         ours, third = {"name": "convnext_tiny"}, 384
     else:
         encoder = ResNetConfig(out_features=stages)

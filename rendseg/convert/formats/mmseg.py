@@ -3,7 +3,7 @@
 import math
 
 from ..registry import Format, Part, Read, only, pair, separable
-from ..rules import MERGE, Rule
+from ..rules import MERGE, POOL_LAST, Rule
 from ._resnet import DILATED, PLAIN, STAGES
 
 _AUXILIARY: tuple[Rule, ...] = (
@@ -15,6 +15,7 @@ _ASPP: tuple[Rule, ...] = (
     *pair("decode_head.image_pool.1", "decoder.aspp.pool"),
     *separable("decode_head.aspp_modules.{i}", "decoder.aspp.branches.{i}"),
     *pair("decode_head.aspp_modules.{i}", "decoder.aspp.branches.{i}"),
+    ("decode_head.bottleneck.conv.weight", "decoder.aspp.project.weight", POOL_LAST),
     *pair("decode_head.bottleneck", "decoder.aspp.project"),
     ("decode_head.conv_seg.*", "decoder.classifier.*"),
 )
