@@ -274,7 +274,7 @@ def _mask_costs_kernel(
 
 
 _LOSSES: dict[str, Any] = {"BLOCK": 512, "num_warps": 4, "debug": True, "sanitize_overflow": False}
-_COSTS: dict[str, Any] = {"BLOCK": 64, "BLOCK_Q": 16, "BLOCK_T": 16, "num_warps": 4}
+_COSTS: dict[str, Any] = {"BLOCK": 32, "BLOCK_Q": 16, "BLOCK_T": 16, "num_warps": 4}
 _GATHER: dict[str, Any] = {"BLOCK": 256, "num_warps": 4}
 
 
