@@ -70,7 +70,7 @@ def convert(
         loaded = [read(path) for path in sources]
         found = identify(gather(loaded, format_name), format_name, first)
         given = override_mapping({}, overrides)[0]
-        keys = {**NORMALIZATIONS.get(normalize or "", {}), **_dotted(given)}
+        keys: dict[str, Any] = {**NORMALIZATIONS.get(normalize or "", {}), **_dotted(given)}  # type: ignore[dict-item]
         foreign = read_config(config) if config is not None else source_config(loaded)
         contents = _contents(found, loaded, foreign, keys, first)
         count, dead = len(found.theirs), len(found.applied.dead)
@@ -293,6 +293,6 @@ def _write_safetensors(out: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     try:
-        write_atomically(out, lambda file: file.write(data) and None)
+        write_atomically(out, lambda file: file.write(data))  # type: ignore[arg-type, return-value]
     except OSError as error:
         raise ConversionError(f"could not write {out}: {error.strerror or error}") from None

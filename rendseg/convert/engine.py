@@ -186,7 +186,8 @@ def class_list(sources: Sequence[Source], config: Mapping[str, Any] | None, coun
     for source in sources:
         meta = source.rest.get("meta")
         if isinstance(meta, dict):
-            data = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else meta
+            data: Any = meta.get("dataset_meta")
+            data = data if isinstance(data, dict) else meta
             names = data.get("classes", data.get("CLASSES"))
             if isinstance(names, (list, tuple)) and len(names) == count:
                 palette = data.get("palette", data.get("PALETTE"))

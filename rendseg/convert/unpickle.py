@@ -54,6 +54,7 @@ class _Call(_Fixed):
     """A function that a pickle may call."""
 
     __slots__ = ("_function",)
+    _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]) -> None:
         object.__setattr__(self, "_function", function)
@@ -254,6 +255,7 @@ def _scan(file: BinaryIO) -> None:
     length is then known to be within the file, and no memo larger than the pickle, so that a few bytes cannot ask for
     much memory."""
     bounded = _Bounded(file)
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(bounded)):  # type: ignore[arg-type]
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= count:
             raise ValueError(f"memo {argument} after {count} operations")
