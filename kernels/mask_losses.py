@@ -260,9 +260,13 @@ def _mask_costs_kernel(
         sum_softplus += tl.where(known, softplus, 0.0)
         sum_sigmoid += sigmoid
         sum_y += y
-        across = tl.trans(y)
-        with_x = tl.dot(x, across, with_x, input_precision="ieee", out_dtype=ACC)
-        with_s = tl.dot(sigmoid, across, with_s, input_precision="ieee", out_dtype=ACC)
+        if ACC == tl.float64:  # tl.dot of float64 does not compile
+            with_x += tl.sum(x[:, None, :] * y[None, :, :], 2)
+            with_s += tl.sum(sigmoid[:, None, :] * y[None, :, :], 2)
+        else:
+            across = tl.trans(y)
+            with_x = tl.dot(x, across, with_x, input_precision="ieee")
+            with_s = tl.dot(sigmoid, across, with_s, input_precision="ieee")
     one = tl.full([], 1.0, ACC)
     number = tl.zeros([BLOCK_Q, BLOCK_T], ACC) + tl.maximum(points, 1).to(ACC)
     entropy = divide(tl.sum(sum_softplus, 1)[:, None] - with_x, number)
@@ -275,6 +279,7 @@ def _mask_costs_kernel(
 
 _LOSSES: dict[str, Any] = {"BLOCK": 512, "num_warps": 4, "debug": True, "sanitize_overflow": False}
 _COSTS: dict[str, Any] = {"BLOCK": 32, "BLOCK_Q": 16, "BLOCK_T": 16, "num_warps": 4}
+_COSTS_FLOAT64: dict[str, Any] = {"BLOCK": 16, "BLOCK_Q": 8, "BLOCK_T": 8, "num_warps": 4}
 _GATHER: dict[str, Any] = {"BLOCK": 256, "num_warps": 4}
 
 
@@ -416,13 +421,14 @@ def mask_costs_triton(
     images, queries = logits.shape[:2]
     most = max((target.shape[0] for target in targets), default=0)
     logits, coords = logits.detach(), coords.detach()
+    tile = _COSTS_FLOAT64 if logits.dtype == torch.float64 else _COSTS
     results = [logits.new_zeros((images, queries, most), dtype=_arithmetic(logits)) for _ in range(2)]
     with on_device(logits):
         for b, target in enumerate(targets):
             if target.shape[0] == 0:
                 continue
-            query_tiles = triton.cdiv(queries, _COSTS["BLOCK_Q"])
-            _mask_costs_kernel[(check_grid(query_tiles * triton.cdiv(target.shape[0], _COSTS["BLOCK_T"])),)](
+            query_tiles = triton.cdiv(queries, tile["BLOCK_Q"])
+            _mask_costs_kernel[(check_grid(query_tiles * triton.cdiv(target.shape[0], tile["BLOCK_T"])),)](
                 logits,
                 _readable(target),
                 coords,
@@ -439,7 +445,7 @@ def mask_costs_triton(
                 query_tiles,
                 NEAREST=label_mode == "nearest",
                 BORDER=padding_mode == "border",
-                **_COSTS,
+                **tile,
                 **EXACT,
             )
     return results[0], results[1]
