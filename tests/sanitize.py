@@ -1,8 +1,8 @@
 """``make sanitize``: the kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds the CPU extension in a copy of the sources in ``build/sanitize``, so that no other build is touched, and runs the fuzz and the
-tests of the operators there, then the tests of the emulated CUDA kernels under the same sanitizers. ``--only fuzz``,
-``--only ops`` or ``--only kernels`` takes one part; other arguments go to the fuzz.
+Builds the CPU extension in a copy of the sources in ``build/sanitize``, so that no other build is touched, and runs the
+fuzz and the tests of the operators there, then the tests of the emulated CUDA kernels under the same sanitizers.
+``--only fuzz``, ``--only ops`` or ``--only kernels`` takes one part; other arguments go to the fuzz.
 """
 
 from __future__ import annotations
