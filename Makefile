@@ -54,12 +54,14 @@ test: venv
 PEERS := $(VENV)/peers
 # Seconds for an installation.
 PEERS_LIMIT ?= 900
+PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 $(PEERS)/.installed: $(VENV)/.installed
 	test -x $(PEERS)/bin/python || $(PY) -m venv $(PEERS)
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$($(PEERS)/bin/python -c 		"import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	$(PY) -c "$(PURELIB)" > "$$($(PEERS)/bin/python -c "$(PURELIB)")/below.pth"
 	timeout $(PEERS_LIMIT) $(PEERS)/bin/python -m pip install --no-compile $$($(PY) -c "import importlib.metadata as m; \
 		print(*(r.split(';')[0].replace(' ', '') for r in m.requires('rendseg') if 'peers' in r.partition(';')[2]))") \
-		&& timeout $(PEERS_LIMIT) $(PEERS)/bin/python -m pip install --no-compile --no-deps --force-reinstall opencv-python-headless \
+		&& timeout $(PEERS_LIMIT) $(PEERS)/bin/python -m pip install --no-compile --no-deps --force-reinstall \
+		opencv-python-headless \
 		&& touch $@ || echo "make: the other projects were not installed; tests of those that lack are skipped"
 
 test-peers: venv $(PEERS)/.installed

@@ -21,7 +21,7 @@ from .containers import Source, read
 from .engine import Model, class_list, configure, gather, identify, nested, source_config
 from .errors import ConversionError
 from .registry import FORMATS, NORMALIZATIONS, Format, load_format
-from .rules import Applied, split
+from .rules import Applied, apply, split
 from .source_config import read_config
 
 TARGETS = ("rendseg", "safetensors", "mmseg", "transformers")
@@ -222,8 +222,10 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _check_round_trip(found: Model, path: Path) -> None:
-    """Every tensor of the source comes back from ours, bit for bit, where nothing was folded or widened."""
-    back = split(found.format.rules(found.model, found.backbone), found.applied.tensors, path)
+    """Every tensor of the source comes back from ours, bit for bit, where nothing was folded or widened; and what came
+    back gives ours again."""
+    rules, ours = found.format.rules(found.model, found.backbone), found.applied.tensors
+    back = split(rules, ours, path)
     if back.left:
         raise ConversionError(f"{path}: {back.left[0]} has no name in the source's format")
     changed = {name.rpartition(".")[0] for name in found.theirs if name not in back.tensors}  # bias before a norm
@@ -233,6 +235,10 @@ def _check_round_trip(found: Model, path: Path) -> None:
             continue
         if source is None or not torch.equal(tensor.to(source.dtype), source):
             raise ConversionError(f"{path}: {name} does not come back as it was")
+    again = apply(rules, (), back.tensors, path).tensors
+    wrong = [name for name, tensor in ours.items() if name not in again or not torch.equal(again[name], tensor)]
+    if wrong:
+        raise ConversionError(f"{path}: {wrong[0]} changes when it is converted again")
 
 
 @torch.no_grad()
