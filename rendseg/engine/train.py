@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from rendseg._float64 import widest
 from rendseg._version import __version__
+from rendseg.data import DataError
 from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.assemble import build_data, build_network
 from rendseg.engine.automatic import Pace, adopt, faster_precision, with_choice
@@ -296,10 +297,13 @@ class Run:
             with accelerator.autocast():  # DDP's own, but FSDP has none
                 try:
                     terms = model(images, labels, *keys)
-                except ValueError as error:
+                except (ValueError, RuntimeError) as error:
                     raise TrainingError(_step_error(error)) from error
             loss = torch.stack([term.float() for term in terms.values()]).sum()
-            accelerator.backward(loss)
+            try:
+                accelerator.backward(loss)
+            except RuntimeError as error:
+                raise TrainingError(_step_error(error)) from error
             if limit is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), limit)
             self.optimizer.step()
@@ -361,6 +365,31 @@ class Run:
 
     def validate(self) -> bool:
         """Evaluate, record and save; False if a signal ended it early."""
+        accelerator, progress = self.accelerator, self.progress
+        try:
+            result = self._measure()
+        except DataError as error:
+            self.network.train_again()
+            if accelerator.num_processes > 1:  # the others wait elsewhere, and a checkpoint needs all
+                raise
+            self.save()
+            raise DataError(
+                f"{error}; the run is saved as of iteration {progress.iteration}, and the same command continues it "
+                "with this evaluation"
+            ) from error
+        if result is None:
+            return False
+        progress.evaluations.append({"iteration": progress.iteration, **result})
+        value = result["refined"][self.config.eval.best]
+        is_best = value is not None and value > progress.best
+        progress.best = value if is_best else progress.best
+        self.save(is_best)
+        if accelerator.is_main_process:
+            self.bar.write(f"iteration {progress.iteration}: {summary(result)}")
+        return True
+
+    def _measure(self) -> dict[str, Any] | None:
+        """The evaluation of the network as it is; None if a signal ended it early."""
         accelerator, progress, data = self.accelerator, self.progress, self.validation_data
         with unchanged_rng():
             stopped = (lambda: bool(self.signals.received)) if accelerator.num_processes == 1 else None
@@ -374,16 +403,7 @@ class Run:
                 for _, picture in make_pictures(network, data, 1, accelerator):
                     self.writer.add_image("val/prediction", np.asarray(picture), progress.iteration, dataformats="HWC")
             self.network.train_again()
-        if result is None:
-            return False
-        progress.evaluations.append({"iteration": progress.iteration, **result})
-        value = result["refined"][self.config.eval.best]
-        is_best = value is not None and value > progress.best
-        progress.best = value if is_best else progress.best
-        self.save(is_best)
-        if accelerator.is_main_process:
-            self.bar.write(f"iteration {progress.iteration}: {summary(result)}")
-        return True
+        return result
 
     @property
     def evaluated(self) -> bool:
@@ -479,14 +499,22 @@ class Run:
 # --------------------------------------------------------------------------------------------------- parts of a run
 
 
-def _step_error(error: ValueError) -> str:
-    """What the network says against its input, with a remedy."""
+def _step_error(error: Exception) -> str:
+    """What the network says against its input, or PyTorch in a step, in one line with a remedy."""
     if "Expected more than 1 value per channel" in str(error):
         return (
             "a batch norm cannot train on a single value per channel: set train.batch_size=2 or more, or a larger "
             "data.crop_size, or model.decoder.norm=gn"
         )
-    return f"the network cannot train on these images: {error}"
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        return (
+            f"no memory is left for a step: {said}; lower train.batch_size (train.gradient_accumulation makes up "
+            "for it) or data.crop_size"
+        )
+    if isinstance(error, ValueError):
+        return f"the network cannot train on these images: {error}"
+    return f"a training step failed: {said}; RENDSEG_DEBUG=1 shows where"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from rendseg.data import DataError
 from rendseg.engine import train as module
 from rendseg.engine.checkpoint import CheckpointError, load_checkpoint
 from rendseg.engine.config import Config, ConfigError, OptimizerConfig, ScheduleConfig
@@ -437,6 +439,45 @@ def test_the_terms_in_the_message_are_of_the_bad_pass(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "build_network", lambda *args: processes.poisoned(tiny_network(*args), call=5))
     with pytest.raises(TrainingError, match=r"not finite at iteration 3 \(loss_coarse \d\S+, loss_point nan\);"):
         train(tiny_config(tmp_path, gradient_accumulation=2))
+
+
+@pytest.mark.bad_input
+def test_a_step_that_pytorch_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [RuntimeError("shapes cannot be multiplied\n and more"), torch.OutOfMemoryError("tried 2 GiB\n more")]
+    wanted = [
+        "a training step failed: shapes cannot be multiplied; ",
+        "no memory is left for a step: tried 2 GiB; lower",
+    ]
+    for number, (error, begin) in enumerate(zip(errors, wanted, strict=True)):
+
+        def refusing(*args: Any, error: Exception = error) -> nn.Module:
+            network = tiny_network(*args)
+            network.forward = mock.Mock(side_effect=error)  # type: ignore[method-assign]
+            return network
+
+        monkeypatch.setattr(module, "build_network", refusing)
+        with pytest.raises(TrainingError) as raised:
+            train(tiny_config(tmp_path / str(number)))
+        assert str(raised.value).startswith(begin) and "\n" not in str(raised.value)
+
+
+@pytest.mark.bad_input
+def test_an_image_that_cannot_be_validated_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is mended, the same command goes on with the evaluation, and ends like a run without the fault."""
+    monkeypatch.setattr(module, "build_network", tiny_network)
+    whole = train(tiny_config(tmp_path / "whole", eval_every=3))
+    config = tiny_config(tmp_path / "broken", eval_every=3)
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "evaluate", mock.Mock(side_effect=DataError("a.png cannot be read")))
+        with pytest.raises(DataError, match=r"^a\.png cannot be read; the run is saved as of iteration 3, and"):
+            train(config)
+    assert load_checkpoint(config.run_dir / "last.pt")["training"]["progress"]["iteration"] == 3
+    mended = train(config)
+
+    def scores(metrics: dict[str, Any]) -> list[Any]:
+        return [(e["iteration"], e["refined"]) for e in metrics["evaluations"]]
+
+    assert scores(mended) == scores(whole) and len(scores(whole)) == 3
 
 
 @pytest.mark.bad_input
