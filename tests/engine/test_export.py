@@ -86,9 +86,10 @@ def test_subdivision_equals_the_reference(classes: int, align_corners: bool) -> 
     fine, indices, coords = onnx_ops.OPERATORS["subdivide"](logits, 13, 2, align_corners)
     wanted = reference.subdivide(logits, 13, 2, align_corners)
     # torch.topk promises no order of ties, ONNX does: compare what does not depend on it, the values that were taken
-    torch.testing.assert_close(fine, wanted[0], equal_nan=True, rtol=0, atol=0)
+    rounded = 4e-6 if align_corners else 0  # Resize rounds weights such as 4/9, the reference does not
+    torch.testing.assert_close(fine, wanted[0], equal_nan=True, rtol=0, atol=rounded)
     scores = reference.uncertainty(fine).flatten(1)
-    taken, best = scores.gather(1, indices), scores.gather(1, wanted[1])
+    taken, best = scores.gather(1, indices), scores.gather(1, reference.uncertain_points(fine, 13)[0])
     torch.testing.assert_close(taken.sort(1).values, best.sort(1).values, equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(
         onnx_ops.OPERATORS["uncertainty"](fine), reference.uncertainty(fine), equal_nan=True, rtol=0, atol=0

@@ -86,7 +86,7 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any]) -> tuple[str, st
         if None in kinds or "\n" in f"{error}{refusal}".strip():
             return DIFFERENT, said
         # A head that does not fit the maps speaks for itself where it is called.
-        several = len(call.defects) > 1 or call.name == "refine" or _of_memory(error, refusal)
+        several = len(call.defects) > 1 or call.name == "refine" or _of_memory(error, refusal) or _written_leaf(call)
         if kinds[0] != kinds[1] and not several:
             return DIFFERENT, said
         if before is not None and before.device.type == "cpu" and not _same_bits(before, call.arguments["logits"]):
@@ -105,6 +105,12 @@ def _said(error: Exception | None) -> str:
 def _of_memory(*errors: Exception) -> bool:
     """Sizes beyond memory: which of its limits an implementation names is its own affair."""
     return any(word in str(e) for e in errors for word in ("memory", "overflow", "2^", "2**", "too large"))
+
+
+def _written_leaf(call: Call) -> bool:
+    """It is refused by autograd, in one implementation before the arguments are checked."""
+    written = call.arguments.get("logits")
+    return call.name == "scatter_points_" and isinstance(written, Tensor) and written.is_leaf and written.requires_grad
 
 
 def _same_bits(a: Tensor, b: Any) -> bool:

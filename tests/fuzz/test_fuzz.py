@@ -39,7 +39,7 @@ def _run(change: Any) -> Counter[str]:
     def run(name: str, arguments: dict[str, Any]) -> Any:
         return change(name, getattr(reference, name)(**arguments))
 
-    return Counter(compare.judge(seed, run)[0] for seed in range(60))
+    return Counter(compare.judge(seed, run)[0] for seed in range(90))
 
 
 def test_wrong_values_and_other_outcomes_are_noticed() -> None:

@@ -15,6 +15,8 @@ LOGITS = torch.randn(1, 2, 4, 4)
 COORDS = torch.rand(1, 3, 2)
 INDICES = torch.tensor([[1, 5]])
 CODEWORDS = torch.randn(3, 2)
+TARGETS = [torch.ones(1, 5, 5, dtype=torch.bool)]
+PAIR = {f"{what}_index": torch.zeros(1, dtype=torch.int64) for what in ("image", "query", "target")}
 
 
 def keep(fine: Tensor, coarse: Tensor) -> Tensor:
@@ -28,6 +30,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "subdivide": {"logits": LOGITS, "num_points": 2, "scale_factor": 2, "align_corners": False},
     "point_sample": {"input": LOGITS, "coords": COORDS, "mode": "bilinear"},
     "point_labels": {"labels": LOGITS[0].long(), "coords": COORDS.expand(2, 3, 2), "ignore_index": 255},
+    "mask_losses": {"logits": LOGITS, "targets": TARGETS, "coords": COORDS.expand(1, 3, 2), **PAIR, "canvas": None},
+    "mask_costs": {"logits": LOGITS, "targets": TARGETS, "coords": COORDS, "label_mode": "nearest"},
     "scatter_points": {"logits": LOGITS, "indices": INDICES, "values": torch.zeros(1, 2, 2)},
     "scatter_points_": {"logits": LOGITS.clone(), "indices": INDICES, "values": torch.zeros(1, 2, 2)},
     "scaled_l2": {"x": LOGITS[0, :, :, :2], "codewords": CODEWORDS, "scale": torch.ones(3)},
@@ -56,7 +60,7 @@ def test_a_wrong_type_is_named(name: str) -> None:
         function(**GOOD[name])
         for argument, value in GOOD[name].items():
             wrong = WRONG.get(type(value), (3,))
-            required = argument not in ("steps", "class_index", "generator")
+            required = argument not in ("steps", "class_index", "generator", "canvas")
             for bad in (*wrong, None) if required and not isinstance(value, bool) else wrong:
                 with pytest.raises(TypeError, match=rf"^{argument} must be .*, got .*$") as refused:
                     function(**GOOD[name] | {argument: bad})
