@@ -90,10 +90,10 @@ def test_losses_of_segmentation_models_pytorch() -> None:
     logits = 3 * torch.randn(2, 5, 16, 24, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 5, (2, 16, 24), generator=generator)
     every = theirs.DiceLoss("multiclass", smooth=1.0, eps=0.0)(logits, labels)
-    # Its smooth is added once to twice the intersection, as ours.
-    torch.testing.assert_close(dice_loss(logits, labels, exponent=1.0, smooth=1.0), every)
+    # Its smooth is added to the intersection and to half of the sizes: ours is twice as large.
+    torch.testing.assert_close(dice_loss(logits, labels, exponent=1.0, smooth=2.0), every)
     labels[torch.rand(labels.shape, generator=generator) < 0.15] = 255
-    lovasz = theirs.LovaszLoss("multiclass", ignore_index=255)(logits, labels)
-    torch.testing.assert_close(lovasz_softmax_loss(logits, labels), lovasz)
+    lovasz = theirs.LovaszLoss("multiclass", ignore_index=255)(logits.float(), labels)  # it knows no other dtype
+    torch.testing.assert_close(lovasz_softmax_loss(logits.float(), labels), lovasz)
     soft = theirs.SoftCrossEntropyLoss(reduction="mean", smooth_factor=0.0, ignore_index=255)(logits, labels)
     torch.testing.assert_close(segmentation_loss(logits, labels, mean="all"), soft)
