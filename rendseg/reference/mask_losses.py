@@ -38,6 +38,8 @@ def check_masks(
         )
     if canvas is not None and (len(canvas) != 2 or canvas[0] <= 0 or canvas[1] <= 0):
         raise ValueError(f"canvas must be (height, width), both positive, got {list(canvas)}")
+    if canvas is not None and max(canvas) >= 2**31 - 1:
+        raise ValueError(f"canvas must have sides below 2^31, got {list(canvas)}")
     for b, target in enumerate(targets):
         name = f"targets[{b}]"
         check.strided(target, name)
