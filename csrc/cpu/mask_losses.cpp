@@ -335,7 +335,8 @@ at::Tensor mask_losses_backward_cpu(const at::Tensor& cross_entropy_grad,  // [N
   check_loss_grad(cross_entropy_grad, "cross_entropy_grad", logits, image_index);
   check_loss_grad(dice_grad, "dice_grad", logits, image_index);
   std::vector<MaskPair> pairs = read_pairs(indices, logits, call);
-  at::Tensor result = zero_gradient(logits);
+  const bool few = coords.size(0) < logits.size(0) * logits.size(1);
+  at::Tensor result = zero_gradient(logits, few);
   const int64_t points = coords.size(1);
   if (pairs.empty() || points == 0) return result;
   // The pairs of one mask of logits follow each other, in the order of n.

@@ -15,9 +15,9 @@
 
 namespace rendseg {
 
-// A large one is memory that the system hands out already zero, in huge pages where it has them: filling it again would
-// cost more than the whole scatter.
-inline at::Tensor zero_gradient(const at::Tensor& map) {
+// A large one is memory that the system hands out already zero: filling it again would cost more than the whole
+// scatter. It comes in huge pages where the system has them, unless only a few planes will be written.
+inline at::Tensor zero_gradient(const at::Tensor& map, bool few_planes = false) {
   const at::MemoryFormat format = gradient_format(map);
   const int64_t bytes = map.numel() * map.element_size();
   constexpr int64_t kHuge = int64_t{2} << 20, kAlign = 64;
@@ -25,7 +25,7 @@ inline at::Tensor zero_gradient(const at::Tensor& map) {
   void* block = std::calloc(1, bytes + kAlign);
   if (block == nullptr) throw std::bad_alloc();
   const auto address = (reinterpret_cast<uintptr_t>(block) + kAlign - 1) / kAlign * kAlign;
-  prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+  if (!few_planes) prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
   std::vector<int64_t> strides(4, 1);
   if (format == at::MemoryFormat::ChannelsLast) {
     strides = {map.size(1) * map.size(2) * map.size(3), 1, map.size(3) * map.size(1), map.size(1)};
