@@ -62,7 +62,7 @@ $(PEERS)/.installed: $(VENV)/.installed
 		print(*(r.split(';')[0].replace(' ', '') for r in m.requires('rendseg') if 'peers' in r.partition(';')[2]))") \
 		&& timeout $(PEERS_LIMIT) $(PEERS)/bin/python -m pip install --no-compile --no-deps --force-reinstall \
 		opencv-python-headless \
-		&& touch $@ || echo "make: the other projects were not installed; tests of those that lack are skipped"
+		&& touch $@ || echo "make: the other projects could not be installed; their tests are skipped"
 
 test-peers: venv $(PEERS)/.installed
 	timeout 900 $(PEERS)/bin/python -m pytest tests/peers -q $(PYTEST_ARGS)

@@ -88,7 +88,7 @@ TOOLCHAIN = load_toolchain()
 def refuse_old_torch() -> None:
     """Stops below the oldest torch, which pip would otherwise replace for everything else in the environment too.
 
-    Looks into the environment itself: in an isolated build torch cannot be imported, and is there all the same.
+    Looks into the environment itself: an isolated build cannot import the torch that is installed.
     """
     folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for torch in importlib.metadata.distributions(name="torch", path=folders):

@@ -25,7 +25,7 @@ class Model(NamedTuple):
     model: Part
     backbone: Part
     theirs: dict[str, Tensor]
-    """As in the source, but for prefixes and last components."""
+    """As in the source, except prefixes and last components."""
     applied: Applied
 
 

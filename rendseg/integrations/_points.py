@@ -56,7 +56,7 @@ def same(report: Report, owner: Any, name: str, compute: Callable[[], tuple[Tens
         if got.shape == wanted.shape and torch.allclose(got.float(), wanted.float(), rtol=1e-4, atol=1e-5):
             return True
         report.keep(name_of(owner, name), "computes something else than rendseg on a small example")
-    except Exception as error:  # whatever a function of unknown source may raise
+    except Exception as error:  # a function of unknown source may raise anything
         report.keep(name_of(owner, name), f"failed on a small example ({type(error).__name__}: {error})")
     return False
 
@@ -120,7 +120,7 @@ def uncertainty_kind(function: Callable[..., Any], logits: Tensor, seen: dict[An
                 if given.shape == (len(example), 1, example.shape[2]) and torch.allclose(given[:, 0], wanted):
                     seen[key] = kind
                     break
-        except Exception:  # whatever a callback of unknown source may raise: it is then called as before
+        except Exception:  # a callback of unknown source may raise anything; it is then called as before
             pass
     return seen[key], classes
 

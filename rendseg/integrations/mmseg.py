@@ -87,7 +87,7 @@ def _points_train(original: Any, margin: Any) -> Any:
     def get_points_train(self: Any, seg_logits: Tensor, uncertainty_func: Any, cfg: Any) -> Tensor:
         if uncertainty_func is not margin or seg_logits.shape[1] < 2:
             return original(self, seg_logits, uncertainty_func, cfg)
-        # The original samples without align_corners here, whatever the head says.
+        # The original samples without align_corners here, also where the head asks for it.
         return ops.sample_uncertain_points(
             seg_logits, cfg.num_points, cfg.oversample_ratio, cfg.importance_sample_ratio
         )
