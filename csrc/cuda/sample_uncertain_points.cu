@@ -25,7 +25,7 @@ at::Tensor sample_uncertain_points_cuda(const at::Tensor& logits, int64_t num_po
   const at::Tensor maps = readable_maps(logits);
   const at::Tensor given = random_coords.has_value() ? random_coords->detach().contiguous() : at::Tensor();
   dispatch_floating(logits.scalar_type(), "logits", [&]<typename T>() {
-    SampleArgs<T> args{};
+    DrawArgs<T> args{};
     args.logits = data<T>(maps);
     args.images = images;
     args.channels = maps.size(1);

@@ -23,7 +23,7 @@
 namespace rendseg {
 
 template <typename T>
-struct SampleArgs {
+struct DrawArgs {
   const T* logits;  // [N,C,H,W], channel c of cell i of image n at n * stride_n + c * stride_c + i * stride_cell
   int64_t images, channels;
   int32_t height, width;
@@ -52,7 +52,7 @@ struct DrawnPair {
 // The draws 2 * pair and 2 * pair + 1 of image n: the four words of one counter, whose upper half numbers the pairs of
 // the batch. (Where an odd number of given points ends, the last one stands in for the one after it.)
 template <typename T>
-__device__ inline DrawnPair draw_pair(const SampleArgs<T>& args, const PhiloxKey& philox, int64_t n, int64_t pair) {
+__device__ inline DrawnPair draw_pair(const DrawArgs<T>& args, const PhiloxKey& philox, int64_t n, int64_t pair) {
   const int64_t total = args.candidates + args.uniform;
   if (args.given != nullptr) {
     const float* point = args.given + 2 * (n * total + 2 * pair);
@@ -66,14 +66,14 @@ __device__ inline DrawnPair draw_pair(const SampleArgs<T>& args, const PhiloxKey
 }
 
 template <typename T>
-__device__ inline void write_point(const SampleArgs<T>& args, int64_t n, int64_t position, const DrawnPoint& point) {
+__device__ inline void write_point(const DrawArgs<T>& args, int64_t n, int64_t position, const DrawnPoint& point) {
   const Vec<float, 2> xy{point.x, point.y};
   store_vec(args.out + 2 * (n * (args.kept + args.uniform) + position), xy);
 }
 
 // A kept candidate.
 template <typename T>
-__device__ inline void write_candidate(const SampleArgs<T>& args, const PhiloxKey& philox, int64_t n, uint32_t draw,
+__device__ inline void write_candidate(const DrawArgs<T>& args, const PhiloxKey& philox, int64_t n, uint32_t draw,
                                        uint32_t position) {
   const DrawnPair pair = draw_pair(args, philox, n, draw / 2);
   write_point(args, n, position, draw % 2 == 0 ? pair.at[0] : pair.at[1]);
@@ -81,7 +81,7 @@ __device__ inline void write_candidate(const SampleArgs<T>& args, const PhiloxKe
 
 // The draws after the candidates, all of which are kept, a pair to a thread of the `threads` that share the image.
 template <typename T>
-__device__ inline void write_uniform(const SampleArgs<T>& args, const PhiloxKey& philox, int64_t n, int64_t thread,
+__device__ inline void write_uniform(const DrawArgs<T>& args, const PhiloxKey& philox, int64_t n, int64_t thread,
                                      int64_t threads) {
   const int64_t total = args.candidates + args.uniform;
   for (int64_t pair = args.candidates / 2 + thread; 2 * pair < total; pair += threads) {
@@ -103,7 +103,7 @@ struct CandidateTaps {
 };
 
 template <typename T>
-__device__ inline CandidateTaps<Acc<T>> candidate_taps(const SampleArgs<T>& args, const DrawnPoint& point) {
+__device__ inline CandidateTaps<Acc<T>> candidate_taps(const DrawArgs<T>& args, const DrawnPoint& point) {
   using A = Acc<T>;
   const AxisTaps<A> x = axis_taps(static_cast<A>(point.x), args.width, args.border, args.align_corners);
   const AxisTaps<A> y = axis_taps(static_cast<A>(point.y), args.height, args.border, args.align_corners);
@@ -142,7 +142,7 @@ __device__ inline Acc<T> sample_candidate(const T* __restrict__ channel, const C
 // Writes the keys of the candidates of image n, two at a time, `group` lanes (a power of two) to each two: a lane takes
 // every group-th channel. `thread` counts on from a multiple of 32 in each warp; `threads` is how many share the image.
 template <typename T>
-__device__ inline void write_keys(const SampleArgs<T>& args, int64_t n, int64_t thread, int64_t threads, int group,
+__device__ inline void write_keys(const DrawArgs<T>& args, int64_t n, int64_t thread, int64_t threads, int group,
                                   uint32_t* keys) {
   using A = Acc<T>;
   const PhiloxKey philox = philox_key(args.philox);
@@ -190,7 +190,7 @@ constexpr int kSampleKeysThreads = 256;
 // keys[N, candidates]; `parts` blocks to an image.
 template <typename T>
 __global__ void __launch_bounds__(kSampleKeysThreads, 3)
-    sample_keys_kernel(SampleArgs<T> args, int64_t parts, int group, uint32_t* keys) {
+    sample_keys_kernel(DrawArgs<T> args, int64_t parts, int group, uint32_t* keys) {
   const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts;
   write_keys(args, n, part * blockDim.x + threadIdx.x, parts * blockDim.x, group, keys + n * args.candidates);
 }
@@ -216,7 +216,7 @@ struct SampleBlocks {
 // All points of all images. workspace[N - whole, candidates]; arrived[N - whole], zero, where kMade has parts.
 template <typename T>
 __global__ void __launch_bounds__(kSamplePointsThreads)
-    sample_points_kernel(SampleArgs<T> args, SampleBlocks blocks, SampleKeys where, int group, uint32_t* workspace,
+    sample_points_kernel(DrawArgs<T> args, SampleBlocks blocks, SampleKeys where, int group, uint32_t* workspace,
                          unsigned* arrived) {
   RENDSEG_DYNAMIC_SHARED(memory);
   const int64_t block = blockIdx.x, after = block - blocks.whole;
@@ -281,7 +281,7 @@ inline int sample_threads(int64_t wanted, int most) {
 }
 
 template <typename Launch, typename T>
-SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
+SamplePlan plan_samples(const Launch& launch, const DrawArgs<T>& args) {
   if (args.kept == 0)
     return {SampleKeys::kNone, {args.images, 1}, 0, 0, 0, 1, sample_threads((args.uniform + 1) / 2, 256), 0};
   const int64_t channels = args.class_index == nullptr ? args.channels : 1;
@@ -327,7 +327,7 @@ SamplePlan plan_samples(const Launch& launch, const SampleArgs<T>& args) {
 
 // workspace[plan.workspace_keys], arrived[plan.counters]
 template <typename Launch, typename T>
-void run_sample_uncertain_points(Launch& launch, const SampleArgs<T>& args, const SamplePlan& plan, uint32_t* workspace,
+void run_sample_uncertain_points(Launch& launch, const DrawArgs<T>& args, const SamplePlan& plan, uint32_t* workspace,
                                  unsigned* arrived) {
   launch.fill_zero(arrived, plan.counters * int64_t{sizeof(unsigned)});
   if (plan.parts > 0) {
