@@ -56,6 +56,8 @@ SANITIZERS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
 ]
+# So many that a change of one .cu file compiles few others again.
+MIN_GROUPS = 4
 CUDA_LIBRARIES = ["c10_cuda", "torch_cuda", "cudart"]  # torch_cuda: the state of random generators
 BUILD_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel", "bdist", "bdist_egg"}
 
@@ -193,6 +195,30 @@ def sources(cuda: bool) -> list[str]:
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
     found = (f for p in patterns for f in glob.glob(p, root_dir=ROOT))
     return sorted(found, key=lambda f: (not f.endswith(".cu"), f))  # nvcc takes longest: it is begun first
+
+
+def grouped(files: list[str], folder: Path, groups: int) -> list[str]:
+    """``files`` with the .cu files replaced by at most ``groups`` files that include them.
+
+    nvcc spends about 45 s of each on the headers of torch, which are read once for a group. Errors and dependency
+    files name the files themselves.
+    """
+    kernels = [f for f in files if f.endswith(".cu")]
+    if len(kernels) <= groups:
+        return files
+    paths = [folder / f"group_{number}_of_{groups}.cu" for number in range(1, groups + 1)]
+    lines = {f: f'#include "{ROOT / f}"\n' for f in kernels}
+    # Groups that exist stay as they are while they hold these files: a new one is compiled from its start.
+    if sorted("".join(p.read_text() for p in paths if p.is_file()).splitlines(True)) != sorted(lines.values()):
+        # The largest first, each to the group that has least so far.
+        size = {f: sum(p.stat().st_size for p in Path(ROOT, f).parent.glob(f"{Path(f).stem}.cu*")) for f in kernels}
+        members: list[list[str]] = [[] for _ in paths]
+        for file in sorted(kernels, key=lambda f: (-size[f], f)):
+            min(members, key=lambda group: sum(size[f] for f in group)).append(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, group in zip(paths, members, strict=True):
+            path.write_text("".join(lines[f] for f in sorted(group)))
+    return [*map(str, paths), *(f for f in files if f not in kernels)]
 
 
 class Plan:
@@ -387,7 +413,11 @@ class BuildExt(base_build_ext()):  # type: ignore[misc]
     def build_extension(self, ext: Extension) -> None:
         if not getattr(self, "use_ninja", True):
             self._compile_side_by_side()
+        files = ext.sources
+        ext.depends = [*files]  # what is looked at without ninja
+        ext.sources = grouped(files, Path(self.build_temp), max(int(os.environ["MAX_JOBS"]), MIN_GROUPS))
         super().build_extension(ext)
+        ext.sources = files
         PLAN.facts.update(EXTENSION=True, REASON="")
 
     def _compile_side_by_side(self) -> None:

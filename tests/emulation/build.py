@@ -136,6 +136,10 @@ def _rules(sanitize: bool) -> list[str]:
     }.items():
         lines += [f"rule {rule}", f"  command = $cxx {options} -MMD -MF $out.d -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc"]
+    # All ops as one file, as setup.py compiles several together.
+    together = "$flags $torch -include torch_headers.h -fsyntax-only -MMD -MF $out.d -MT $out -x c++ -"
+    lines += ["rule check_together", f"  command = printf '#include \"%s\"\\n' $in | $cxx {together} && touch $out"]
+    lines += ["  depfile = $out.d", "  deps = gcc"]
     for rule, options in {
         "link_ops": "-shared $in $link $torch_link",
         "link": "-shared $in $link",
@@ -150,6 +154,7 @@ def _rules(sanitize: bool) -> list[str]:
     ops = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda file: (-size_of(file), file.name))
     for source in ops:
         lines.append(f"build {source.stem}.o: compile_op {path(source)} | torch_headers.h.gch")
+    lines.append(f"build together: check_together {' '.join(map(path, sorted(ops)))} | torch_headers.h.gch")
     for source in sorted(HERE.glob("*.cpp")):
         lines.append(f"build {source.stem}.cpp.o: compile {path(source)}")
         if source.stem != "cuda_on_cpu":

@@ -69,3 +69,7 @@ def test_block_scan_and_last_block(library, threads) -> None:
         assert torch.equal(totals, given.sum(1).int())
         assert grand_total.item() == given.sum().item()
         assert counter.item() == 0
+
+
+def test_no_two_ops_define_one_name() -> None:
+    build.build("together")
