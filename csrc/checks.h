@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -42,6 +43,14 @@ inline void check_logits(const at::Tensor& logits, const char* name = "logits") 
   TORCH_CHECK_VALUE(logits.size(1) > 0, name, " must have at least one channel, got shape ", logits.sizes());
   TORCH_CHECK_VALUE(logits.size(2) > 0 && logits.size(3) > 0, name,
                     " must have at least one cell (H*W > 0), got shape ", logits.sizes());
+}
+
+// A map whose cells a position can count.
+inline void check_sampled_map(const at::Tensor& map, const char* name) {
+  check_logits(map, name);
+  TORCH_CHECK_VALUE(
+      map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(), name,
+      " must have H and W below 2^31, got shape ", map.sizes());
 }
 
 // The channels of all maps together. Views that repeat one channel can have more than fit into an integer.
