@@ -68,7 +68,7 @@ def outcome(run: Callable[[str, dict[str, Any]], Any], call: Call) -> tuple[list
 
 
 def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], own_draws: bool = False) -> tuple[str, str]:
-    """The outcome of one seed and what to say of it; with ``own_draws`` random numbers are not those of the reference."""
+    """The outcome of one seed and its words; with ``own_draws`` random numbers are not those of the reference."""
     call, other = draw(seed), draw(seed)
     before = None
     written = call.arguments.get("logits")
