@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -103,7 +104,9 @@ template <typename Check>
 void check_values(const at::Tensor& index, int64_t limit, const Check& check) {
   if (!index.is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < index.size(0); ++n) check(values[n * index.stride(0)], n, limit);
+  // A view that repeats one value may have more of them than can be counted to.
+  const int64_t count = index.stride(0) == 0 ? std::min<int64_t>(1, index.size(0)) : index.size(0);
+  for (int64_t n = 0; n < count; ++n) check(values[n * index.stride(0)], n, limit);
 }
 
 // class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). With image_index[N], mask n is in that image.
