@@ -6,7 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -42,6 +44,14 @@ inline void check_logits(const at::Tensor& logits, const char* name = "logits") 
   TORCH_CHECK_VALUE(logits.size(1) > 0, name, " must have at least one channel, got shape ", logits.sizes());
   TORCH_CHECK_VALUE(logits.size(2) > 0 && logits.size(3) > 0, name,
                     " must have at least one cell (H*W > 0), got shape ", logits.sizes());
+}
+
+// A map whose cells a position can count.
+inline void check_sampled_map(const at::Tensor& map, const char* name) {
+  check_logits(map, name);
+  TORCH_CHECK_VALUE(
+      map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(), name,
+      " must have H and W below 2^31, got shape ", map.sizes());
 }
 
 // The channels of all maps together. Views that repeat one channel can have more than fit into an integer.
@@ -94,7 +104,9 @@ template <typename Check>
 void check_values(const at::Tensor& index, int64_t limit, const Check& check) {
   if (!index.is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < index.size(0); ++n) check(values[n * index.stride(0)], n, limit);
+  // A view that repeats one value may have more of them than can be counted to.
+  const int64_t count = index.stride(0) == 0 ? std::min<int64_t>(1, index.size(0)) : index.size(0);
+  for (int64_t n = 0; n < count; ++n) check(values[n * index.stride(0)], n, limit);
 }
 
 // class_index[N] of logits[N,C,H,W], or absent: int64 in [0, C). With image_index[N], mask n is in that image.

@@ -6,7 +6,6 @@
 #include <c10/util/safe_numerics.h>
 
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -46,10 +45,7 @@ inline SampleCall check_point_sample(at::TensorList input, const at::Tensor& coo
   for (size_t i = 0; i < input.size(); ++i) {
     const at::Tensor& map = input[i];
     const std::string name = input.size() == 1 ? "input" : "input[" + std::to_string(i) + "]";
-    check_logits(map, name.c_str());
-    TORCH_CHECK_VALUE(
-        map.size(2) < std::numeric_limits<int32_t>::max() && map.size(3) < std::numeric_limits<int32_t>::max(), name,
-        " must have H and W below 2^31, got shape ", map.sizes());
+    check_sampled_map(map, name.c_str());
     TORCH_CHECK_VALUE(map.size(0) == input[0].size(0), name, " must have N = ", input[0].size(0),
                       " as in input[0], got shape ", map.sizes());
     TORCH_CHECK_TYPE(map.scalar_type() == input[0].scalar_type(), name, " must have the dtype of input[0] (",

@@ -51,7 +51,7 @@ inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::
   TORCH_CHECK_VALUE(!features.empty(), "features must hold at least one tensor, got an empty list");
   for (size_t i = 0; i < features.size(); ++i) {
     const std::string name = "features[" + std::to_string(i) + "]";
-    check_logits(features[i], name.c_str());
+    check_sampled_map(features[i], name.c_str());
     TORCH_CHECK_VALUE(features[i].size(0) == coarse.size(0), name, " must have N = ", coarse.size(0),
                       " as in coarse, got shape ", features[i].sizes());
     TORCH_CHECK_TYPE(features[i].scalar_type() == features[0].scalar_type(), name,

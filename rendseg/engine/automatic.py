@@ -52,13 +52,21 @@ class _Deadline(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _has_instructions() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor. Without it one convolution can take a minute."""
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # None: a build without oneDNN
+    return known is None or bool(known())
+
+
 def faster_precision(network: nn.Module, images: Tensor, labels: Any, *keys: Tensor) -> tuple[str, str]:
     """fp32 or bf16, whichever makes a forward and backward pass on the CPU faster in the mean of all processes, and a
     sentence about it. The network and the random state stay as they are.
 
-    Without instructions for bfloat16 a pass can take a hundred times as long. It is ended when it has taken twice the
-    time of float32.
+    Where the processor has no instructions for bfloat16 nothing is measured. A pass in it is ended when it has taken
+    twice the time of float32.
     """
+    if not all(gather([_has_instructions()])):
+        return "fp32", "the processor has no instructions for bfloat16"
     trial = copy.deepcopy(network).train()
 
     def one_pass(dtype: torch.dtype) -> float:

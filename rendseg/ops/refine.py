@@ -97,7 +97,7 @@ def refine(
     )
     if use_reference("subdivide", coarse):
         return refine_steps(coarse, maps, head, options)
-    layers = _stock_layers(head, coarse, maps, options.labels)
+    layers = _stock_layers(head, coarse, maps, options.labels) if options.steps else None  # else the head is not called
     if layers is not None:
         with torch.no_grad():
             return torch.ops.rendseg._refine_mlp(*flat_arguments(coarse, maps, layers, options))

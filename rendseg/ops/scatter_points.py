@@ -154,6 +154,7 @@ def _bump_version(logits: Tensor, indices: Tensor, values: Tensor) -> None:
 
 def _negative(logits: Tensor, indices: Tensor, values: Tensor) -> None:
     """Views whose memory holds the negative values, as the imaginary part of a conjugate."""
+    check_scatter_points(logits, indices, values)
     if logits.is_neg():
         logits, values = torch._neg_view(logits), torch._neg_view(values)
     torch.ops.rendseg.scatter_points_(logits, indices, values.resolve_neg())

@@ -54,6 +54,13 @@ def logits(tensor: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name} must have at least one cell (H*W > 0), got shape {shape_of(tensor)}")
 
 
+def sampled_map(tensor: Tensor, name: str) -> None:
+    """A map whose cells a position can count."""
+    logits(tensor, name)
+    if max(tensor.shape[2:]) >= 2**31 - 1:
+        raise ValueError(f"{name} must have H and W below 2^31, got shape {shape_of(tensor)}")
+
+
 def total_channels(maps: Sequence[Tensor], name: str) -> int:
     """The channels of all maps together. Views that repeat one channel can have more than fit into an integer."""
     channels = sum(feature.shape[1] for feature in maps)
@@ -90,6 +97,8 @@ def in_range(values: Tensor, name: str, limit: int, what: str) -> None:
     """Refuses an index outside ``[0, limit)``, on the CPU, where looking costs no synchronisation."""
     if values.device.type != "cpu":
         return
+    if values.stride(0) == 0:  # a view that repeats one value may have more of them than memory holds
+        values = values[:1]
     wrong = ((values < 0) | (values >= limit)).nonzero()
     if wrong.numel():
         n = int(wrong[0, 0])

@@ -74,7 +74,7 @@ def _is_string(value: Any) -> bool:
 
 
 _KINDS: dict[Any, _Kind] = {
-    Tensor: _Kind("a tensor", lambda value: isinstance(value, Tensor)),
+    Tensor: _Kind("a tensor", lambda value: isinstance(value, Tensor) and not value.is_nested),
     Generator: _Kind("a torch.Generator", lambda value: isinstance(value, Generator)),
     int: _Kind("a 64-bit integer", _is_integer),
     float: _Kind("a number", _is_number),
@@ -103,12 +103,18 @@ def _kinds(hint: Any) -> list[_Kind]:
     return [kind for part in inside for kind in _kinds(part)]  # a union
 
 
+def _type_name(value: Any) -> str:
+    return "nested tensor" if isinstance(value, Tensor) and value.is_nested else type(value).__name__
+
+
 def _words(value: Any) -> str:
     if value is None or isinstance(value, (int, float, str)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, (list, tuple)) and value:
-        return f"a {type(value).__name__} of {' and '.join(sorted({type(item).__name__ for item in value}))}"
+        return f"a {type(value).__name__} of {' and '.join(sorted({_type_name(item) for item in value}))}"
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 

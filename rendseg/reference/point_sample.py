@@ -29,9 +29,7 @@ def check_point_sample(maps: Sequence[Tensor], coords: Tensor, mode: str, paddin
         raise ValueError("input must hold at least one tensor, got an empty list")
     for i, feature in enumerate(maps):
         name = "input" if len(maps) == 1 else f"input[{i}]"
-        check.logits(feature, name)
-        if feature.shape[2] >= 2**31 - 1 or feature.shape[3] >= 2**31 - 1:
-            raise ValueError(f"{name} must have H and W below 2^31, got shape {check.shape_of(feature)}")
+        check.sampled_map(feature, name)
         if feature.shape[0] != maps[0].shape[0]:
             raise ValueError(
                 f"{name} must have N = {maps[0].shape[0]} as in input[0], got shape {check.shape_of(feature)}"

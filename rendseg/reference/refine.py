@@ -86,7 +86,7 @@ class RefineOptions(NamedTuple):
             raise ValueError("features must hold at least one tensor, got an empty list")
         for i, feature in enumerate(features):
             name = f"features[{i}]"
-            check.logits(feature, name)
+            check.sampled_map(feature, name)
             if feature.shape[0] != coarse.shape[0]:
                 raise ValueError(
                     f"{name} must have N = {coarse.shape[0]} as in coarse, got shape {check.shape_of(feature)}"

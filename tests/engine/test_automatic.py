@@ -45,11 +45,16 @@ CALLS: list[int] = []
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [(torch.bfloat16, "fp32"), (torch.float32, "bf16")])
-def test_the_faster_precision_is_chosen_and_nothing_else_changes(slow: torch.dtype, chosen: str) -> None:
+def test_the_faster_precision_is_chosen_and_nothing_else_changes(
+    slow: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, images = Slow(slow), torch.rand(2, 3, 4, 4)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     state = torch.get_rng_state()
     CALLS.clear()
+    monkeypatch.setattr(automatic, "_has_instructions", lambda: False)
+    assert faster_precision(network, images, None) == ("fp32", "the processor has no instructions for bfloat16")
+    monkeypatch.setattr(automatic, "_has_instructions", lambda: True)
     found, why = faster_precision(network, images, torch.zeros(2, 4, 4).long())
     assert found == chosen and "s in float32" in why
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())

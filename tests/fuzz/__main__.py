@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CRASH, HANG = "crash", "hang"
 BATCH = 2000  # calls of a process
-PATIENCE = 120  # seconds for the start of a process, or for one call, on a machine with other work
+PATIENCE = 120  # seconds for the start of a process, or for one call
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +28,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, help="this call alone, in this process, with what it was")
     parser.add_argument("--against", default="compiled", help="compiled, emulated (CUDA) or triton (interpreted)")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds; more on a machine with other work")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -45,7 +46,7 @@ def child(first: int, calls: int, against: str) -> int:
     (run,) = implementations([against]).values()
     for seed in range(first, first + calls):
         os.write(1, f"{seed}\n".encode())
-        result, said = judge(seed, run)
+        result, said = judge(seed, run, own_draws=against != "compiled")
         os.write(1, f"{result}\t{said}".replace("\n", " // ").encode("utf-8", "replace") + b"\n")
     return 0
 
@@ -56,7 +57,7 @@ def one(seed: int, against: str) -> int:
 
     print(draw(seed), flush=True)
     (run,) = implementations([against]).values()
-    result, said = judge(seed, run)
+    result, said = judge(seed, run, own_draws=against != "compiled")
     print(f"{result}{': ' if said else ''}{said}")
     return result not in GOOD
 
@@ -68,8 +69,6 @@ def batches(first: int, calls: int, against: str, patience: float = PATIENCE) ->
         count = min(BATCH, first + calls - seed)
         command = [sys.executable, "-m", "tests.fuzz", "--child", f"--first={seed}", f"--calls={count}"]
         environment = {"OMP_NUM_THREADS": "2", **os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))}
-        if against == "triton":
-            environment["TRITON_INTERPRET"] = "1"
         process = subprocess.Popen(
             [*command, f"--against={against}"],
             cwd=ROOT,
@@ -128,6 +127,8 @@ def _watched(process: subprocess.Popen[bytes], start: int, count: int, patience:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
+    if options.against == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if options.child:
         return child(options.first, options.calls, options.against)
     if options.seed is not None:
@@ -137,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     counts: Counter[str] = Counter()
     try:
-        for seed, result, said in batches(options.first, options.calls, options.against):
+        for seed, result, said in batches(options.first, options.calls, options.against, options.patience):
             counts[result] += 1
             if result not in GOOD:
                 print(

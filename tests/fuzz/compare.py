@@ -67,8 +67,8 @@ def outcome(run: Callable[[str, dict[str, Any]], Any], call: Call) -> tuple[list
         return [], error
 
 
-def judge(seed: int, run: Callable[[str, dict[str, Any]], Any]) -> tuple[str, str]:
-    """The outcome of one seed and what to say of it."""
+def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], own_draws: bool = False) -> tuple[str, str]:
+    """The outcome of one seed and its words; with ``own_draws`` random numbers are not those of the reference."""
     call, other = draw(seed), draw(seed)
     before = None
     written = call.arguments.get("logits")
@@ -92,7 +92,10 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any]) -> tuple[str, st
         if before is not None and before.device.type == "cpu" and not _same_bits(before, call.arguments["logits"]):
             return WRONG, f"written before it refused: {said}"
         return REFUSED, ""
-    said = _differ(call, found, wanted)
+    if own_draws and call.arguments.get("random_coords", 0) is None:
+        said = _differ_drawn(found, wanted, outcome(run, draw(seed))[0])
+    else:
+        said = _differ(call, found, wanted)
     if said and _at_a_tie(call, found, wanted):
         return TIE, said
     return (WRONG, said) if said else (EQUAL, "")
@@ -161,6 +164,19 @@ def _differ(call: Call, found: list[Tensor | None], wanted: list[Tensor | None])
         if off > bound:
             return f"result {i}: off by {off:.3g}, more than {bound:.3g}"
     return ""
+
+
+def _differ_drawn(found: list[Tensor | None], wanted: list[Tensor | None], again: list[Tensor | None]) -> str:
+    """For points of other random numbers: on the map, and the same from the same seed."""
+    (points,), (like,), (repeated,) = found, wanted, again
+    assert points is not None and like is not None and repeated is not None
+    if points.shape != like.shape or points.dtype != like.dtype or points.device != like.device:
+        return f"{points.dtype}{list(points.shape)}, not {like.dtype}{list(like.shape)}"
+    if points.is_meta:
+        return ""
+    if not bool(((points >= 0) & (points <= 1)).all()):
+        return "points outside the map"
+    return "" if torch.equal(points, repeated) else "other points from the same seed"
 
 
 def _at_a_tie(call: Call, found: list[Tensor | None], wanted: list[Tensor | None]) -> bool:

@@ -125,6 +125,12 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
             r"features\[1\] must have the dtype of features\[0\]",
         ),
         ("feature device", case(features=features[0].to("meta")), RuntimeError, r"features\[0\] must be on the device"),
+        (
+            "feature side",
+            case(features=features[0][:, :, :1].expand(-1, -1, 2**31, -1)),
+            ValueError,
+            r"features\[0\] must have H and W below 2\^31, got shape \[2, 8, 2147483648, 18\]",
+        ),
         ("points", case(num_points=0), ValueError, "num_points must be positive, got 0"),
         (
             "source",
@@ -224,5 +230,11 @@ def bad_layers() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
         ("steps", case(steps=-1), ValueError, "steps must not be negative, got -1"),
         ("many steps", case(steps=1000), ValueError, r"1000 steps of 2 from 6 x 9: step 14 has 98304 x 147456"),
         ("huge factor", case(scale_factor=2**62 + 1), ValueError, r"scale_factor must be less than 2\^31, got 4611"),
+        (
+            "feature side",
+            case(features=[features[0][:, :, :1].expand(-1, -1, 2**31, -1)]),
+            ValueError,
+            r"features\[0\] must have H and W below 2\^31, got shape \[2, 8, 2147483648, 18\]",
+        ),
         ("points", case(num_points=-1), ValueError, "num_points must be positive, got -1"),
     ]

@@ -76,4 +76,7 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     )
     yield "points of values", good | {"values": values[..., :5]}, ValueError, r"values must have shape"
     yield "rank of values", good | {"values": values[0]}, ValueError, r"values must have shape"
+    sparse = good | {"values": values.to_sparse()}
+    yield "sparse values", sparse, TypeError, r"values must be a dense \(strided\) tensor, got layout torch.sparse_coo"
+    yield "sparse values, negative view", sparse | {"logits": torch._neg_view(-logits)}, TypeError, "values must be a"
     yield "dtype of values", good | {"values": values.half()}, TypeError, "values must have the dtype of logits"

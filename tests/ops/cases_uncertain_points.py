@@ -118,6 +118,9 @@ def bad_inputs(device: str = "cpu") -> Iterator[tuple[str, str, dict[str, Any], 
             ("class_index = C", index([0, 3]), IndexError, r"\[0, C\) = \[0, 3\), got 3 at position 1"),
             ("class_index < 0", index([-1, 0]), IndexError, r"\[0, C\) = \[0, 3\), got -1 at position 0"),
         ]
+    endless = torch.zeros(1, dtype=torch.int64, device=device).expand(2**59)
+    sampled = {"logits": good, "image_index": endless, "num_points": 4, "oversample_ratio": -1.0}
+    yield "endless image_index", "sample_uncertain_points", sampled, ValueError, "oversample_ratio must be at"
     more: dict[str, dict[str, Any]] = {
         "uncertainty": {},
         "uncertain_points": {"num_points": 4},

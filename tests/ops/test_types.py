@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,41 @@ def test_a_wrong_type_is_named(name: str) -> None:
                 with pytest.raises(TypeError, match=rf"^{argument} must be .*, got .*$") as refused:
                     function(**GOOD[name] | {argument: bad})
                 assert "\n" not in str(refused.value)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda t: t.to_sparse(),
+    "sparse, with a gradient": lambda t: t.to_sparse().requires_grad_(),
+    "compressed": lambda t: t.to_sparse_csr(),
+    "MKL-DNN": lambda t: t.to_mkldnn(),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
+    "nested": lambda t: torch.nested.nested_tensor(list(t.unbind())),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_named(layout: str) -> None:
+    tried = 0
+    for name, good in GOOD.items():
+        for argument, value in good.items():
+            values = value if isinstance(value, list) else [value]
+            if not isinstance(values[0], Tensor):
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # prototypes, and what a later release will not have
+                    wrong = LAYOUTS[layout](values[0])
+            except (RuntimeError, IndexError):  # there are no such tensors of this dtype or rank
+                continue
+            tried += 1
+            # The other maps as they are, and as views whose memory holds the negative values.
+            for others in (good, {k: torch._neg_view(-v) if k in ("logits", "x") else v for k, v in good.items()}):
+                bad = others | {argument: [wrong] if isinstance(value, list) else wrong}
+                for function in (getattr(ops, name), getattr(reference, name)):
+                    with pytest.raises(TypeError, match=rf"^{argument}(\[0\])? must (be|have) .*, got .*$"):
+                        function(**bad)
+    assert tried > 10
 
 
 @pytest.mark.bad_input
