@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -18,6 +22,7 @@ from rendseg import ops
 from rendseg.nn import mask_criterion
 from tests.integrations.agreement import agree
 from tests.integrations.draws import Draws
+from tests.limits import TIMEOUT
 
 pytest.importorskip("transformers", reason="needs the package transformers: pip install -e .[peers]")
 pytest.importorskip("scipy", reason="needs the package scipy: pip install -e .[peers]")
@@ -170,6 +175,53 @@ def test_matching_of_what_is_not_finite(model: str) -> None:
         assert pairs[0].tolist() == list(range(7)) and len(set(pairs[1].tolist())) == 7
     good = [n for n in range(7) if n not in (3, 5)]
     assert torch.equal(got[2][1][good], wanted[2][1][good])
+
+
+def one_rank(number: int, folder: str) -> None:
+    """The second of two processes has no targets. The number of masks is summed as accelerate's ``reduce`` does."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=number, world_size=2)
+    given, module = inputs_of([(0, 30, 30) if number else (3, 30, 30)]), module_of("mask2former")
+
+    def reduce(count: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(count)
+        return count
+
+    module.is_accelerate_available, module.reduce = lambda: True, reduce
+    module.PartialState = type("PartialState", (), {"_shared_state": {"on": 1}, "num_processes": 2})
+    got, wanted, _ = both("mask2former", given)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
+    a, b = (torch.autograd.grad(sum(found.values()), given["masks"]) for found in (got, wanted))
+    assert all((x - y).abs().max() <= 1e-4 * y.abs().max() for x, y in zip(a, b, strict=True))
+    print(float(sum(wanted[name].detach() for name in wanted if "mask" in name)), float(a[0].abs().sum()))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_has_no_targets(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    # mmsegmentation installs a package called tests, which would be found first.
+    begin = "import sys, types; sys.modules['tests'] = tests = types.ModuleType('tests'); "
+    begin += f"tests.__path__ = [{str(root / 'tests')!r}]; from tests.peers import test_transformers; "
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{begin}test_transformers.one_rank({number}, {str(tmp_path)!r})"],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=TIMEOUT) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    first, second = (list(map(float, out.split())) for out, _ in said)
+    assert first[0] > 0 and first[1] > 0 and second == [0.0, 0.0]
 
 
 def test_rf_detr() -> None:
