@@ -36,6 +36,7 @@ CPU kernels: it tries the scripts, and its figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -218,6 +219,7 @@ class Bench:
         self.lost = ""  # why the GPU cannot be used any more by this process
         self._complete = False
         self._timings: dict[tuple[str, str], Timing] = {}
+        self._beyond_result: dict[tuple[str, str], float] = {}
         self._emulated = self._take_emulated_kernels() if self.rehearsal else None
         if self._cuda:
             # Not the default stream, which cannot be captured: a backward pass runs on the stream of its forward pass.
@@ -548,7 +550,7 @@ class Bench:
         timings = self.measure(candidates, samples, budget_s, row=row)
         candidates = {key: candidate for key, candidate in candidates.items() if key in timings}
         more = self._gpu_columns(row, candidates, samples, budget_s) if self.for_gpu else {}
-        peaks: dict[str, int | None] = {}
+        peaks: dict[str, tuple[int, int] | None] = {}
         for key, candidate in candidates.items() if (memory or self._cuda) and not self.lost else ():
             try:
                 peaks[key] = self.peak_extra_bytes(candidate, key)
@@ -588,9 +590,10 @@ class Bench:
                 entry |= {"floor_ms": floor_ms, "percent_of_floor": 100 * floor_ms / timing.median}
                 entry["gb_per_s"] = floor.bytes / timing.median / 1e6
                 columns.append(f"{entry['gb_per_s']:.1f} GB/s, {entry['percent_of_floor']:.0f} % of floor")
-            if key in peaks and peaks[key] is not None:
-                entry["peak_extra_bytes"] = peaks[key]
-                columns.append(f"peak extra {peaks[key] / 1e6:.1f} MB")
+            if (peak := peaks.get(key)) is not None:
+                entry["peak_extra_bytes"], entry["peak_beyond_result_bytes"] = peak
+                self._beyond_result[(row, key)] = peak[1] / 1e6
+                columns.append(f"peak extra {peak[0] / 1e6:.1f} MB, {peak[1] / 1e6:.1f} beyond the result")
             if self.rehearsal:
                 entry["rehearsal"] = True
                 columns.append("(rehearsal: meaningless)")
@@ -650,41 +653,44 @@ class Bench:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def peak_extra_bytes(self, candidate: Candidate, key: str = "") -> int | None:
+    def peak_extra_bytes(self, candidate: Candidate, key: str = "") -> tuple[int, int] | None:
         """Highest memory above the level before the call: allocator statistics on a GPU, resident set on Linux.
 
-        Everything counts, outputs and scratch alike. ``None`` where the system cannot tell.
+        First everything, outputs and scratch alike; then without what is still held with the result (of a backward: the
+        gradients). ``None`` where the system cannot tell.
         """
         with backend_of(key):
             return self._peak_extra_bytes(candidate)
 
-    def _peak_extra_bytes(self, candidate: Candidate) -> int | None:
+    def _peak_extra_bytes(self, candidate: Candidate) -> tuple[int, int] | None:
         if not self.for_gpu:
             gc.collect()
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            candidate()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        result = candidate()  # touch code and pools once, so that only this op's own memory remains
-        del result
-        try:
-            import ctypes
-
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except OSError:
-            pass
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _status_bytes("VmRSS")
             result = candidate()
-            peak = _status_bytes("VmHWM")
-        except (OSError, KeyError):
-            return None
+            torch.cuda.synchronize()
+            peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        else:
+            result = candidate()  # touch code and pools once, so that only this op's own memory remains
+            del result
+            _trim()
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                before = _status_bytes("VmRSS")
+                result = candidate()
+                peak = _status_bytes("VmHWM")
+                _trim()
+                after = _status_bytes("VmRSS")
+            except (OSError, KeyError):
+                return None
         del result
-        return max(peak - before, 0)
+        return max(peak - before, 0), max(peak - max(after, before), 0)
+
+    def beyond_result(self, row: str, key: str) -> float:
+        """The second figure of ``peak_extra_bytes`` in MB; NaN where it was not measured."""
+        return self._beyond_result.get((row, key), math.nan)
 
     # -- ceilings ----------------------------------------------------------------------------------------------------
 
@@ -881,6 +887,14 @@ class Bench:
             "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
             "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         }
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
 
 
 def _status_bytes(field: str) -> int:

@@ -143,6 +143,8 @@ def workload(bench: Bench, name: str, sizes: dict[str, int]) -> None:
 
     rows_of("step", {key: whole(criterion) for key, criterion in criterions.items()})
     bench.bar(f"{name} step against the original", bench.ratio(f"{name} step", "eager", "rendseg"), at_least=4.0)
+    beyond = bench.beyond_result(f"{name} step", "rendseg")
+    bench.bar(f"{name} step: memory beyond inputs and gradients, MB", beyond, at_most=40.0)
     rows_of("matching", {key: (lambda c=criterion: step.match(c)) for key, criterion in criterions.items()})
     indices = step.match(criterions["eager"])
     losses = {key: (lambda c=criterion: step.mask_losses(c, indices)) for key, criterion in criterions.items()}

@@ -168,7 +168,7 @@ def two_images(bench: Bench) -> None:
             if peak is None:
                 bench.note("this system does not tell the peak memory")
                 continue
-            extra = max(peak - given, 0) / 1e6
+            extra = max(peak[0] - given, 0) / 1e6
             bench.note(f"{title}, {name}: {extra:.1f} MB beyond inputs, result and gradients")
             if name == "rendseg":
                 bench.bar(f"{title}: extra memory, MB", extra, at_most=10.0)

@@ -54,12 +54,6 @@ struct PairIndex {
   __device__ int64_t plane_of(int64_t n) const { return image_of(n) * queries + query[n * query_stride]; }
 };
 
-template <typename A>
-__device__ inline A weighted(const A (&value)[4], const PointTaps<A>& taps) {
-  const A* w = taps.weight;
-  return value[0] * w[0] + value[1] * w[1] + value[2] * w[2] + value[3] * w[3];
-}
-
 // The logit of a plane at a point.
 template <typename T>
 __device__ inline Acc<T> logit_at(const MaskArgs<T>& args, const T* plane, const Acc<T>* coord) {

@@ -57,6 +57,12 @@ __device__ inline PointTaps<A> locate(const A* coord, int32_t height, int32_t wi
   return taps;
 }
 
+template <typename A>
+__device__ inline A weighted(const A (&value)[4], const PointTaps<A>& taps) {
+  const A* w = taps.weight;
+  return value[0] * w[0] + value[1] * w[1] + value[2] * w[2] + value[3] * w[3];
+}
+
 template <typename T>
 __device__ inline int64_t first_tap(const SampleMap<T>& map, int32_t x, int32_t y) {
   return y * map.stride_y + x * map.stride_x;
@@ -132,9 +138,7 @@ __device__ inline void sample_planes(const SampleArgs<T>& args, const SampleMap<
   T* to = args.out + (n * args.out_channels + first_channel + c) * args.points + p;
   RENDSEG_UNROLL
   for (int k = 0; k < kPlaneChannels; ++k) {
-    const A* v = value[k];
-    const A* w = taps.weight;
-    if (c + k < map.channels) to[k * args.points] = narrow<T>(v[0] * w[0] + v[1] * w[1] + v[2] * w[2] + v[3] * w[3]);
+    if (c + k < map.channels) to[k * args.points] = narrow<T>(weighted(value[k], taps));
   }
 }
 

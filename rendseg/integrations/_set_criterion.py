@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
-from ..nn.mask_criterion import largest_size, match, pair_losses
+from ..nn.mask_criterion import largest_size, match, pair_losses, untraced
 from ._masks import index_pairs, index_tensors, where_logits_are
 from ._points import bare, own_randomness, patch_sample, patch_selection, same, small
 from ._replace import Report, find_module, known, name_subclasses, overridden, replace
@@ -84,7 +84,7 @@ def _patch_loss_masks(report: Report, module: ModuleType) -> None:
         return torch.stack([*got.values()]), torch.stack([*wanted.values()])
 
     if same(report, kind, "loss_masks", compute):
-        replace(report, kind, "loss_masks", loss_masks, "no copy of the targets")
+        replace(report, kind, "loss_masks", untraced(loss_masks), "no copy of the targets")
     name_subclasses(report, kind, PIECES)
 
 
@@ -128,10 +128,12 @@ def _patch_matcher(report: Report, criterion: ModuleType, module: ModuleType) ->
 
     if not same(report, kind, name, compute):
         return
-    replace(report, kind, name, memory_efficient_forward, "one pass over logits and targets; NaN costs come last")
+    why = "one pass over logits and targets; NaN costs come last"
+    replace(report, kind, name, untraced(memory_efficient_forward), why)
     name_subclasses(report, kind, names)
     if known(report, loss, "forward", takes=("self", "outputs", "targets")):
-        replace(report, loss, "forward", _forward(loss.forward, kind, names), "one copy to the host for all layers")
+        forward = untraced(_forward(loss.forward, kind, names))
+        replace(report, loss, "forward", forward, "one copy to the host for all layers")
 
 
 def _forward(original: Callable[..., Any], kind: type, names: Sequence[str]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
-from ..nn.mask_criterion import class_targets, largest_size, match, pair_losses, to_pairs
+from ..nn.mask_criterion import class_targets, largest_size, match, pair_losses, to_pairs, untraced
 from ._masks import index_pairs, index_tensors, sampler, where_logits_are
 from ._replace import Report, find_module, known, name_subclasses, overridden, replace
 
@@ -105,13 +105,13 @@ def _patch_model(report: Report, module: ModuleType, stem: str) -> None:
             report,
             loss,
             "forward",
-            forward(report, loss, matcher, original),
+            untraced(forward(report, loss, matcher, original)),
             "all layers at once, one copy to the host",
         )
     if functions and matching:
-        replace(report, matcher, "forward", _matcher_forward(matcher), "one pass over logits and targets")
+        replace(report, matcher, "forward", untraced(_matcher_forward(matcher)), "one pass over logits and targets")
     if functions and pieces:
-        replace(report, loss, "loss_masks", _loss_masks(loss, loss.loss_masks), "no copy of the targets")
+        replace(report, loss, "loss_masks", untraced(_loss_masks(loss, loss.loss_masks)), "no copy of the targets")
     if functions:
         replace(report, module, "sample_point", _sample_point(module.sample_point), "rendseg.ops.point_sample")
     name_subclasses(report, loss, PIECES)
@@ -286,7 +286,9 @@ def _patch_rf_detr(report: Report, module: ModuleType) -> None:
     sources = {name: SOURCES.get(f"rf_detr.{name}", SOURCES.get(name, frozenset())) for name in RF_DETR_FUNCTIONS}
     found = [known(report, module, name, sources=sources[name]) for name in RF_DETR_FUNCTIONS]
     if all(found) and all([known(report, loss, name, sources=SOURCES[f"rf_detr.{name}"]) for name in RF_DETR_PIECES]):
-        replace(report, loss, "loss_masks", _rf_detr_loss_masks(loss, loss.loss_masks), "no copy of the targets")
+        replace(
+            report, loss, "loss_masks", untraced(_rf_detr_loss_masks(loss, loss.loss_masks)), "no copy of the targets"
+        )
     if found[0]:
         replace(report, module, "sample_point", _sample_point(module.sample_point), "rendseg.ops.point_sample")
     if all(found[:2]):

@@ -5,8 +5,9 @@ Shapes: L layers, B images, Q queries, K classes, T_b targets of image b, N matc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # For each layer and each image: the matched queries and their targets, both in the order of the queries.
 Assignment = list[list[tuple[np.ndarray, np.ndarray]]]
@@ -149,6 +153,22 @@ def mean_over_processes(count: int, device: torch.device) -> Tensor:
     return total.clamp(min=1)
 
 
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, which ``torch.compile`` calls as it is between two graphs.
+
+    SciPy cannot be traced, and the number of pairs differs from step to step. ``torch.compiler.disable`` as a decorator
+    would import the compiler for everybody.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 class MaskCriterion(nn.Module):
     """The losses of a network that predicts a set of masks, for all of its layers in one call.
 
@@ -212,6 +232,7 @@ class MaskCriterion(nn.Module):
         class_weights[-1] = no_object_weight
         self.register_buffer("class_weights", class_weights, persistent=False)
 
+    @untraced
     def forward(
         self,
         class_logits: Sequence[Tensor] | Tensor,

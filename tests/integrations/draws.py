@@ -2,7 +2,8 @@
 
 ``recorded`` notes what the original draws with ``torch.rand``: the points of the matching, one set per image, and the
 candidates and the uniform points of the selection. ``fed`` gives them to rendseg's functions, which draw the points of
-all images of a layer together, and candidates and uniform points in one piece.
+all images of a layer together, and candidates and uniform points in one piece. Under autocast the originals compare
+candidates in float32, and rendseg in the dtype of the logits: ``fed`` then widens them, so that both keep the same.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Draws:
 
         def select(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             coords = torch.cat((left["candidates"].pop(0), left["uniform"].pop(0)), 1)
-            return real(logits, *args, random_coords=coords, **options)
+            return real(logits.float(), *args, random_coords=coords, **options)
 
         with mock.patch.object(torch, "rand", rand), mock.patch.object(ops, "sample_uncertain_points", select):
             yield

@@ -15,6 +15,7 @@ import torch
 
 import rendseg
 from rendseg.integrations import TARGETS
+from tests.integrations.agreement import agree
 from tests.integrations.draws import Draws
 
 STANDINS = Path(__file__).parent / "standins"
@@ -51,12 +52,12 @@ def criterion_of(package: str, criterion: Any = None, matcher: Any = None) -> An
     return (criterion or modules[0].SetCriterion)(4, matching, ("masks", "labels"), POINTS, 3.0, 0.75)
 
 
-def inputs() -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
     g = torch.Generator().manual_seed(1)
     layers = [
         {
-            "pred_logits": torch.randn(2, 6, 5, generator=g).requires_grad_(),
-            "pred_masks": torch.randn(2, 6, 9, 11, generator=g).requires_grad_(),
+            "pred_logits": torch.randn(2, 6, 5, generator=g).to(dtype).requires_grad_(),
+            "pred_masks": torch.randn(2, 6, 9, 11, generator=g).to(dtype).requires_grad_(),
         }
         for _ in range(3)
     ]
@@ -83,15 +84,17 @@ def replaced(report: Any) -> list[str]:
     return [name for name, _ in report.replaced]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("package", PACKAGES)
-def test_set_criterion(package: str) -> None:
+def test_set_criterion(package: str, dtype: torch.dtype) -> None:
     criterion, matcher = modules_of(package)
     owners = criterion, matcher, criterion.SetCriterion, matcher.HungarianMatcher
     before = objects(*owners)
-    outputs, targets = inputs()
+    outputs, targets = inputs(dtype)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     leaves = [tensor for layer in (outputs, *outputs["aux_outputs"]) for tensor in list(layer.values())[:2]]
     loss, draws = criterion_of(package), Draws(POINTS)
-    with draws.recorded():
+    with draws.recorded(), autocast:
         wanted = loss(outputs, targets)
     state = torch.get_rng_state()
     with rendseg.patched(package) as report:
@@ -101,15 +104,10 @@ def test_set_criterion(package: str) -> None:
         assert f"{package}.modeling.matcher.point_sample" in replaced(report)
         whole = f"{package}.modeling.criterion.SetCriterion.forward" in replaced(report)
         assert whole == (package != "maskdino")
-        with draws.fed():
+        with draws.fed(), autocast:
             got = loss(outputs, targets)
     assert unchanged(before, *owners)
-    assert list(got) == list(wanted)
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
-    sums = [sum(losses.values()) for losses in (got, wanted)]
-    for a, b in zip(*(torch.autograd.grad(total, leaves) for total in sums), strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    agree(f"{package} (stand-in)", got, wanted, leaves, str(dtype).removeprefix("torch."))
 
 
 def test_one_copy_to_the_host_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +117,25 @@ def test_one_copy_to_the_host_for_all_layers(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.dtype) or cpu(self))
         loss(outputs, targets)
     assert copies.count(torch.float32) == 1
+
+
+def test_under_torch_compile() -> None:
+    loss = criterion_of("mask2former")
+    compiled = torch.compile(loss, backend="eager")
+    outputs, targets = inputs()
+    del outputs["aux_outputs"]
+
+    def results(function: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        found = function(outputs, targets)
+        return [*found.values(), *torch.autograd.grad(sum(found.values()), list(outputs.values()))]
+
+    plain = results(compiled)
+    with rendseg.patched("mask2former"):
+        patched = results(compiled)
+        assert all(torch.equal(a, b) for a, b in zip(patched, results(loss), strict=True))
+    assert not torch.equal(patched[0], plain[0])  # other points: what was compiled before is not used
+    assert all(torch.equal(a, b) for a, b in zip(results(compiled), plain, strict=True))
 
 
 def test_consumers_of_detectron2() -> None:

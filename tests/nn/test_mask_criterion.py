@@ -145,6 +145,16 @@ def test_a_query_that_is_not_finite_is_matched_last(bad: float) -> None:
     assert losses.total.isfinite()
 
 
+def test_under_torch_compile() -> None:
+    criterion = MaskCriterion(CLASSES, num_points=POINTS)
+    given, results = inputs_of((3, 0)), []
+    for function in (criterion, torch.compile(criterion, backend="eager")):
+        torch.manual_seed(0)
+        total = function(**given).total
+        results.append((total, *torch.autograd.grad(total, given["class_logits"] + given["mask_logits"])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_half_logits_do_not_overflow_in_the_costs() -> None:
     given = inputs_of((3,), layers=1)
     # A sum of 2048 values of 100 is beyond float16.

@@ -31,11 +31,13 @@ class SetCriterion(nn.Module):
 
     def loss_masks(self, outputs, targets, indices, num_masks):
         masks = outputs["pred_masks"][self._get_src_permutation_idx(indices)][:, None]
-        sizes = torch.tensor([target["masks"].shape[1:] for target in targets]).amax(0).tolist()
-        padded = []
-        for target, (_, index) in zip(targets, indices, strict=True):
-            height, width = target["masks"].shape[1:]
-            padded.append(F.pad(target["masks"][index].float(), (0, sizes[1] - width, 0, sizes[0] - height)))
+        # All targets of the batch, padded to the most and the largest of an image.
+        sizes = torch.tensor([target["masks"].shape for target in targets]).amax(0).tolist()
+        padded = torch.zeros(len(targets), *sizes, dtype=targets[0]["masks"].dtype)
+        for image, target in zip(padded, targets, strict=True):
+            count, height, width = target["masks"].shape
+            image[:count, :height, :width] = target["masks"]
+        wanted = padded.to(masks)[self._get_tgt_permutation_idx(indices)][:, None]
         with torch.no_grad():
             points = get_uncertain_point_coords_with_randomness(
                 masks,
@@ -44,7 +46,7 @@ class SetCriterion(nn.Module):
                 self.oversample_ratio,
                 self.importance_sample_ratio,
             )
-            labels = point_sample(torch.cat(padded)[:, None], points, align_corners=False)[:, 0]
+            labels = point_sample(wanted, points, align_corners=False)[:, 0]
         entropy, dice = pair_losses(point_sample(masks, points, align_corners=False)[:, 0], labels)
         return {"loss_mask": entropy.sum() / num_masks, "loss_dice": dice.sum() / num_masks}
 

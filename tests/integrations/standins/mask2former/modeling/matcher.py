@@ -9,11 +9,12 @@ from torch import nn
 
 def costs(x, y):
     """Cross-entropy and dice of every row of x with every row of y."""
-    pairs = F.binary_cross_entropy_with_logits(
-        x[:, None].expand(-1, len(y), -1), y[None].expand(len(x), -1, -1), reduction="none"
+    where_one, where_zero = (
+        F.binary_cross_entropy_with_logits(x, label, reduction="none") / x.shape[1]
+        for label in (torch.ones_like(x), torch.zeros_like(x))
     )
     s = x.sigmoid()
-    return pairs.mean(2), 1 - (2 * s @ y.T + 1) / (s.sum(1)[:, None] + y.sum(1) + 1)
+    return where_one @ y.T + where_zero @ (1 - y).T, 1 - (2 * s @ y.T + 1) / (s.sum(1)[:, None] + y.sum(1) + 1)
 
 
 class HungarianMatcher(nn.Module):
@@ -27,9 +28,12 @@ class HungarianMatcher(nn.Module):
         indices = []
         for logits, masks, target in zip(outputs["pred_logits"], outputs["pred_masks"], targets, strict=True):
             points = torch.rand(1, self.num_points, 2)
-            x = point_sample(masks[None], points, align_corners=False)[0]
-            y = point_sample(target["masks"][None].to(masks), points, align_corners=False)[0]
-            mask, dice = costs(x, y)
+            x, y = (
+                point_sample(maps[:, None], points.repeat(len(maps), 1, 1), align_corners=False)[:, 0]
+                for maps in (masks, target["masks"].to(masks))
+            )
+            with torch.autocast(x.device.type, enabled=False):
+                mask, dice = costs(x.float(), y.float())
             cost = self.cost_mask * mask + self.cost_dice * dice
             cost = cost - self.cost_class * logits.softmax(-1)[:, target["labels"]]
             indices.append([torch.as_tensor(index) for index in linear_sum_assignment(cost.cpu())])
