@@ -263,8 +263,8 @@ def pytorch_encoding(images):
 
 
 def _paddle(images):
-    """ResNet50_vd of stride 8, whose blocks of a dilated stage all have its dilation, and whose shortcut is pooled where
-    it has a stride."""
+    """ResNet50_vd of stride 8: all blocks of a dilated stage have its dilation, and a shortcut with a stride is
+    pooled."""
     s = Source("backbone.{}._conv", "backbone.{}._batch_norm", "_mean", "_variance", transposed=True)
     x = images
     for i, width in ((1, 32), (2, 32), (3, 64)):
