@@ -1,4 +1,4 @@
-"""The command ``rendseg``: train, eval, predict, export, convert, experiment, data check, doctor.
+"""The command ``rendseg``: train, eval, predict, export, convert, experiment, data check and score, doctor.
 
 ``doctor`` must work where nearly nothing is installed, so that this module imports the standard library only; the
 commands themselves are in ``rendseg/engine/commands.py``, imported once it is known that their packages are there.
@@ -31,6 +31,7 @@ usage: rendseg train CONFIG [key=value ...]
        rendseg convert SOURCE... --from NAME [--config FILE] [--out FILE] [--to NAME] [--check]
        rendseg experiment CONFIG [--only VARIANT] [key=value ...]
        rendseg data check CONFIG [key=value ...]
+       rendseg data score CONFIG DETECTIONS [key=value ...]
        rendseg doctor"""
 
 

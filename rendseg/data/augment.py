@@ -1,4 +1,5 @@
-"""Augmentation in torchvision transforms v2 on tv_tensors: ``Image`` uint8 [3, H, W] and ``Mask`` uint8 [H, W]."""
+"""Augmentation in torchvision transforms v2 on tv_tensors: ``Image`` uint8 [3, H, W] and ``Mask`` uint8 [H, W], or
+[N, H, W] of N objects."""
 
 from __future__ import annotations
 
@@ -106,13 +107,17 @@ class RandomScaleCrop(v2.Transform):
 def _resize_label(label: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     # TF.resize takes the corner of each cell for a mask ("nearest"), which shifts it against the image by up to half a
     # pixel; boundaries need the centre.
-    plain = label.as_subclass(torch.Tensor)[None, None]
-    return F.interpolate(plain, size=tuple(size), mode="nearest-exact")[0, 0]
+    plain = label.as_subclass(torch.Tensor)
+    maps = plain.reshape(1, -1, *plain.shape[-2:])
+    if not maps.shape[1]:
+        return plain.new_empty(0, *size)
+    return F.interpolate(maps, size=tuple(size), mode="nearest-exact").reshape(*plain.shape[:-2], *size)
 
 
 def resize_pair(image: torch.Tensor, label: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 image [3, H, W] and label [H, W] resized to [height, width], as in :class:`RandomScaleCrop`."""
-    if tuple(label.shape) == tuple(size):
+    """uint8 image [3, H, W] and label [H, W], or masks [N, H, W], resized to [height, width], as in
+    :class:`RandomScaleCrop`."""
+    if tuple(label.shape[-2:]) == tuple(size):
         return image, label
     return TF.resize(image, list(size), antialias=True), _resize_label(label, size)
 

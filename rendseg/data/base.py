@@ -24,12 +24,14 @@ Split = Literal["train", "val"]
 @dataclass
 class Examined:
     """What :meth:`SegmentationDataset.examine` found: uint8 image [H, W, C] and label [H, W], None where unreadable,
-    one line per problem, and whether an EXIF tag turns the image."""
+    one line per problem, whether an EXIF tag turns the image, and class, pixels and crowd of its objects, int64 [N, 3],
+    where the data set has objects."""
 
     image: np.ndarray | None
     label: np.ndarray | None
     problems: list[str]
     turned: bool = False
+    objects: np.ndarray | None = None
 
 
 class SegmentationDataset(Dataset[dict[str, Any]]):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
@@ -78,6 +78,7 @@ class AugmentOptions(Options):
       ``scale_range`` is not used.
     """
 
+    one_size: ClassVar[bool] = True  # the images of a batch must have one size
     crop_size: tuple[Count, Count] | None = None  # [height, width]; null: the size of each image
     scale_range: tuple[Positive, Positive] = (0.5, 2.0)  # the factor is drawn uniformly from it
     scale_step: Positive | None = None  # null: any factor; else smallest, smallest + step, ... up to the largest
@@ -118,7 +119,7 @@ class AugmentOptions(Options):
         elif self.max_size is not None:
             raise ValueError("max_size needs short_edge: give the choices of the shorter side, or leave max_size out")
         for name in ("short_edge", "base_size"):
-            if getattr(self, name) is not None and self.crop_size is None:
+            if getattr(self, name) is not None and self.crop_size is None and self.one_size:
                 raise ValueError(f"{name} needs crop_size: the images of a batch must have one size")
         self._fit_channels()
         largest = max(abs(value) for value in self.mean)

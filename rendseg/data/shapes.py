@@ -210,8 +210,9 @@ def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.nd
     return (first + (second - first) * mix[..., None]) * light.astype(np.float32)[..., None]
 
 
-def scene(height: int, width: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scene of `key`: image uint8 [height, width, 3] and label uint8 [height, width]."""
+def scene(height: int, width: int, *key: int, numbers: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The scene of `key`: image uint8 [height, width, 3] and label uint8 [height, width]. Into `numbers`, zeros of the
+    label's form, goes the number of the object at each pixel, from 1."""
     plan, grain = (np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(key).spawn(2))
     unit = min(height, width)
     x = (np.arange(width, dtype=np.float32) + 0.5) / unit
@@ -219,7 +220,7 @@ def scene(height: int, width: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
     image = _background(plan, x, y)
     label = np.zeros((height, width), np.uint8)
     area = (width / unit) * (height / unit)
-    for _ in range(min(64, round(area * plan.uniform(6, 10)))):
+    for number in range(1, 1 + min(64, round(area * plan.uniform(6, 10)))):
         kind = int(plan.choice(7, p=_LIKELY))
         distance, reach = _MAKERS[kind](plan)
         cx, cy = plan.uniform(0, width / unit), plan.uniform(0, height / unit)
@@ -266,6 +267,8 @@ def scene(height: int, width: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
         alpha = np.clip(0.5 - d, 0, 1)[..., None]
         window += alpha * (color * texture[..., None] - window)
         label[top:bottom, left:right][inside] = kind + 1
+        if numbers is not None:
+            numbers[top:bottom, left:right][inside] = number
     image += np.float32(plan.uniform(0.01, 0.06)) * grain.standard_normal(image.shape, np.float32)
     image *= 255
     np.clip(image, 0, 255, out=image)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rendseg.data import build_dataset
+from rendseg.data import DataError, InstanceDataset, build_dataset
 from rendseg.engine.checkpoint import load_checkpoint, load_weights
 from rendseg.engine.config import Config, ConfigError, build_config
 from rendseg.engine.eval_presets import without_conventions
@@ -16,7 +16,13 @@ from rendseg.engine.eval_presets import without_conventions
 
 def build_data(config: Config, split: str) -> Any:
     """The data set of a split; ``DataError`` names what is wrong with it."""
-    return build_dataset(config.data, split, augment_seed=config.seed)  # type: ignore[arg-type]
+    dataset = build_dataset(config.data, split, augment_seed=config.seed)  # type: ignore[arg-type]
+    if isinstance(dataset, InstanceDataset):
+        raise DataError(
+            f"data.name {config.data['name']} has objects, and the networks of model.name {config.model['name']} learn "
+            "label maps; name another data set"
+        )
+    return dataset
 
 
 def build_network(config: Config, num_classes: int, initialise: bool = True) -> nn.Module:

@@ -185,6 +185,27 @@ def data_check(
         raise typer.Exit(code)
 
 
+class _Split(str, Enum):
+    train = "train"
+    val = "val"
+
+
+@data_app.command(name="score")
+@_one_line_errors
+def data_score(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a data set of objects.")],
+    detections: Annotated[Path, typer.Argument(metavar="DETECTIONS", help="JSON file in COCO's form of results.")],
+    overrides: Overrides = None,
+    split: Annotated[_Split, typer.Option(help="The part that was predicted.")] = _Split.val,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures to it.")] = None,
+) -> None:
+    """Average precision of detected masks and of their boundaries."""
+    from rendseg.engine.config import load_config
+    from rendseg.engine.instance_metrics import score_files
+
+    score_files(load_config(config, overrides or ()).data, split.value, detections, json)
+
+
 @app.command()
 @_one_line_errors
 def experiment(

@@ -8,6 +8,8 @@ Class weights for ``model.loss.class_weights`` are suggested by two rules; a cla
 * ``share``: (share of the labelled pixels)^-0.25, scaled to a mean of 1 per pixel;
 * ``median_frequency``: the median of the classes' frequencies over a class's own, where its frequency is its share in
   the labelled pixels of those images in which it occurs (Eigen and Fergus, ICCV 2015).
+
+Of objects the number of each class and size is counted instead.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from tqdm import tqdm
 from rendseg.data import DataError, SegmentationDataset, build_dataset, parse_options
 from rendseg.data.base import ImageFiles, Split
 from rendseg.data.images import IGNORE, class_map_line
+from rendseg.data.instances import SIZES, InstanceDataset
 from rendseg.engine.checkpoint import CheckpointError, write_json
 
 PROBE = 32  # label maps of training that are looked at when it starts, if they hold two classes
 SPLITS: tuple[Split, ...] = ("train", "val")
 VALUES = 256  # of a byte
+COLUMNS = ("small", "medium", "large", "crowds")
 
 
 def check_labels(training: SegmentationDataset, validation: SegmentationDataset) -> list[str]:
@@ -112,13 +116,15 @@ def _spread(count: int) -> list[int]:
 @dataclass
 class Record:
     """One image: size (height, width), pixels of each class and, last, ignored ones [C + 1], pixels of each red, green
-    and blue value (of any number of channels) [256 C]; None: it has problems; whether an EXIF tag turns it."""
+    and blue value (of any number of channels) [256 C]; None: it has problems; whether an EXIF tag turns it; class,
+    pixels and crowd of its objects [N, 3]."""
 
     problems: list[str]
     size: tuple[int, int] = (0, 0)
     pixels: np.ndarray | None = None
     colors: np.ndarray | None = None
     turned: bool = False
+    objects: np.ndarray | None = None
 
 
 class _Records(Dataset[Record]):
@@ -133,7 +139,7 @@ class _Records(Dataset[Record]):
         pixels = np.bincount(found.label.ravel(), minlength=self.dataset.num_classes)[: self.dataset.num_classes]
         colors = np.concatenate([np.array(Image.fromarray(band).histogram(), np.int64) for band in _bands(found.image)])
         pixels = np.append(pixels, found.label.size - pixels.sum())
-        return Record([], (height, width), pixels, colors, found.turned)
+        return Record([], (height, width), pixels, colors, found.turned, found.objects)
 
 
 def _bands(image: np.ndarray) -> list[np.ndarray]:
@@ -180,6 +186,8 @@ class SplitReport:
         reach: [C + 1], likewise: labelled pixels of the images in which it occurs.
         colors: pixels of each value of each channel [256 C_in]; 768 for red, green and blue.
         turned: images that their EXIF tag turns.
+        objects: [C, 4], of each class those that are small, medium, large (COCO's bounds) and crowds; None: the data
+            set has none. `most`: objects in one image; `bare`: images without one; `empty`: objects without a pixel.
     """
 
     split: Split
@@ -195,6 +203,10 @@ class SplitReport:
     channels: int = 3
     colors: np.ndarray = field(init=False)
     turned: int = 0
+    objects: np.ndarray | None = None
+    most: int = 0
+    bare: int = 0
+    empty: int = 0
 
     def __post_init__(self) -> None:
         self.pixels, self.images, self.reach = np.zeros((3, len(self.class_names) + 1), np.int64)
@@ -205,6 +217,8 @@ class SplitReport:
         if record.pixels is None or record.colors is None:
             return
         occurs, labelled = record.pixels > 0, int(record.pixels[:-1].sum())
+        if record.objects is not None:  # also one of which smaller ones cover every pixel
+            occurs[:-1] = np.isin(np.arange(len(occurs) - 1), record.objects[record.objects[:, 1] > 0, 0])
         self.sound += 1
         self.unlabelled += labelled == 0
         self.sizes[record.size] += 1
@@ -213,6 +227,17 @@ class SplitReport:
         self.reach += occurs * labelled
         self.colors += record.colors
         self.turned += record.turned
+        if record.objects is not None:
+            self._add_objects(*record.objects.T)
+
+    def _add_objects(self, classes: np.ndarray, pixels: np.ndarray, crowd: np.ndarray) -> None:
+        if self.objects is None:
+            self.objects = np.zeros((len(self.class_names), 4), np.int64)
+        column = np.where(crowd > 0, 3, np.digitize(pixels, SIZES))
+        np.add.at(self.objects, (classes[pixels > 0], column[pixels > 0]), 1)
+        self.empty += int((pixels == 0).sum())
+        self.most = max(self.most, len(classes))
+        self.bare += not len(classes)
 
     @property
     def ignored(self) -> int:
@@ -278,6 +303,17 @@ class SplitReport:
             ],
             "absent": self.absent(),
             "class_weights": self.class_weights(),
+            "objects": None
+            if self.objects is None
+            else {
+                "classes": [
+                    {"name": name, **dict(zip(COLUMNS, map(int, row), strict=True))}
+                    for name, row in zip(self.class_names, self.objects, strict=True)
+                ],
+                "most_in_an_image": self.most,
+                "images_without": self.bare,
+                "without_a_pixel": self.empty,
+            },
             "mean": mean if self.sound else None,
             "std": std if self.sound else None,
         }
@@ -361,7 +397,10 @@ def check_data(
     notes = []
     if len(paths) == 2 and (common := sorted(paths[0] & paths[1])):
         notes.append(f"{len(common)} images belong to train and to val, such as {common[0]}")
-    if len(datasets) == 2 and all(report.sound for report in reports):
+    with_objects = [dataset for dataset in datasets if isinstance(dataset, InstanceDataset)]
+    if len(with_objects) == 2 and datasets[0].class_names != datasets[1].class_names:
+        notes.append("train and val have different classes; correct data.annotations")
+    if len(datasets) == 2 and not with_objects and all(report.sound for report in reports):
         try:
             notes += check_labels(datasets[0], datasets[1])
         except DataError as error:
@@ -378,23 +417,14 @@ def format_report(report: SplitReport) -> str:
     lines = [f"{report.split}: {_plural(report.listed, 'image')}, {report.sound} sound{_sizes(report)}"]
     if not report.sound:
         return lines[0]
-    weights = report.class_weights()
-    width = max(len("ignored"), *(len(name) for name in report.class_names))
-    lines.append(f"  {'class':<{width}}  {'pixels':>15}  {'share':>9}  {'images':>8}  {'share^-1/4':>10}  median freq.")
-    for index, (name, share) in enumerate(zip(report.class_names, report.shares(), strict=True)):
-        row = f"  {name:<{width}}  {report.pixels[index]:>15,}  {share:>9.4%}  {report.images[index]:>8,}"
-        if report.pixels[index]:
-            row += f"  {weights['share'][index]:>10.4g}  {weights['median_frequency'][index]:>12.4g}"
-        lines.append(row)
-    total = report.labelled + report.ignored
-    of_all = f"  {'ignored':<{width}}  {report.ignored:>15,}  {report.ignored / total:>9.4%}"
-    lines.append(f"{of_all}  {report.images[-1]:>8,}  (share of all pixels)")
+    weights = report.class_weights() if report.objects is None else {}
+    lines += _pixels(report, weights) if report.objects is None else _objects(report, report.objects)
     if report.turned:
         lines.append(
             f"  turned by their EXIF tag Orientation: {_plural(report.turned, 'image')} (labels must fit the turned "
             "image; data.exif_orientation=false takes images as they are stored)"
         )
-    if report.unlabelled:
+    if report.unlabelled and report.objects is None:
         lines.append(f"  without a labelled pixel: {_plural(report.unlabelled, 'image')}")
     if absent := report.absent():
         lines.append(f"  never occurring: {', '.join(absent)}")
@@ -404,6 +434,36 @@ def format_report(report: SplitReport) -> str:
     if report.split == "train" and weights:
         lines += [f"  model.loss.class_weights={_listed(values)}  # {rule}" for rule, values in weights.items()]
     return "\n".join(lines)
+
+
+def _pixels(report: SplitReport, weights: dict[str, list[float]]) -> list[str]:
+    """The table of label maps."""
+    width = max(len("ignored"), *(len(name) for name in report.class_names))
+    lines = [f"  {'class':<{width}}  {'pixels':>15}  {'share':>9}  {'images':>8}  {'share^-1/4':>10}  median freq."]
+    for index, (name, share) in enumerate(zip(report.class_names, report.shares(), strict=True)):
+        row = f"  {name:<{width}}  {report.pixels[index]:>15,}  {share:>9.4%}  {report.images[index]:>8,}"
+        if report.pixels[index]:
+            row += f"  {weights['share'][index]:>10.4g}  {weights['median_frequency'][index]:>12.4g}"
+        lines.append(row)
+    total = report.labelled + report.ignored
+    of_all = f"  {'ignored':<{width}}  {report.ignored:>15,}  {report.ignored / total:>9.4%}"
+    return [*lines, f"{of_all}  {report.images[-1]:>8,}  (share of all pixels)"]
+
+
+def _objects(report: SplitReport, counts: np.ndarray) -> list[str]:
+    """The table of objects."""
+    width = max(len("class"), *(len(name) for name in report.class_names))
+    lines = [f"  {'class':<{width}}  {'objects':>9}" + "".join(f"  {name:>9}" for name in COLUMNS) + f"  {'images':>8}"]
+    for name, row, images in zip(report.class_names, counts, report.images[:-1], strict=True):
+        cells = "".join(f"  {count:>9,}" for count in (row[:3].sum(), *row))
+        lines.append(f"  {name:<{width}}{cells}  {images:>8,}")
+    lines.append(
+        f"  {_plural(int(counts[:, :3].sum()), 'object')}, at most {report.most} in an image; "
+        f"{_plural(report.bare, 'image')} without any; small: below {SIZES[0]} pixels, large: from {SIZES[1]}"
+    )
+    if report.empty:
+        lines.append(f"  without a pixel, and left out: {_plural(report.empty, 'object')}")
+    return lines
 
 
 def _sizes(report: SplitReport) -> str:

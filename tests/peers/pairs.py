@@ -61,21 +61,28 @@ def _mmseg() -> Any:
     return MODELS
 
 
-def _mmseg_resnet(name: str, dilated: bool) -> dict[str, Any]:
+def _mmseg_resnet(name: str, dilated: bool, caffe: bool) -> dict[str, Any]:
     """``resnet50c`` and others of timm's names -> the backbone's configuration."""
     style = {"c": "ResNetV1c", "d": "ResNetV1d"}.get(name[-1], "ResNet")
     return {
         "type": style,
         "depth": int(name.strip("resntcd")),
         "norm_cfg": {"type": "BN"},
-        "style": "pytorch",
+        "style": "caffe" if caffe else "pytorch",
         "contract_dilation": True,
         "dilations": (1, 1, 2, 4) if dilated else (1, 1, 1, 1),
         "strides": (1, 2, 1, 1) if dilated else (1, 2, 2, 2),
     }
 
 
-def mmseg(decoder: str, backbone: str = "resnet18", width: int = 32, weights: list[float] | None = None) -> Peer:
+def mmseg(
+    decoder: str,
+    backbone: str = "resnet18",
+    width: int = 32,
+    weights: list[float] | None = None,
+    caffe: bool = False,
+) -> Peer:
+    """``caffe``: the backbone strides its 1x1 convolutions."""
     registry = _mmseg()
     from mmengine.config import ConfigDict
     from mmengine.structures import PixelData
@@ -88,7 +95,7 @@ def mmseg(decoder: str, backbone: str = "resnet18", width: int = 32, weights: li
         encoder |= {"window_size": 7, "out_indices": (0, 1, 2, 3), "qkv_bias": True, "drop_path_rate": 0.0}
         channels = [96, 192, 384, 768]
     else:
-        encoder = _mmseg_resnet(backbone, dilated)
+        encoder = _mmseg_resnet(backbone, dilated, caffe)
         channels = [64, 128, 256, 512] if encoder["depth"] < 50 else [256, 512, 1024, 2048]
     loss = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0, "class_weight": weights}
     shared = {"num_classes": CLASSES, "norm_cfg": {"type": "BN"}, "align_corners": False, "loss_decode": loss}
@@ -104,6 +111,8 @@ def mmseg(decoder: str, backbone: str = "resnet18", width: int = 32, weights: li
         "loss": {"class_weights": weights},
         "auxiliary": [{"level": "c4", "channels": width, "norm": "bn"}],
     }
+    if caffe:
+        ours["backbone"]["stride_in_1x1"] = True
     if dilated:
         ours["backbone"]["output_stride"] = 8
     config: dict[str, Any] = {"type": "EncoderDecoder", "auxiliary_head": auxiliary, "test_cfg": {"mode": "whole"}}
@@ -337,6 +346,8 @@ TABLE: dict[str, Callable[[], Peer]] = {
     "mmseg PointRend R-50-v1c": lambda: mmseg("semantic_fpn", "resnet50c", 256),
     "mmseg EncNet R-50-v1c": lambda: mmseg("encnet", "resnet50c", 512),
     "mmseg UPerNet R-50-v1c": lambda: mmseg("upernet", "resnet50c", 512),
+    "mmseg UPerNet R-50 (caffe)": lambda: mmseg("upernet", "resnet50", 512, caffe=True),
+    "mmseg FCN R-50-v1c": lambda: mmseg("fcn", "resnet50c", 512),
     "mmseg UPerNet R-50-v1d": lambda: mmseg("upernet", "resnet50d", 512),
     "mmseg UPerNet Swin-T": lambda: mmseg("upernet", "swin", 512),
     "mmseg DeepLabV3+ R-50-v1c": lambda: mmseg("deeplabv3plus", "resnet50c", 512),

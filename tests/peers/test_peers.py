@@ -19,6 +19,7 @@ CASES = {
     "mmseg pointrend": ("mmseg", lambda: pairs.mmseg("semantic_fpn")),
     "mmseg encnet": ("mmseg", lambda: pairs.mmseg("encnet")),
     "mmseg upernet": ("mmseg", lambda: pairs.mmseg("upernet")),
+    "mmseg upernet caffe": ("mmseg", lambda: pairs.mmseg("upernet", "resnet50", caffe=True)),
     "mmseg upernet swin": ("mmseg", lambda: pairs.mmseg("upernet", "swin")),
     "mmseg deeplabv3plus": ("mmseg", lambda: pairs.mmseg("deeplabv3plus")),
     "mmseg fcn": ("mmseg", lambda: pairs.mmseg("fcn")),
@@ -57,6 +58,29 @@ def test_class_weights_divide_as_in_mmseg() -> None:
         assert pairs.compared(peer, SIZE, ignored=0.0).loss < 1e-5
         with pytest.raises(IndexError):
             pairs.compared(peer, SIZE)
+
+
+@pytest.mark.parametrize("mean", ["valid", "all"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_means_of_the_cross_entropy_of_mmseg(mean: str, weighted: bool) -> None:
+    pytest.importorskip("mmseg", reason="needs the package mmsegmentation: pip install -e .[peers]")
+    pairs._mmseg()
+    from mmseg.models.losses import CrossEntropyLoss
+
+    from rendseg.models import segmentation_loss
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 9, 11, generator=generator)
+    labels = torch.randint(0, 5, (2, 9, 11), generator=generator)
+    weights = [0.5, 2.0, 1.0, 3.0, 0.7] if weighted else None
+    # A class is ignored: mmsegmentation stops at 255 with weights, and its "all" then counts the weight of what it
+    # ignores, so that this case has nothing ignored.
+    ignored = 255 if weighted and mean == "all" else 3
+    theirs = CrossEntropyLoss(class_weight=weights, avg_non_ignore=mean == "valid")
+    found = segmentation_loss(
+        logits, labels, class_weights=weights and torch.tensor(weights), ignore_index=ignored, mean=mean
+    )
+    torch.testing.assert_close(found, theirs(logits, labels, ignore_index=ignored))
 
 
 @pytest.mark.parametrize(
