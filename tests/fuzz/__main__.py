@@ -46,7 +46,7 @@ def child(first: int, calls: int, against: str) -> int:
     (run,) = implementations([against]).values()
     for seed in range(first, first + calls):
         os.write(1, f"{seed}\n".encode())
-        result, said = judge(seed, run, own_draws=against != "compiled")
+        result, said = judge(seed, run, on_device=against != "compiled")
         os.write(1, f"{result}\t{said}".replace("\n", " // ").encode("utf-8", "replace") + b"\n")
     return 0
 
@@ -57,7 +57,7 @@ def one(seed: int, against: str) -> int:
 
     print(draw(seed), flush=True)
     (run,) = implementations([against]).values()
-    result, said = judge(seed, run, own_draws=against != "compiled")
+    result, said = judge(seed, run, on_device=against != "compiled")
     print(f"{result}{': ' if said else ''}{said}")
     return result not in GOOD
 

@@ -67,8 +67,8 @@ def outcome(run: Callable[[str, dict[str, Any]], Any], call: Call) -> tuple[list
         return [], error
 
 
-def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], own_draws: bool = False) -> tuple[str, str]:
-    """The outcome of one seed and its words; with ``own_draws`` random numbers are not those of the reference."""
+def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], on_device: bool = False) -> tuple[str, str]:
+    """The outcome of one seed and its words; ``on_device`` as a GPU: an assertion for an index, other draws."""
     call, other = draw(seed), draw(seed)
     before = None
     written = call.arguments.get("logits")
@@ -80,6 +80,8 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], own_draws: bool 
         said = f"{_said(error)} | reference: {_said(refusal)}"
         if error is None and "can't allocate memory" in str(refusal):
             return IN_PLACE, said
+        if on_device and isinstance(refusal, IndexError) and _asserted(call, error):
+            return REFUSED, ""
         if error is None or refusal is None:
             return DIFFERENT, said
         kinds = [next((k for k in CLEAN if isinstance(e, k)), None) for e in (error, refusal)]
@@ -92,7 +94,7 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], own_draws: bool 
         if before is not None and before.device.type == "cpu" and not _same_bits(before, call.arguments["logits"]):
             return WRONG, f"written before it refused: {said}"
         return REFUSED, ""
-    if own_draws and call.arguments.get("random_coords", 0) is None:
+    if on_device and call.arguments.get("random_coords", 0) is None:
         said = _differ_drawn(found, wanted, outcome(run, draw(seed))[0])
     else:
         said = _differ(call, found, wanted)
@@ -103,6 +105,13 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], own_draws: bool 
 
 def _said(error: Exception | None) -> str:
     return "no error" if error is None else f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def _asserted(call: Call, error: Exception | None) -> bool:
+    """A GPU looks at an index where it uses it, so where there are no points at none."""
+    if error is None:
+        return any(not t.numel() for value in call.arguments.values() for t in _tensors(value))
+    return isinstance(error, RuntimeError) and "must lie in" in str(error)
 
 
 def _of_memory(*errors: Exception) -> bool:
