@@ -28,9 +28,9 @@ from torch import Tensor
 
 import rendseg
 
-LAYERS, CLASSES = 10, 133
-SIZES = {"images": 2, "queries": 100, "size": 256, "targets": 10, "target_size": 1024, "points": 12544}
-SMALL = {"images": 2, "queries": 6, "size": 16, "targets": 2, "target_size": 24, "points": 40}
+CLASSES = 133
+SIZES = {"images": 2, "queries": 100, "size": 256, "targets": 10, "target_size": 1024, "layers": 10, "points": 12544}
+SMALL = {"images": 2, "queries": 6, "size": 16, "targets": 2, "target_size": 24, "layers": 2, "points": 40}
 
 
 def second_copy(module: ModuleType) -> ModuleType:
@@ -85,17 +85,17 @@ class Step:
 
     def __init__(self, bench: Bench, sizes: dict[str, int], official: bool) -> None:
         g = torch.Generator().manual_seed(0)
-        images, queries, side, count, big = (sizes[key] for key in list(SIZES)[:5])
+        images, queries, side, count, big, layers = (sizes[key] for key in list(SIZES)[:6])
         self.official = official
         self.masks = [
             torch.nn.functional.interpolate(torch.randn(images, queries, 8, 8, generator=g) * 4, (side, side))
             .to(bench.device)
             .requires_grad_()
-            for _ in range(LAYERS)
+            for _ in range(layers)
         ]
         self.classes = [
             torch.randn(images, queries, CLASSES + 1, generator=g).to(bench.device).requires_grad_()
-            for _ in range(LAYERS)
+            for _ in range(layers)
         ]
         coarse = torch.rand(images, count, 8, 8, generator=g)
         self.targets = list((torch.nn.functional.interpolate(coarse, (big, big)) > 0.5).float().to(bench.device))
@@ -133,7 +133,7 @@ def workload(bench: Bench, name: str, sizes: dict[str, int]) -> None:
     make = (official_criterion if name == "K2" else transformers_criterion)(sizes["points"])
     step = Step(bench, sizes, name == "K2")
     criterions = {"eager": make(False).to(bench.device), "rendseg": make(True).to(bench.device)}
-    facts = {**sizes, "layers": LAYERS, "seed": 0}
+    facts = {"points_per_mask" if name == "points" else name: size for name, size in sizes.items()} | {"seed": 0}
 
     def whole(criterion: Any) -> Candidate:
         return lambda: torch.autograd.grad(step.losses(criterion), step.masks + step.classes)

@@ -94,6 +94,7 @@ def test_set_criterion(package: str, dtype: torch.dtype) -> None:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     leaves = [tensor for layer in (outputs, *outputs["aux_outputs"]) for tensor in list(layer.values())[:2]]
     loss, draws = criterion_of(package), Draws(POINTS)
+    torch.manual_seed(0)
     with draws.recorded(), autocast:
         wanted = loss(outputs, targets)
     state = torch.get_rng_state()
@@ -142,7 +143,7 @@ def test_consumers_of_detectron2() -> None:
     names = ("semantic_seg", "mask_head")
     semantic, masks = (importlib.import_module(f"detectron2.projects.point_rend.{name}") for name in names)
     g = torch.Generator().manual_seed(2)
-    logits, classes = torch.randn(3, 4, 8, 9, generator=g), torch.tensor([3, 0, 1])
+    logits, classes = torch.randn(3, 4, 8, 9, generator=g).requires_grad_(), torch.tensor([3, 0, 1])
     before = objects(semantic, masks)
     calls = ((semantic.points_and_values, (logits,)), (masks.points_and_values, (logits, classes)))
     draws = [Draws(16) for _ in calls]
@@ -159,7 +160,9 @@ def test_consumers_of_detectron2() -> None:
         for i, (a, b) in enumerate(zip(got, (coords, values), strict=True)):
             a, b = (x if i == 0 else x.transpose(1, 2) for x in (a, b))
             index = [o[..., None].expand(-1, -1, a.shape[2]) for o in order]
-            torch.testing.assert_close(a.gather(1, index[0]), b.gather(1, index[1]))
+            a, b = a.gather(1, index[0]), b.gather(1, index[1])
+            torch.testing.assert_close(a, b)
+        agree("detectron2 (stand-in)", {"square": a.square()}, {"square": b.square()}, [logits])
     # A callback that is neither uncertainty is called as before.
     torch.manual_seed(0)
     largest = masks.points_by_largest(logits)
