@@ -72,6 +72,8 @@ class Coco(InstanceFiles):
     def _add_part(self, folder: Path, path: Path, content: dict[str, Any]) -> None:
         objects: dict[int, list[dict[str, Any]]] = {}
         for image in content["images"]:
+            if image["id"] in objects:
+                raise DataError(f"{path}: two images have the id {image['id']}; give each an id of its own")
             objects[image["id"]] = []
         for entry in content["annotations"]:
             if entry["image_id"] not in objects:
@@ -104,10 +106,18 @@ class Coco(InstanceFiles):
         return self._sizes[index]
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        return [{**entry, "iscrowd": int(bool(entry.get("iscrowd")))} for entry in self._objects[index]]
+        own = self._objects[index]
+        if any("area" not in entry or "bbox" not in entry for entry in own):
+            return super().annotations(index)
+        return [{**entry, "iscrowd": int(bool(entry.get("iscrowd")))} for entry in own]
 
     def instances(self, index: int) -> Instances:
         height, width = self._sizes[index]
+        if height * width > self.options.max_pixels:
+            raise DataError(
+                f"{self.files(index)[1]}: {self.files(index)[0].name} has {height * width} pixels, more than "
+                f"data.max_pixels ({self.options.max_pixels}); raise it if the file is yours"
+            )
         masks = np.zeros((len(self._objects[index]), height, width), np.uint8)
         for mask, entry in zip(masks, self._objects[index], strict=True):
             try:

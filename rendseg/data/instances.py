@@ -67,14 +67,14 @@ class InstanceDataset(SegmentationDataset):
         return image, painted(found)
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """The objects in COCO's form, for an evaluation; classes from 1. Without ``id``."""
+        """The objects in COCO's form, for an evaluation, without ``id``."""
         from .rle import encode
 
         image, found = self.read_all(index)
         return [
             {
                 "image_id": self.image_id(index),
-                "category_id": int(label) + 1,
+                "category_id": self.category_id(int(label)),
                 "segmentation": encode(mask),
                 "area": int(mask.sum()),
                 "bbox": _sides(mask),

@@ -46,7 +46,7 @@ def decode(counts: str | bytes | Sequence[int], height: int, width: int) -> np.n
     numbers = _numbers(counts) if isinstance(counts, (str, bytes)) else np.asarray(counts)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or (numbers < 0).any():
         raise ValueError("run lengths must be whole numbers that are not negative")
-    total = int(numbers.sum())
+    total = sum(numbers.tolist())  # of Python: int64 can overflow
     if total != height * width:
         raise ValueError(f"run lengths are of {total} pixels, the image has {height} x {width}")
     values = np.arange(len(numbers), dtype=np.uint8) & 1

@@ -119,6 +119,8 @@ def test_coco(tmp_path):
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "of 007.png has no mask .* three corners"),
         (lambda c: c["annotations"][0].update(segmentation={"counts": [48]}), "of 007.png has no mask .*lacks 'size'"),
         (lambda c: c["annotations"][2]["segmentation"].update(counts=[3]), "annotation 13 .* of 3 pixels"),
+        (lambda c: c["images"][0].update(height=10**5, width=10**5), "007.png has 10000000000 pixels"),
+        (lambda c: c["images"][2].update(id=7), "two images have the id 7"),
         (lambda c: c["categories"][0].update(id=2), "2 categories with 1 ids"),
         (lambda c: c.pop("categories"), "no list 'categories'"),
     ],

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rendseg.cli import main
 from rendseg.data import DataError, build_dataset
@@ -45,16 +46,41 @@ def test_perfect_detections_have_an_ap_of_one(dataset):
     assert nothing["mask"]["ap"] == 0 and nothing["detections"] == 0
 
 
-def test_against_pycocotools(dataset):
+def _coco(tmp_path):
+    """A file in COCO's format: polygons, a crowd, an image without objects, ids with gaps."""
+    rng = np.random.default_rng(1)
+    images = [{"id": 5 * n, "file_name": f"{n}.png", "height": 90, "width": 120} for n in range(1, 6)]
+    objects = []
+    for image in images[:-1]:
+        Image.new("RGB", (120, 90)).save(tmp_path / image["file_name"])
+        for _ in range(5):
+            (x, y), (w, h) = rng.uniform(0, 60, 2), rng.uniform(15, 50, 2)
+            objects.append({"segmentation": [[x, y, x + w, y, x + w, y + h, x + w / 3, y + h]], "area": 0.9 * w * h})
+            objects[-1] |= {"image_id": image["id"], "bbox": [x, y, w, h], "iscrowd": 0}
+    objects[3] |= {"segmentation": {"size": [90, 120], "counts": [0, 1800, 9000]}, "area": 1800, "iscrowd": 1}
+    Image.new("RGB", (120, 90)).save(tmp_path / "5.png")
+    for number, entry in enumerate(objects):
+        entry |= {"id": 100 + number, "category_id": (4, 9)[number % 2]}
+    categories = [{"id": 9, "name": "cat"}, {"id": 4, "name": "boat"}]
+    path = tmp_path / "val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    return build_dataset({"name": "coco", "root": str(tmp_path), "images": ".", "annotations": path.name}, "val"), path
+
+
+@pytest.mark.parametrize("kind", ["shapes", "coco"])
+def test_against_pycocotools(dataset, kind, tmp_path):
     pycocotools = pytest.importorskip("pycocotools.coco", reason="needs the package pycocotools")
     from pycocotools.cocoeval import COCOeval
 
-    found = _shifted(dataset, 1, keep=0.8)
+    if kind == "coco":
+        dataset, path = _coco(tmp_path)
+    found = _shifted(dataset, 1 if kind == "shapes" else 4, keep=0.8)
     result = evaluate_instances(dataset, found)
-    wanted = pycocotools.COCO()
     with contextlib.redirect_stdout(io.StringIO()):
-        wanted.dataset = ground_truth(dataset)
-        wanted.createIndex()
+        wanted = pycocotools.COCO(*([path] if kind == "coco" else []))
+        if kind == "shapes":
+            wanted.dataset = ground_truth(dataset)
+            wanted.createIndex()
         run = COCOeval(wanted, wanted.loadRes([dict(entry) for entry in found]), "segm")
         run.evaluate(), run.accumulate(), run.summarize()
     for key, number in zip(instance_metrics.STATS, run.stats[:6], strict=True):
