@@ -352,11 +352,11 @@ def refine_mlp_triton(coarse: Tensor, features: Sequence[Tensor], head: HeadLaye
                 size = (*coarse.shape[:2], *step.size)
                 out = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
             if coarse.shape[0] > 0:
-                fine = point_sample_triton(features, step.coords, "bilinear", options.padding_mode, False)
+                fine = options.sample(point_sample_triton, features, step.coords)
                 layers(fine, step.coarse, step.indices, out)
             return out
 
-        return refine_loop(coarse, options, _OPERATORS, predict)
+        return refine_loop(coarse, features, options, _OPERATORS, predict)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_triton}

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../math/upsample.h"
@@ -187,12 +188,51 @@ void round_rows(A* rows, int64_t row_stride, int64_t points, int64_t channels, D
   }
 }
 
+// The class of each mask, copied and checked.
+std::vector<int64_t> classes_of(const at::Tensor& class_index, int64_t classes) {
+  std::vector<int64_t> of;
+  for (int64_t n = 0; n < class_index.size(0); ++n) {
+    of.push_back(class_index.const_data_ptr<int64_t>()[n * class_index.stride(0)]);
+    check_class(of.back(), n, classes);
+  }
+  return of;
+}
+
+// Masks of boxes: mask n reads the features of image[n] inside box[n], (x0, y0, x1, y1).
+struct Boxes {
+  std::vector<int64_t> image;
+  std::vector<std::array<float, 4>> box;
+
+  Boxes(const at::Tensor& image_index, const at::Tensor& boxes, int64_t images) {
+    const int64_t count = image_index.size(0);
+    const at::Tensor corners = boxes.detach().contiguous();
+    for (int64_t n = 0; n < count; ++n) {
+      image.push_back(image_index.const_data_ptr<int64_t>()[n * image_index.stride(0)]);
+      check_image(image.back(), n, images);  // the copy, which nobody writes to
+      std::copy_n(corners.const_data_ptr<float>() + 4 * n, 4, box.emplace_back().begin());
+    }
+  }
+
+  // Points of box n in its image.
+  void place(int64_t n, const float* xy, int64_t points, float* placed) const {
+    const std::array<float, 4>& b = box[n];
+    const float width = b[2] - b[0], height = b[3] - b[1];
+    for (int64_t p = 0; p < points; ++p) {
+      placed[2 * p] = b[0] + xy[2 * p] * width;
+      placed[2 * p + 1] = b[1] + xy[2 * p + 1] * height;
+    }
+  }
+};
+
 // What every block of points of one step shares. N images, C classes, `count` points of each image.
 template <typename A>
 struct StepArgs {
   const PackedHead<A>& head;
   const RefineOptions& options;
   const RefineCells& cells;
+  const Boxes* boxes;      // null: the features are those of the images themselves
+  const int64_t* classes;  // null: every class is written; else that of each image of the whole call
+  int64_t first;           // image of the whole call that is image 0 here
   std::vector<Gatherable> features;
   Gatherable source;       // of the coarse values
   const int64_t* indices;  // [N,count], null: every cell
@@ -219,6 +259,7 @@ class StepWorker {
   void run(int64_t image, int64_t first) {
     const RefineOptions& o = a_.options;
     const int64_t points = std::min(kMlpPoints, a_.cells.count - first);
+    int64_t image_of_features = image;
     if (a_.indices != nullptr) {
       std::copy_n(a_.indices + image * a_.cells.count + first, points, indices_.begin());
     } else {
@@ -232,13 +273,19 @@ class StepWorker {
     } else {
       gather(a_.source, image, first, points, coarse_, classes_);
     }
+    if (a_.boxes != nullptr) {
+      a_.boxes->place(a_.first + image, xy_.data(), points, xy_.data());
+      image_of_features = a_.boxes->image[a_.first + image];
+    }
     int64_t offset = o.coarse_first ? classes_ : 0;
     for (const Gatherable& feature : a_.features) {
-      gather(feature, image, first, points, buffers_[0] + offset, stride_);
+      gather(feature, image_of_features, first, points, buffers_[0] + offset, stride_);
       offset += feature.channels();
     }
     const A* values = run_layers(points);
-    write_values<A>(a_.target, image, indices_.data(), points, values, stride_, classes_);
+    const int64_t written = a_.classes == nullptr ? classes_ : 1;
+    if (a_.classes != nullptr) values += a_.classes[a_.first + image];
+    write_values<A>(a_.target, image, indices_.data(), points, values, stride_, written);
   }
 
  private:
@@ -282,9 +329,9 @@ class StepWorker {
 
 // Every image of one step. Images go in groups, so that what is sampled ahead stays small.
 template <typename A>
-void refine_points(const PackedHead<A>& head, at::TensorList features, const at::Tensor& source,
-                   const at::Tensor& indices, const at::Tensor& coords, const RefineCells& cells,
-                   const RefineOptions& o, const Target& target) {
+void refine_points(const PackedHead<A>& head, at::TensorList features, const Boxes* boxes, const int64_t* classes,
+                   const at::Tensor& source, const at::Tensor& indices, const at::Tensor& coords,
+                   const RefineCells& cells, const RefineOptions& o, const Target& target) {
   constexpr int64_t kAheadBytes = int64_t{32} << 20;
   const int64_t images = source.size(0), bytes = cells.count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
   const int64_t group = std::clamp<int64_t>(kAheadBytes / bytes, 1, images);
@@ -299,8 +346,11 @@ void refine_points(const PackedHead<A>& head, at::TensorList features, const at:
       }
       return from;
     };
-    StepArgs<A> args{head, o, cells, {}, prepare(source, !o.current_source), nullptr, target.from(first)};
-    for (const at::Tensor& feature : features) args.features.push_back(prepare(feature, true));
+    StepArgs<A> args{
+        head, o, cells, boxes, classes, first, {}, prepare(source, !o.current_source), nullptr, target.from(first)};
+    for (const at::Tensor& feature : features) {
+      args.features.push_back(boxes != nullptr ? Gatherable{feature, {}} : prepare(feature, true));
+    }
     if (indices.defined()) args.indices = indices.const_data_ptr<int64_t>() + first * cells.count;
     at::parallel_for(0, size * blocks, 1, [&](int64_t begin, int64_t end) {
       StepWorker<A> worker(args);
@@ -313,24 +363,41 @@ template <typename A>
 at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
                        const RefineOptions& o) {
   const PackedHead<A> head(weights, biases);
+  std::optional<Boxes> boxes;
+  std::vector<at::Tensor> maps = features.vec();
+  if (o.boxes.has_value()) {
+    boxes.emplace(*o.image_index, *o.boxes, features[0].size(0));
+    // A block of points lies in one box, so planes cannot be read in streams: channels side by side, once for all
+    // steps.
+    for (at::Tensor& map : maps) map = map.contiguous(at::MemoryFormat::ChannelsLast);
+  }
+  std::vector<int64_t> classes;
   at::Tensor current = coarse;
+  std::optional<at::Tensor> class_index = o.class_index;
+  if (o.single()) {
+    classes = classes_of(*o.class_index, coarse.size(1));
+    current = of_class(coarse, *o.class_index);
+    class_index.reset();  // of one class
+  }
   for (int64_t step = 0; step < o.steps; ++step) {
-    const RefineCells cells = refine_cells(current, step, o);
+    const RefineCells cells = refine_cells(coarse, step, o);
+    if (!cells.needed) continue;
     at::Tensor next, indices, coords;
     if (cells.every) {
-      next = empty_step(coarse, cells.labels, cells.height, cells.width);
+      next = empty_step(coarse, cells.labels, cells.height, cells.width, o);
     } else {
       std::tie(next, indices, coords) =
           cells.labels ? subdivide_labels_cpu(current, o.num_points, o.scale_factor, o.align_corners)
-                       : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, std::nullopt, true);
+                       : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, class_index, true);
     }
     if (coarse.size(0) > 0) {
-      refine_points<A>(head, features, o.current_source ? current : coarse, indices, coords, cells, o,
+      refine_points<A>(head, maps, boxes.has_value() ? &*boxes : nullptr, o.single() ? classes.data() : nullptr,
+                       o.current_source ? current : coarse, indices, coords, cells, o,
                        Target(next, dtype_of(coarse.scalar_type()), cells.labels));
     }
     current = std::move(next);
   }
-  return current;
+  return o.class_only && !o.single() ? of_class(current, *o.class_index) : current;
 }
 
 }  // namespace
@@ -338,11 +405,14 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
 at::Tensor refine_mlp_cpu(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorList features /*each [N,Cf,Hf,Wf]*/,
                           at::TensorList weights /*each [O,I]*/, at::TensorList biases /*each [O]*/, int64_t steps,
                           int64_t num_points, c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
-                          c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels) {
-  const RefineOptions options =
-      refine_options(coarse, features, weights, biases, steps, num_points, coarse_source, scale_factor, align_corners,
-                     padding_mode, coarse_each_layer, coarse_first, labels);
-  if (steps == 0) return unrefined(coarse, labels);
+                          c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels,
+                          const std::optional<at::Tensor>& class_index /*[N]*/, bool class_only,
+                          const std::optional<at::Tensor>& image_index /*[N]*/,
+                          const std::optional<at::Tensor>& boxes /*[N,4]*/) {
+  const RefineOptions options = refine_options(coarse, features, weights, biases, steps, num_points, coarse_source,
+                                               scale_factor, align_corners, padding_mode, coarse_each_layer,
+                                               coarse_first, labels, class_index, class_only, image_index, boxes);
+  if (steps == 0) return unrefined(coarse, labels, options);
   return refine_is_wide(coarse, features, weights) ? refine_loop<double>(coarse, features, weights, biases, options)
                                                    : refine_loop<float>(coarse, features, weights, biases, options);
 }
