@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rendseg._refine_loop import Operators, Step, refine_loop
-from rendseg.reference.refine import HeadLayers, RefineOptions, refine_steps, with_flat_arguments
+from rendseg.reference.refine import HeadLayers, RefineOptions, flat_arguments, refine_steps, with_flat_arguments
 from rendseg.reference.subdivide import label_dtype
 
 from ._bilinear import EXACT
@@ -333,8 +333,12 @@ _OPERATORS = Operators(
 def refine_mlp_triton(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
     """``rendseg::_refine_mlp``: logits ``[N, C, H, W]`` in the layout of ``coarse``, or labels ``[N, H, W]``.
 
-    For labels the logits of the last step are never stored. float64 runs the reference, operator by operator.
+    For labels the logits of the last step are never stored. float64 runs the reference, operator by operator. The maps
+    hold every class, also where one is asked for.
     """
+    if options.class_only:
+        whole = options._replace(class_only=False)
+        return options.of_class(refine_mlp_triton(*flat_arguments(coarse, features, head, whole)))
     coarse = coarse.detach()
     features = [feature.detach() for feature in features]
     layout = torch._prims_common.suggest_memory_format(coarse)

@@ -268,7 +268,7 @@ def _refine(d: Drawing) -> dict[str, Any]:
         maps = [d.logits(images, dtype, d.size(4)) for _ in maps]
         head = Head(sum(m.shape[1] for m in maps), coarse.shape[1], dtype, d.chance(0.7), d.generator)
         boxes = torch.rand(n, 4, generator=d.generator) * 1.4 - 0.2
-        masks = {"rois": (torch.randint(images, (n,), generator=d.generator), boxes)}
+        masks = {"rois": [torch.randint(images, (n,), generator=d.generator), boxes]}
     output = d.choose.choice(("logits", "labels"))
     if d.chance(0.3):
         masks["class_index"] = torch.randint(coarse.shape[1], (n,), generator=d.generator)

@@ -84,6 +84,21 @@ def test_masks_of_boxes_in_narrow_types(dtype: torch.dtype, isa: str) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=LOOSE[dtype], atol=LOOSE[dtype])
 
 
+@pytest.mark.parametrize("layers", [{}, {"each": False}, {"coarse_first": True}, {"hidden": ()}], ids=str)
+def test_more_points_than_pixels(layers: dict, isa: str) -> None:
+    """The first layer is then made for the pixels, in every order of the inputs."""
+    coarse, features, rois, classes = cases.roi_inputs(n=9, images=2)
+    head = cases.Head(8, 4, **layers).double()
+    for padding in ("zeros", "border"):
+        options = {"steps": 3, "num_points": 60, "padding_mode": padding, "rois": rois, "class_index": classes}
+        with torch.no_grad():
+            wanted = reference.refine(coarse, features, head, **options)
+            for maps in (features, [features[0].contiguous(memory_format=torch.channels_last)], [features[0].mT]):
+                wanted = reference.refine(coarse, maps, head, **options) if maps[0].shape[2] == 17 else wanted
+                got = refine(coarse, maps, head, **options)
+                torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_masks_of_boxes_with_gradients_and_compiled() -> None:
     coarse, features, rois, classes = cases.roi_inputs()
     head = cases.Head(8, 4).double()
@@ -105,6 +120,20 @@ def test_masks_of_boxes_with_gradients_and_compiled() -> None:
             compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
             arguments = (coarse, features, *rois, classes)
             torch.testing.assert_close(compiled(*arguments), masks(*arguments))
+
+    class Masks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, c: Tensor, f: Tensor, image_index: Tensor, boxes: Tensor, of: Tensor) -> Tensor:
+            rois = (image_index, boxes)
+            return refine(c, f, self.head, rois=rois, class_index=of, output="class", **options)
+
+    with torch.no_grad():
+        program = torch.export.export(Masks(), (coarse, features[0], *rois, classes))
+        exported = program.module()(coarse, features[0], *rois, classes)
+        assert torch.equal(exported, Masks()(coarse, features[0], *rois, classes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
