@@ -23,7 +23,8 @@ class Floor:
 
 @dataclass(frozen=True)
 class RefineWorkload:
-    """One refinement job: ``n`` images of ``classes`` channels, ``coarse`` (h, w), doubled ``steps`` times."""
+    """One refinement job: ``n`` maps of ``classes`` channels, ``coarse`` (h, w), doubled ``steps`` times. With
+    ``boxes`` the maps are masks of boxes in one image, whose features are read through them."""
 
     name: str
     n: int
@@ -37,15 +38,16 @@ class RefineWorkload:
     layers: int = 3
     # distinct feature pixels fetched per selected point (measured on the benchmark's own input where possible)
     pixels_per_point: float = 2.4
+    boxes: bool = False
 
     def output_size(self) -> tuple[int, int]:
         return self.coarse[0] << self.steps, self.coarse[1] << self.steps
 
     def points(self) -> int:
-        """Points evaluated per image over all steps (never more than the cells of a step)."""
-        return sum(
-            min(self.num_points, (self.coarse[0] << s) * (self.coarse[1] << s)) for s in range(1, self.steps + 1)
-        )
+        """Points evaluated per map over all steps: of those that predict every cell, the last alone is needed."""
+        cells = [(self.coarse[0] << s) * (self.coarse[1] << s) for s in range(1, self.steps + 1)]
+        whole = [count for count in cells if count <= self.num_points]
+        return sum(whole[-1:]) + self.num_points * (len(cells) - len(whole))
 
     def flops_per_point(self) -> int:
         """MLP with the coarse logits at every layer, predictor included."""
@@ -57,8 +59,9 @@ class RefineWorkload:
         height, width = self.output_size()
         coarse = self.n * self.classes * self.coarse[0] * self.coarse[1] * element_size
         # a feature pixel fetched once stays in cache, so the whole map is the most that is read
-        pixels = min(self.points() * self.pixels_per_point, self.feature_size[0] * self.feature_size[1])
-        features = self.n * pixels * self.feature_channels * element_size
+        maps = 1 if self.boxes else self.n
+        pixels = min(self.points() * self.n / maps * self.pixels_per_point, self.feature_size[0] * self.feature_size[1])
+        features = maps * pixels * self.feature_channels * element_size
         if output == "logits":
             out = self.n * self.classes * height * width * element_size
         else:
@@ -68,7 +71,7 @@ class RefineWorkload:
 
 W1 = RefineWorkload("W1", 1, 19, (256, 512), 2, 8192, (256, 512))
 W2 = RefineWorkload("W2", 16, 150, (32, 32), 4, 8096, (128, 128))
-W3 = RefineWorkload("W3", 100, 1, (7, 7), 5, 784, (14, 14), pixels_per_point=1.0)
+W3 = RefineWorkload("W3", 100, 1, (7, 7), 5, 784, (200, 336), pixels_per_point=1.0, boxes=True)
 
 
 def encode_forward(batch: int, channels: int, positions: int, codes: int, element_size: int) -> Floor:

@@ -3,7 +3,8 @@
 ``eager`` is the loop as the frameworks write it (interpolate, topk(2), topk, grid_sample, Conv1d, scatter);
 ``hand-tuned`` takes the second logit by amax, skips the sort of topk and reads channels_last features; ``compiled`` is
 torch.compile of ``eager``. W1 is one Cityscapes image (19 classes, 1024x2048), W2 a batch of ADE20K (150 classes,
-512x512), W3 instance masks (one class, 224x224); ``stages`` is the last step of W1 stage by stage. On the CPU W2 and W3
+512x512), W3 the masks (one class, 224x224) of 100 boxes in an image of 800x1344, of which ``eager`` is the loop of
+detectron2; ``stages`` is the last step of W1 stage by stage. On the CPU W2 and W3
 have fewer images, and --quick drops the last step of W2. On a GPU --quick takes fewer of our variants, and
 torch.compile has a row of its own, the last. The ceilings are those of ATen's own copy and GEMM, so a floor can be
 beaten.
@@ -43,7 +44,7 @@ def make_inputs(work: RefineWorkload, device: torch.device) -> tuple[Tensor, Ten
     coarse = 4 * F.interpolate(regions, size=(h, w), mode="bilinear") + 0.1 * torch.randn(
         work.n, work.classes, h, w, device=device
     )
-    features = torch.randn(work.n, work.feature_channels, *work.feature_size, device=device)
+    features = torch.randn(1 if work.boxes else work.n, work.feature_channels, *work.feature_size, device=device)
     head = PointHead(work.feature_channels, work.classes, work.hidden, work.layers, init="torch")
     return coarse, features, head.to(device).eval()
 
@@ -171,6 +172,90 @@ def whole(bench: Bench, work: RefineWorkload, title: str, with_compile: bool, bu
     """The float32 and the bfloat16 row, each for itself."""
     bench.run(title, whole_float32, bench, work, title, with_compile, budget_s)
     bench.run(f"{title}, bfloat16", whole_bfloat16, bench, work, title, with_compile, budget_s)
+
+
+def make_boxes(work: RefineWorkload, device: torch.device) -> Tensor:
+    """Objects of a twentieth to a half of each side of the image."""
+    torch.manual_seed(SEED + 1)
+    sides = 0.05 + 0.45 * torch.rand(work.n, 2, device=device)
+    corner = torch.rand(work.n, 2, device=device) * (1 - sides)
+    return torch.cat((corner, corner + sides), 1)
+
+
+def eager_masks(
+    coarse: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    head: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    num_points: int,
+    sort: bool = True,
+) -> Tensor:
+    """detectron2's loop for one image: from the largest grid that is predicted whole, which takes the steps before."""
+    n, side = coarse.shape[0], coarse.shape[2]
+    while 4 * side * side <= num_points and steps > 0:
+        side, steps = 2 * side, steps - 1
+    wide = coarse.float()
+    logits = coarse
+    for step in range(steps + 1):
+        if step == 0:
+            indices = torch.arange(side * side, device=coarse.device).expand(n, -1)
+        else:
+            side *= 2
+            logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+            indices = (-logits[:, 0].abs()).flatten(1).topk(num_points, dim=1, sorted=sort).indices
+        x = (indices % side).float() / side + 0.5 / side
+        y = torch.div(indices, side, rounding_mode="floor").float() / side + 0.5 / side
+        coords = torch.stack((x, y), dim=-1)
+        placed = boxes[:, None, :2] + coords * (boxes[:, None, 2:] - boxes[:, None, :2])
+        fine = F.grid_sample(features, (2 * placed - 1).reshape(1, 1, -1, 2), align_corners=False)
+        fine = fine.view(-1, n, indices.shape[1]).transpose(0, 1).to(coarse.dtype)
+        points = F.grid_sample(wide, (2 * coords - 1).unsqueeze(2), align_corners=False).squeeze(3).to(coarse.dtype)
+        values = head(fine, points)
+        if step == 0:
+            logits = values.reshape(n, 1, side, side)
+        else:
+            flat = logits.reshape(n, 1, side * side)
+            logits = flat.scatter_(2, indices.unsqueeze(1), values).view(n, 1, side, side)
+    return logits
+
+
+def masks(bench: Bench, work: RefineWorkload, title: str, half: bool, budget_s: float) -> None:
+    """Masks of boxes: the features of one image, read through them."""
+    device = bench.device
+    coarse, features, head = make_inputs(work, device)
+    boxes, image = make_boxes(work, device), torch.zeros(work.n, dtype=torch.int64, device=device)
+    steps, k = work.steps, work.num_points
+    want = eager_masks(coarse, features, boxes, head, steps, k)
+    dtype = torch.bfloat16 if half else torch.float32
+    coarse, features, head = coarse.to(dtype), features.to(dtype), head.to(dtype)
+    last = features.contiguous(memory_format=torch.channels_last)
+
+    def ours(called: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda c, f, b: refine(c, f, called, steps=steps, num_points=k, rois=(image, b))
+
+    def theirs(c: Tensor, f: Tensor, b: Tensor, sort: bool = True) -> Tensor:
+        return eager_masks(c, f.float(), b, head, steps, k, sort)  # grid_sample wants coordinates as wide as its input
+
+    candidates: dict[str, Candidate] = {
+        "eager": bench.cold(theirs, coarse, features, boxes),
+        "hand-tuned": bench.cold(lambda c, f, b: theirs(c, f, b, False), coarse, last, boxes),
+        "rendseg any head": bench.cold(ours(lambda fine, at: head(fine, at)), coarse, features, boxes),
+        "rendseg": bench.cold(ours(head), coarse, features, boxes),
+        "rendseg nhwc": bench.cold(ours(head), coarse, last, boxes),
+    }
+    candidates, twins = chosen(bench, candidates)
+    # As in the rows above: rounding may choose another cell, the more so in bfloat16.
+    height, width = work.output_size()
+    share = 0.5 if bench.rehearsal else 1e-3 + (2 * work.points() / (height * width) if half else 0)
+    tolerance = 0.25 if half else 3e-2 if bench.for_gpu else 1e-3
+    candidates, twins = checked(bench, title, candidates, want, tolerance, share, twins)
+    precision = "bf16" if half else "tf32" if bench.for_gpu else "fp32"
+    facts = facts_of(work, str(dtype).removeprefix("torch."))
+    floor = work.floor(2 if half else 4)
+    bench.compare(
+        title, candidates, floor=floor, precision=precision, memory=True, budget_s=budget_s, twins=twins, **facts
+    )
 
 
 def facts_of(work: RefineWorkload, dtype: str) -> dict[str, Any]:
@@ -461,7 +546,9 @@ def rows(bench: Bench) -> None:
         if bench.wants("W2"):
             whole(bench, second, f"W2 ({second.n} images)" if cpu else "W2", bench.args.compile, 3 if quick else 30)
         if bench.wants("W3"):
-            whole(bench, third, f"W3 ({third.n} masks)" if cpu else "W3", bench.args.compile, 2 if quick else 20)
+            title = f"W3 ({third.n} masks)" if cpu else "W3"
+            bench.run(title, masks, bench, third, title, False, 2 if quick else 20)
+            bench.run(f"{title}, bfloat16", masks, bench, third, f"{title}, bfloat16", True, 2 if quick else 20)
         if bench.wants("stages"):
             bench.run("stages of W1", stages, bench)
             bench.run("stages of W1 at points", stages_at_points, bench)
@@ -471,6 +558,8 @@ def rows(bench: Bench) -> None:
         bench.bar("W1 full logits against eager", bench.ratio("W1", "eager", "rendseg"), at_least=3)
         key = "rendseg labels" if cpu or not quick else "rendseg labels nhwc"
         bench.bar("W1 labels against eager (which stops at logits)", bench.ratio("W1", "eager", key), at_least=4.5)
+    if bench.wants("W3") and cpu:
+        bench.bar("W3 against eager", bench.ratio(f"W3 ({third.n} masks)", "eager", "rendseg"), at_least=4)
     if bench.wants("stages"):
         baseline = "interpolate+topk2+argmax"
         bench.bar(
@@ -497,7 +586,7 @@ def gpu_goals(bench: Bench, peaks: Mapping[str, int | None]) -> None:
         ("W2", "rendseg nhwc", 2.3),
         ("W2, bfloat16", "rendseg", 1.15),
         ("W2, bfloat16", "rendseg labels", 0.8),
-        ("W3, bfloat16", "rendseg", 0.32),
+        ("W3, bfloat16", "rendseg nhwc", 0.32),
         ("W1 subdivide", "rendseg", 0.070),  # 0.058 for the pass, 0.012 for the selection after it
     ):
         if bench.wants("stages" if "subdivide" in row else row[:2]):

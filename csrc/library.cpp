@@ -54,5 +54,6 @@ TORCH_LIBRARY(rendseg, m) {
   m.def(
       "_refine_mlp(Tensor coarse, Tensor[] features, Tensor[] weights, Tensor[] biases, int steps, int num_points, "
       "str coarse_source, int scale_factor, bool align_corners, str padding_mode, bool coarse_each_layer, "
-      "bool coarse_first, bool labels) -> Tensor");
+      "bool coarse_first, bool labels, Tensor? class_index=None, bool class_only=False, Tensor? image_index=None, "
+      "Tensor? boxes=None) -> Tensor");
 }

@@ -4,9 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gather.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "checks.h"
@@ -19,6 +21,11 @@ struct RefineOptions {
   bool current_source;  // the coarse features are cells of the step's upsampled map, not samples of the original one
   int64_t scale_factor;
   bool align_corners, border, coarse_each_layer, coarse_first, labels;
+  std::optional<at::Tensor> class_index;         // [N]: the uncertainty is that of one class
+  bool class_only;                               // the result holds that class alone
+  std::optional<at::Tensor> image_index, boxes;  // [N], [N,4]: the maps are masks of boxes of the feature maps
+  // Whether the maps of the loop hold one class: unless the head reads them.
+  bool single() const { return class_only && !current_source; }
 };
 
 // Every step must be a map that subdivide takes.
@@ -32,6 +39,27 @@ inline void check_growth(int64_t height, int64_t width, int64_t steps, int64_t s
     TORCH_CHECK_VALUE(countable(h, w), "steps must give fewer than 2^32 cells, got ", steps, " steps of ", scale,
                       " from ", height, " x ", width, ": step ", step, " has ", h, " x ", w);
   }
+}
+
+// boxes[N,4] in images[N], and the class of each.
+inline void check_rois(const at::Tensor& coarse, const at::Tensor& feature, const RefineOptions& o) {
+  if (o.class_index.has_value()) {
+    TORCH_CHECK_VALUE(!o.labels, "output must be \"logits\" or \"class\" with class_index: labels compare all classes");
+    check_same_device(*o.class_index, "class_index", coarse, "coarse");
+    check_index(*o.class_index, "class_index", &coarse, "coarse", coarse);
+    check_values(*o.class_index, coarse.size(1), check_class);
+  }
+  TORCH_CHECK_VALUE(!o.class_only || o.class_index.has_value(),
+                    "class_index must be given with output=\"class\", got None");
+  if (!o.boxes.has_value()) return;
+  check_same_device(*o.image_index, "image_index", coarse, "coarse");
+  check_index(*o.image_index, "image_index", &coarse, "coarse", coarse);
+  check_values(*o.image_index, feature.size(0), check_image);
+  check_strided(*o.boxes, "boxes");
+  TORCH_CHECK_TYPE(o.boxes->scalar_type() == at::kFloat, "boxes must be float32, got ", o.boxes->scalar_type());
+  TORCH_CHECK_VALUE(o.boxes->dim() == 2 && o.boxes->size(0) == coarse.size(0) && o.boxes->size(1) == 4,
+                    "boxes must have shape [N, 4] with N = ", coarse.size(0), " as in coarse, got ", o.boxes->sizes());
+  check_same_device(*o.boxes, "boxes", coarse, "coarse");
 }
 
 inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::TensorList weights,
@@ -52,14 +80,16 @@ inline void check_refine(const at::Tensor& coarse, at::TensorList features, at::
   for (size_t i = 0; i < features.size(); ++i) {
     const std::string name = "features[" + std::to_string(i) + "]";
     check_sampled_map(features[i], name.c_str());
-    TORCH_CHECK_VALUE(features[i].size(0) == coarse.size(0), name, " must have N = ", coarse.size(0),
-                      " as in coarse, got shape ", features[i].sizes());
+    const at::Tensor& like = o.boxes.has_value() ? features[0] : coarse;
+    TORCH_CHECK_VALUE(features[i].size(0) == like.size(0), name, " must have N = ", like.size(0), " as in ",
+                      o.boxes.has_value() ? "features[0]" : "coarse", ", got shape ", features[i].sizes());
     TORCH_CHECK_TYPE(features[i].scalar_type() == features[0].scalar_type(), name,
                      " must have the dtype of features[0] (", features[0].scalar_type(), "), got ",
                      features[i].scalar_type());
     check_same_device(features[i], name.c_str(), coarse, "coarse");
   }
   const int64_t channels = total_channels(features, "features");
+  check_rois(coarse, features[0], o);
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() == biases.size(),
                     "weights and biases must hold one tensor per layer, got ", weights.size(), " and ", biases.size());
   const at::ScalarType dtype = weights[0].scalar_type();
@@ -89,10 +119,15 @@ inline RefineOptions refine_options(const at::Tensor& coarse, at::TensorList fea
                                     at::TensorList biases, int64_t steps, int64_t num_points,
                                     c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
                                     c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first,
-                                    bool labels) {
+                                    bool labels, const std::optional<at::Tensor>& class_index, bool class_only,
+                                    const std::optional<at::Tensor>& image_index,
+                                    const std::optional<at::Tensor>& boxes) {
+  TORCH_CHECK_VALUE(image_index.has_value() == boxes.has_value(),
+                    "image_index and boxes must be given together, got one of them");
   const bool current = coarse_source == "current", border = padding_mode == "border";
-  const RefineOptions options{steps,  num_points,        current,      scale_factor, align_corners,
-                              border, coarse_each_layer, coarse_first, labels};
+  const RefineOptions options{steps,      num_points,        current,      scale_factor, align_corners,
+                              border,     coarse_each_layer, coarse_first, labels,       class_index,
+                              class_only, image_index,       boxes};
   check_refine(coarse, features, weights, biases, options, coarse_source, padding_mode);
   return options;
 }
@@ -101,13 +136,17 @@ inline RefineOptions refine_options(const at::Tensor& coarse, at::TensorList fea
 struct RefineCells {
   int64_t height, width, count;
   bool every;   // all of them: nothing is upsampled or selected
+  bool needed;  // false: the next step replaces every cell, and reads none
   bool labels;  // the step is the last, and writes labels
 };
 
-inline RefineCells refine_cells(const at::Tensor& previous, int64_t step, const RefineOptions& o) {
-  const int64_t height = previous.size(2) * o.scale_factor, width = previous.size(3) * o.scale_factor;
-  const bool every = o.num_points >= height * width;
-  return {height, width, every ? height * width : o.num_points, every, o.labels && step + 1 == o.steps};
+inline RefineCells refine_cells(const at::Tensor& coarse, int64_t step, const RefineOptions& o) {
+  int64_t height = coarse.size(2), width = coarse.size(3);
+  for (int64_t i = 0; i <= step; ++i) height *= o.scale_factor, width *= o.scale_factor;
+  const bool every = o.num_points >= height * width, last = step + 1 == o.steps;
+  // Divided, since a step that does not come need not fit into an integer.
+  const bool next = !last && o.num_points / o.scale_factor / o.scale_factor >= height * width;
+  return {height, width, every ? height * width : o.num_points, every, o.current_source || !next, o.labels && last};
 }
 
 // Whether the loop runs in float64.
@@ -121,14 +160,21 @@ inline bool refine_is_wide(const at::Tensor& coarse, at::TensorList features, at
 
 inline at::ScalarType label_dtype(int64_t classes) { return classes <= 256 ? at::kByte : at::kShort; }
 
+// map[N,C,H,W] -> [N,1,H,W], the class of each mask.
+inline at::Tensor of_class(const at::Tensor& map, const at::Tensor& class_index) {
+  return map.gather(1, class_index.view({-1, 1, 1, 1}).expand({-1, 1, map.size(2), map.size(3)}));
+}
+
 // The result of no step at all.
-inline at::Tensor unrefined(const at::Tensor& coarse, bool labels) {
+inline at::Tensor unrefined(const at::Tensor& coarse, bool labels, const RefineOptions& o) {
+  if (o.class_only) return of_class(coarse, *o.class_index);
   return labels ? coarse.argmax(1).to(label_dtype(coarse.size(1))) : coarse.clone();
 }
 
 // The map of a step that recomputes every cell, not yet filled: logits[N,C,H,W] or labels[N,H,W].
-inline at::Tensor empty_step(const at::Tensor& coarse, bool labels, int64_t height, int64_t width) {
-  const int64_t n = coarse.size(0), classes = coarse.size(1);
+inline at::Tensor empty_step(const at::Tensor& coarse, bool labels, int64_t height, int64_t width,
+                             const RefineOptions& o) {
+  const int64_t n = coarse.size(0), classes = o.single() ? 1 : coarse.size(1);
   if (labels) return at::empty({n, height, width}, coarse.options().dtype(label_dtype(classes)));
   return at::empty({n, classes, height, width}, coarse.options().memory_format(coarse.suggest_memory_format()));
 }

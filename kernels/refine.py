@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rendseg._refine_loop import Operators, Step, refine_loop
-from rendseg.reference.refine import HeadLayers, RefineOptions, refine_steps, with_flat_arguments
+from rendseg.reference.refine import HeadLayers, RefineOptions, flat_arguments, refine_steps, with_flat_arguments
 from rendseg.reference.subdivide import label_dtype
 
 from ._bilinear import EXACT
@@ -333,8 +333,12 @@ _OPERATORS = Operators(
 def refine_mlp_triton(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
     """``rendseg::_refine_mlp``: logits ``[N, C, H, W]`` in the layout of ``coarse``, or labels ``[N, H, W]``.
 
-    For labels the logits of the last step are never stored. float64 runs the reference, operator by operator.
+    For labels the logits of the last step are never stored. float64 runs the reference, operator by operator. The maps
+    hold every class, also where one is asked for.
     """
+    if options.class_only:
+        whole = options._replace(class_only=False)
+        return options.of_class(refine_mlp_triton(*flat_arguments(coarse, features, head, whole)))
     coarse = coarse.detach()
     features = [feature.detach() for feature in features]
     layout = torch._prims_common.suggest_memory_format(coarse)
@@ -352,11 +356,11 @@ def refine_mlp_triton(coarse: Tensor, features: Sequence[Tensor], head: HeadLaye
                 size = (*coarse.shape[:2], *step.size)
                 out = torch.empty(size, dtype=coarse.dtype, device=coarse.device, memory_format=layout)
             if coarse.shape[0] > 0:
-                fine = point_sample_triton(features, step.coords, "bilinear", options.padding_mode, False)
+                fine = options.sample(point_sample_triton, features, step.coords)
                 layers(fine, step.coarse, step.indices, out)
             return out
 
-        return refine_loop(coarse, options, _OPERATORS, predict)
+        return refine_loop(coarse, features, options, _OPERATORS, predict)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"_refine_mlp": refine_mlp_triton}

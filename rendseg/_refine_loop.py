@@ -39,23 +39,36 @@ class Step(NamedTuple):
 
 
 def refine_loop(
-    coarse: Tensor, options: RefineOptions, operators: Operators, predict: Callable[[Step], Tensor]
+    coarse: Tensor,
+    features: Sequence[Tensor],
+    options: RefineOptions,
+    operators: Operators,
+    predict: Callable[[Step], Tensor],
 ) -> Tensor:
     """``predict(step)`` returns the map of a step with its points predicted: logits ``[N, C, H, W]`` or labels."""
     scale, align = options.scale_factor, options.align_corners
+    options.check_indices(coarse, features)
     if options.steps == 0:
+        if options.class_only:
+            return options.of_class(coarse)
         return coarse.argmax(1).to(label_dtype(coarse.shape[1])) if options.labels else coarse.clone()
-    current = coarse
+    # Where the head does not read the map, the map may hold one class.
+    alone = options.class_only and options.coarse_source == "original"
+    current = options.of_class(coarse) if alone else coarse
+    class_index = None if alone else options.class_index
+    height, width = coarse.shape[2:]
     for number in range(options.steps):
         labels = options.labels and number + 1 == options.steps
-        height, width = current.shape[2] * scale, current.shape[3] * scale
+        height, width = height * scale, width * scale
+        if options.overwrites(number, height * width):
+            continue
         # A symbolic size is not compared: selecting all cells of a small image gives the same result.
         every = isinstance(height, int) and isinstance(width, int) and options.num_points >= height * width
         upsampled = indices = None
         if every:
             coords = operators.every_cell(coarse, height, width)
         else:
-            subdivide, rest = (operators.subdivide_labels, ()) if labels else (operators.subdivide, (None, True))
+            subdivide, rest = (operators.subdivide_labels, ()) if labels else (operators.subdivide, (class_index, True))
             upsampled, indices, coords = subdivide(current, options.num_points, scale, align, *rest)
         if options.coarse_source == "original":
             points = operators.point_sample([coarse], coords, "bilinear", options.padding_mode, False)
@@ -63,7 +76,7 @@ def refine_loop(
             cells = every_index(coarse, height * width) if indices is None else indices
             points = operators.upsample_cells(current, cells, scale, align)
         current = predict(Step(upsampled, indices, coords, points, (height, width), labels))
-    return current
+    return options.of_class(current) if options.class_only and not alone else current
 
 
 def call_head(
@@ -77,10 +90,12 @@ def call_head(
     """``predict`` of :func:`refine_loop` for any head; ``scatter(logits, indices, values)`` writes points to a map."""
 
     def predict(step: Step) -> Tensor:
-        fine = operators.point_sample(features, step.coords, "bilinear", options.padding_mode, False)
+        fine = options.sample(operators.point_sample, features, step.coords)
         values = head(fine, step.coarse)
         check_head_output(values, coarse, step.coords.shape[1])
         values = values.to(coarse.dtype)
+        if options.class_only and options.coarse_source == "original":
+            values = options.of_class(values)
         if step.labels:
             values = values.argmax(1).to(label_dtype(coarse.shape[1]))
         if step.map is None or step.indices is None:

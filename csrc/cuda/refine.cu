@@ -64,6 +64,12 @@ class Refiner {
       weights_.push_back(weights[l].detach().contiguous());
       biases_.push_back(biases[l].detach().contiguous());
     }
+    if (options.single()) class_index_ = options.class_index->contiguous();
+    if (options.boxes.has_value()) {
+      image_index_ = options.image_index->contiguous();
+      corners_ = options.boxes->detach().contiguous();
+      boxes_ = {data<int64_t>(image_index_), data<float>(corners_), features[0].size(0)};
+    }
   }
 
   at::Tensor run() {
@@ -71,21 +77,29 @@ class Refiner {
     const at::Tensor zeros = clear_for_steps();
     auto* zeroed = static_cast<unsigned char*>(zeros.mutable_data_ptr());
     at::Tensor current = coarse_;
+    std::optional<at::Tensor> class_index = options_.class_index;
+    if (options_.single()) {
+      current = of_class(coarse_, *options_.class_index);
+      class_index.reset();  // of one class
+    }
     for (int64_t step = 0; step < options_.steps; ++step) {
-      Cells cells{refine_cells(current, step, options_), {}, {}};
+      Cells cells{refine_cells(coarse_, step, options_), {}, {}};
+      if (!cells.needed) continue;
       at::Tensor next;
       if (cells.every) {
-        next = empty_step(coarse_, cells.labels, cells.height, cells.width);
+        next = empty_step(coarse_, cells.labels, cells.height, cells.width, options_);
       } else {
-        std::tie(next, cells.indices, cells.coords) = subdivide_step(
-            current, options_.num_points, options_.scale_factor, options_.align_corners, cells.labels, zeroed);
+        std::tie(next, cells.indices, cells.coords) =
+            subdivide_step(current, options_.num_points, options_.scale_factor, options_.align_corners, class_index,
+                           cells.labels, zeroed);
         zeroed += subdivide_zeroed_bytes(current.size(0), current.size(1), cells.height * cells.width, cells.labels);
       }
-      const RefineTarget target = refine_target(next, coarse_.scalar_type(), cells.labels);
+      RefineTarget target = refine_target(next, coarse_.scalar_type(), cells.labels);
+      if (options_.single()) target.class_index = data<int64_t>(class_index_);
       if (next.numel() > 0) fused ? run_fused(current, cells, target) : run_aten(current, cells, target);
       current = std::move(next);
     }
-    return current;
+    return options_.class_only && !options_.single() ? of_class(current, *options_.class_index) : current;
   }
 
  private:
@@ -172,6 +186,7 @@ class Refiner {
     step.count = cells.count;
     step.height = cells.height;
     step.width = cells.width;
+    step.boxes = boxes_;
     step.target = target;
     with_head_type([&]<typename H>() { run_refine_points<H>(launch_, head_, step); });
   }
@@ -210,6 +225,15 @@ class Refiner {
       coords = at::empty({images, points, 2}, options.dtype(at::kFloat));
       run_cell_centres(launch_, mutable_data<float>(coords), images, points, first, cells.height, cells.width);
     }
+    const auto sample_boxes = [&](const at::Tensor& map) {
+      const at::Tensor samples = at::empty({images, map.size(1), points}, options.dtype(map.scalar_type()));
+      const at::Tensor placed = coords.contiguous();
+      const RefineValues to{samples.mutable_data_ptr(), images, map.size(1), points, nullptr, 0, 0};
+      dispatch_floating(map.scalar_type(), "features", [&]<typename S>() {
+        run_sample_boxes<S>(launch_, map_view(map), boxes_, image, data<float>(placed), options_.border, to);
+      });
+      return samples;
+    };
     const auto sample = [&](std::vector<at::Tensor> maps) {
       for (at::Tensor& map : maps) map = map.narrow(0, image, images);
       return point_sample_cuda(maps, coords, "bilinear", options_.border ? "border" : "zeros", false).to(dtype_);
@@ -223,9 +247,16 @@ class Refiner {
       return samples.to(dtype_);
     };
     const at::Tensor coarse = options_.current_source ? read_upsampled() : sample({coarse_});
-    const at::Tensor logits = run_layers(sample(features_.vec()), coarse);
+    const auto sample_features = [&] {
+      if (!corners_.defined()) return sample(features_.vec());
+      std::vector<at::Tensor> samples;
+      for (const at::Tensor& map : features_) samples.push_back(sample_boxes(map));
+      return at::cat(samples, 1).to(dtype_);
+    };
+    const at::Tensor logits = run_layers(sample_features(), coarse);
     values.data = logits.mutable_data_ptr();
     target.data = static_cast<char*>(target.data) + image * target.stride_n * bytes_of_value(target);
+    if (target.class_index != nullptr) target.class_index += image;
     dispatch_floating(dtype_, "weights", [&]<typename V>() { run_write_values<V>(launch_, values, target); });
   }
 
@@ -257,6 +288,8 @@ class Refiner {
   std::vector<at::Tensor> weights_, biases_;
   RefineHead head_{};
   at::Tensor packed_;
+  at::Tensor class_index_, image_index_, corners_;  // of masks
+  RefineBoxes boxes_{};
 };
 
 }  // namespace
@@ -264,13 +297,16 @@ class Refiner {
 at::Tensor refine_mlp_cuda(const at::Tensor& coarse /*[N,C,h,w]*/, at::TensorList features /*each [N,Cf,Hf,Wf]*/,
                            at::TensorList weights /*each [O,I]*/, at::TensorList biases /*each [O]*/, int64_t steps,
                            int64_t num_points, c10::string_view coarse_source, int64_t scale_factor, bool align_corners,
-                           c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels) {
-  const RefineOptions options =
-      refine_options(coarse, features, weights, biases, steps, num_points, coarse_source, scale_factor, align_corners,
-                     padding_mode, coarse_each_layer, coarse_first, labels);
+                           c10::string_view padding_mode, bool coarse_each_layer, bool coarse_first, bool labels,
+                           const std::optional<at::Tensor>& class_index /*[N]*/, bool class_only,
+                           const std::optional<at::Tensor>& image_index /*[N]*/,
+                           const std::optional<at::Tensor>& boxes /*[N,4]*/) {
+  const RefineOptions options = refine_options(coarse, features, weights, biases, steps, num_points, coarse_source,
+                                               scale_factor, align_corners, padding_mode, coarse_each_layer,
+                                               coarse_first, labels, class_index, class_only, image_index, boxes);
   if (steps == 0) {
     CudaLaunch guard(coarse);
-    return unrefined(coarse, labels);
+    return unrefined(coarse, labels, options);
   }
   refine_is_wide(coarse, features, weights);
   return Refiner(coarse, features, weights, biases, options).run();

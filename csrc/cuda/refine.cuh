@@ -82,6 +82,30 @@ struct RefineTarget {
   Dtype dtype;          // of the logits, also where labels are written
   int32_t label_bytes;  // 0: logits
   int64_t stride_n, stride_c, stride_cell;
+  const int64_t* class_index = nullptr;  // [N]: of every image, only this class is written, as its only channel
+
+  __device__ int64_t class_of(int64_t n, int64_t classes) const {
+    const int64_t chosen = class_index[n];
+    RENDSEG_DEVICE_ASSERT(chosen >= 0 && chosen < classes, "class_index must lie in [0, C)");
+    return chosen;
+  }
+};
+
+// Masks of boxes: mask n reads the features of image_index[n], one of `images`, inside boxes[n], (x0, y0, x1, y1).
+struct RefineBoxes {
+  const int64_t* image_index;  // [N], null: mask n reads image n
+  const float* boxes;          // [N,4]
+  int64_t images;
+
+  __device__ int64_t image_of(int64_t n) const {
+    const int64_t image = image_index[n];
+    RENDSEG_DEVICE_ASSERT(image >= 0 && image < images, "image_index must lie in [0, B)");
+    return image;
+  }
+  __device__ float place_x(int64_t n, float x) const { return boxes[4 * n] + x * (boxes[4 * n + 2] - boxes[4 * n]); }
+  __device__ float place_y(int64_t n, float y) const {
+    return boxes[4 * n + 1] + y * (boxes[4 * n + 3] - boxes[4 * n + 1]);
+  }
 };
 
 struct RefineStep {
@@ -93,6 +117,7 @@ struct RefineStep {
   bool align_corners;
   const int64_t* indices;  // [images, count], null: every cell in order
   int64_t images, count, height, width;
+  RefineBoxes boxes;
   RefineTarget target;
 };
 
@@ -464,15 +489,20 @@ __device__ inline void locate_points(const RefineStep& step, int64_t first, Refi
       locate_upsampled(step, image, row, cell - row * step.width, point);
       continue;
     }
-    const AxisTaps<float> x = axis_taps(cell_centre(cell - row * step.width, step.width),
-                                        static_cast<int32_t>(map.width), step.border, false);
-    const AxisTaps<float> y =
-        axis_taps(cell_centre(row, step.height), static_cast<int32_t>(map.height), step.border, false);
+    float at_x = cell_centre(cell - row * step.width, step.width), at_y = cell_centre(row, step.height);
+    int64_t from = image;
+    if (step.boxes.image_index != nullptr && i >= kPoints) {
+      at_x = step.boxes.place_x(image, at_x);
+      at_y = step.boxes.place_y(image, at_y);
+      from = step.boxes.image_of(image);
+    }
+    const AxisTaps<float> x = axis_taps(at_x, static_cast<int32_t>(map.width), step.border, false);
+    const AxisTaps<float> y = axis_taps(at_y, static_cast<int32_t>(map.height), step.border, false);
     point.weight[0] = x.near * y.near;
     point.weight[1] = x.far * y.near;
     point.weight[2] = x.near * y.far;
     point.weight[3] = x.far * y.far;
-    point.offset = image * map.stride_n + y.cell * map.stride_y + x.cell * map.stride_x;
+    point.offset = from * map.stride_n + y.cell * map.stride_y + x.cell * map.stride_x;
     point.inside = static_cast<uint32_t>((x.has_near & y.has_near) | (x.has_far & y.has_near) << 1 |
                                          (x.has_near & y.has_far) << 2 | (x.has_far & y.has_far) << 3);
   }
@@ -622,7 +652,8 @@ __device__ inline uint32_t label_of(unsigned long long key) { return 0xffffffffu
 // Values to their cells, straight from the registers: eight ascending points of four channels in one store.
 template <typename H, int kRows>
 __device__ inline void write_logits(const float (&d)[kRows][kRefineWarpTiles][4], const RefineLayer& layer,
-                                    const RefineTarget& target, const int64_t* targets /*[kPoints]*/, int points,
+                                    const RefineTarget& target, const int64_t* targets /*[kPoints]*/,
+                                    const unsigned long long* keys /*[kPoints]: the class of the point*/, int points,
                                     int first, int tiles) {
   const int group = lane_id() / 4, in_group = lane_id() % 4;
   RENDSEG_UNROLL
@@ -638,8 +669,9 @@ __device__ inline void write_logits(const float (&d)[kRows][kRefineWarpTiles][4]
         for (int i = 0; i < 2; ++i) {
           const int c = (first + t) * 8 + 2 * in_group + i;
           if (t >= tiles || c >= layer.out) continue;
-          const float value = widen(narrow<H>(d[m][t][2 * half + i]));
-          store_rounded(target.data, cell + c * target.stride_c, value, target.dtype);
+          if (target.class_index != nullptr && static_cast<unsigned long long>(c) != keys[point]) continue;
+          const int64_t at = target.class_index != nullptr ? cell : cell + c * target.stride_c;
+          store_rounded(target.data, at, widen(narrow<H>(d[m][t][2 * half + i])), target.dtype);
         }
       }
     }
@@ -700,7 +732,12 @@ __global__ void __launch_bounds__(kRefineThreads, kRows > 4 ? 1 : 2)
   const int points = left < kPoints ? static_cast<int>(left) : kPoints;
 
   locate_points<kPoints>(step, first_point, taps, targets);
-  if (threadIdx.x < kPoints) keys[threadIdx.x] = 0;
+  if (threadIdx.x < kPoints) {
+    const int point = min(static_cast<int>(threadIdx.x), points - 1);
+    keys[threadIdx.x] = step.target.class_index == nullptr
+                            ? 0
+                            : step.target.class_of((first_point + point) / step.count, step.maps[0].channels);
+  }
   __syncthreads();
   for (int m = 0; m < step.map_count; ++m) {
     unsigned char* const to = rows + head.map_columns[m] * static_cast<int>(sizeof(H));
@@ -725,7 +762,7 @@ __global__ void __launch_bounds__(kRefineThreads, kRows > 4 ? 1 : 2)
         __syncthreads();  // all have read what is now replaced
         store_hidden<H, kRows>(d, head, layer, rows, first, mine);
       } else if (step.target.label_bytes == 0) {
-        write_logits<H, kRows>(d, layer, step.target, targets, points, first, mine);
+        write_logits<H, kRows>(d, layer, step.target, targets, keys, points, first, mine);
       } else {
         vote_labels<H, kRows>(d, layer, step.target.dtype, keys, first, mine);
       }
@@ -788,12 +825,38 @@ __global__ void __launch_bounds__(256) read_upsampled_kernel(UpsampledMap map, R
   }
 }
 
+// values = the features of masks from `first` on at coords[images, count, 2] of their boxes.
+template <typename S>
+__global__ void __launch_bounds__(256) sample_boxes_kernel(MapView map, RefineBoxes boxes, int64_t first,
+                                                           const float* coords, bool border, RefineValues values) {
+  using A = Acc<S>;
+  const int64_t of_image = values.channels * values.count;
+  for (int64_t i = global_thread(); i < values.images * of_image; i += global_threads()) {
+    const int64_t image = i / of_image, c = i % of_image / values.count, n = first + image;
+    const float* const at = coords + 2 * (image * values.count + i % values.count);
+    const auto x = axis_taps<A>(boxes.place_x(n, at[0]), static_cast<int32_t>(map.width), border, false);
+    const auto y = axis_taps<A>(boxes.place_y(n, at[1]), static_cast<int32_t>(map.height), border, false);
+    const S* const from = map.at<const S>(boxes.image_of(n), c);
+    A sum = 0;
+    RENDSEG_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      if ((t % 2 ? x.has_far : x.has_near) == 0 || (t / 2 ? y.has_far : y.has_near) == 0) continue;
+      const S value = from[(y.cell + t / 2) * map.stride_y + (x.cell + t % 2) * map.stride_x];
+      sum += widen(value) * ((t % 2 ? x.far : x.near) * (t / 2 ? y.far : y.near));
+    }
+    static_cast<S*>(values.data)[i] = narrow<S>(sum);
+  }
+}
+
 template <typename V>
 __global__ void __launch_bounds__(256) write_values_kernel(RefineValues values, RefineTarget target) {
   const int64_t of_image = values.channels * values.count;
   for (int64_t i = global_thread(); i < values.images * of_image; i += global_threads()) {
     const int64_t image = i / of_image, c = i % of_image / values.count, p = i % values.count;
-    const int64_t at = image * target.stride_n + c * target.stride_c + cell_of(values, image, p) * target.stride_cell;
+    const bool alone = target.class_index != nullptr;
+    if (alone && c != target.class_of(image, values.channels)) continue;
+    const int64_t at =
+        image * target.stride_n + (alone ? 0 : c * target.stride_c) + cell_of(values, image, p) * target.stride_cell;
     const V value = static_cast<const V*>(values.data)[i];
     if constexpr (std::is_same_v<V, double>) {
       static_cast<double*>(target.data)[at] = value;
@@ -860,6 +923,13 @@ void run_cell_centres(Launch& launch, float* coords, int64_t images, int64_t cou
 template <typename S, typename Launch>
 void run_read_upsampled(Launch& launch, const UpsampledMap& map, const RefineValues& values) {
   launch({blocks_for(values.images * values.channels * values.count), 256}, read_upsampled_kernel<S>, map, values);
+}
+
+template <typename S, typename Launch>
+void run_sample_boxes(Launch& launch, const MapView& map, const RefineBoxes& boxes, int64_t first, const float* coords,
+                      bool border, const RefineValues& values) {
+  launch({blocks_for(values.images * values.channels * values.count), 256}, sample_boxes_kernel<S>, map, boxes, first,
+         coords, border, values);
 }
 
 template <typename V, typename Launch>

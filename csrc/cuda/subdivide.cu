@@ -137,11 +137,12 @@ int64_t subdivide_zeroed_bytes(int64_t images, int64_t channels, int64_t cells, 
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_step(const at::Tensor& logits, int64_t num_points,
-                                                              int64_t scale_factor, bool align_corners, bool labels,
+                                                              int64_t scale_factor, bool align_corners,
+                                                              const std::optional<at::Tensor>& class_index, bool labels,
                                                               unsigned char* zeroed) {
-  check_subdivide(logits, num_points, std::nullopt, scale_factor);
+  check_subdivide(logits, num_points, class_index, scale_factor);
   if (labels) check_label_classes(logits);
-  return subdivide(logits, num_points, scale_factor, align_corners, std::nullopt,
+  return subdivide(logits, num_points, scale_factor, align_corners, class_index,
                    labels ? SubdivideWanted::kLabels : SubdivideWanted::kLogits, zeroed);
 }
 

@@ -6,6 +6,7 @@ from .decoder import Decoder, DecoderOutput
 from .deeplab import DeepLabV3, DeepLabV3Options, DeepLabV3Plus, DeepLabV3PlusOptions
 from .encnet import ENCNET_PRESETS, ENCNet, ENCNetOptions
 from .fcn import FCN, FCNOptions
+from .instances import PointRendMaskHead, paste_masks, pointrend_rcnn
 from .losses import dice_loss, focal_loss, lovasz_softmax_loss, ohem_loss, segmentation_loss
 from .options import (
     PRESETS,
@@ -47,6 +48,7 @@ __all__ = [
     "LossOptions",
     "ModelOptions",
     "PointRend",
+    "PointRendMaskHead",
     "PointRendOptions",
     "SegmentationOutput",
     "Segmenter",
@@ -66,7 +68,9 @@ __all__ = [
     "lovasz_softmax_loss",
     "ohem_loss",
     "parse_options",
+    "paste_masks",
     "pointrend_options",
+    "pointrend_rcnn",
     "presence_targets",
     "register_decoder",
     "se_loss",

@@ -165,10 +165,15 @@ def _unordered(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tens
     """``function`` of the upsampled map with a selection in no order, which has no effect inside refine."""
 
     def call(
-        logits: Tensor, num_points: int, scale_factor: int, align_corners: bool, *_: Any
+        logits: Tensor,
+        num_points: int,
+        scale_factor: int,
+        align_corners: bool,
+        class_index: Tensor | None = None,
+        *_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         fine = _upsample(logits, scale_factor, align_corners)
-        indices = _select(fine, num_points, None)
+        indices = _select(fine, num_points, class_index)
         return function(fine), indices, _centres(indices, fine.shape[2], fine.shape[3])
 
     return call
@@ -186,7 +191,11 @@ _OPERATORS = Operators(
 @with_flat_arguments
 def refine_mlp(coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions) -> Tensor:
     return refine_loop(
-        coarse, options, _OPERATORS, call_head(head.predict, coarse, features, options, _OPERATORS, scatter_points)
+        coarse,
+        features,
+        options,
+        _OPERATORS,
+        call_head(head.predict, coarse, features, options, _OPERATORS, scatter_points),
     )
 
 

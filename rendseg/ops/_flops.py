@@ -30,7 +30,10 @@ def _refine_mlp(
 ) -> int:  # fmt: skip
     """The layers ``[O, I]`` of the head at the points of every step."""
     n, height, width = coarse[0], coarse[2], coarse[3]
-    points = sum(min(num_points, height * width * scale_factor ** (2 * step)) for step in range(1, steps + 1))
+    cells = [height * width * scale_factor ** (2 * step) for step in range(1, steps + 1)]
+    if coarse_source == "original":  # of the steps that predict every cell, the last alone is run
+        cells = cells[max(0, sum(count <= num_points for count in cells) - 1) :]
+    points = sum(min(num_points, count) for count in cells)
     return 2 * n * points * sum(map(prod, weights))
 
 

@@ -74,7 +74,9 @@ def num_points(value: int) -> None:
         raise ValueError(f"num_points must be positive, got {value}")
 
 
-def index(values: Tensor, name: str, like: Tensor | None, like_name: str, logits: Tensor) -> None:
+def index(
+    values: Tensor, name: str, like: Tensor | None, like_name: str, logits: Tensor, logits_name: str = "logits"
+) -> None:
     """``[N]`` int64 on the device of ``logits``, with the N of ``like`` if that is given."""
     strided(values, name)
     if values.dtype != torch.int64:
@@ -82,7 +84,7 @@ def index(values: Tensor, name: str, like: Tensor | None, like_name: str, logits
     if values.dim() != 1 or (like is not None and values.shape[0] != like.shape[0]):
         wanted = "" if like is None else f" with N = {like.shape[0]} as in {like_name}"
         raise ValueError(f"{name} must have shape [N]{wanted}, got {shape_of(values)}")
-    same_device(values, name, logits, "logits")
+    same_device(values, name, logits, logits_name)
 
 
 def class_index(classes: Tensor | None, of: Tensor, image_index: Tensor | None = None) -> None:

@@ -1,4 +1,7 @@
-"""The inference loop: PointRend (Kirillov et al. 2020), section 3.1. N images, C classes, h w coarse grid, P points."""
+"""The inference loop: PointRend (Kirillov et al. 2020), section 3.1. N images, C classes, h w coarse grid, P points.
+
+With ``rois`` the N maps are masks of boxes in B images.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,30 @@ def _check_growth(height: int, width: int, steps: int, scale: int) -> None:
             )
 
 
+class Rois(NamedTuple):
+    """N boxes ``(x0, y0, x1, y1)`` in ``[0, 1]`` of the feature maps, and the image of each."""
+
+    image_index: Tensor  # [N]
+    boxes: Tensor  # [N, 4]
+
+    def place(self, coords: Tensor) -> Tensor:
+        """Points ``[N, P, 2]`` of the boxes in the images."""
+        lower, upper = self.boxes[:, None, :2], self.boxes[:, None, 2:]
+        return lower + coords * (upper - lower)
+
+    def check_with(self, coarse: Tensor) -> None:
+        check.index(self.image_index, "image_index", coarse, "coarse", coarse, "coarse")
+        check.strided(self.boxes, "boxes")
+        if self.boxes.dtype != torch.float32:
+            raise TypeError(f"boxes must be float32, got {self.boxes.dtype}")
+        count = coarse.shape[0]
+        if self.boxes.dim() != 2 or self.boxes.shape[0] != count or self.boxes.shape[1] != 4:
+            raise ValueError(
+                f"boxes must have shape [N, 4] with N = {count} as in coarse, got {check.shape_of(self.boxes)}"
+            )
+        check.same_device(self.boxes, "boxes", coarse, "coarse")
+
+
 class RefineOptions(NamedTuple):
     """How :func:`refine` goes; the names are its arguments."""
 
@@ -73,6 +100,46 @@ class RefineOptions(NamedTuple):
     align_corners: bool
     padding_mode: str
     labels: bool
+    class_index: Tensor | None
+    class_only: bool
+    rois: Rois | None
+
+    def overwrites(self, step: int, cells: int) -> bool:
+        """Whether the step after ``step``, which has ``cells``, predicts every cell, and no coarse value is read from
+        the map of ``step``: that map is not needed."""
+        if self.coarse_source != "original" or step + 1 >= self.steps or not isinstance(cells, int):
+            return False
+        return self.num_points >= cells * self.scale_factor**2
+
+    def sample(self, point_sample: Callable[..., Tensor], features: Sequence[Tensor], coords: Tensor) -> Tensor:
+        """The features ``[N, Cf, P]`` at the points of a step, with ``point_sample`` of any backend."""
+        if self.rois is None:
+            return point_sample(features, coords, "bilinear", self.padding_mode, False)
+        count, points = coords.shape[:2]
+        images, image = features[0].shape[0], self.rois.image_index
+        flat = self.rois.place(coords).reshape(1, -1, 2)
+        # Indexing refuses an image that is not there, on a GPU too.
+        out = features[0].new_zeros((images, sum(f.shape[1] for f in features), 1))[image].expand(-1, -1, points)
+        for b in range(images):  # every image at all points: which of them are its own is known to the device alone
+            sampled = point_sample([f[b : b + 1] for f in features], flat, "bilinear", self.padding_mode, False)
+            sampled = sampled.view(sampled.shape[1], count, points).transpose(0, 1)
+            out = sampled if images == 1 else torch.where((image == b).view(-1, 1, 1), sampled, out)
+        return out
+
+    def of_class(self, values: Tensor) -> Tensor:
+        """``[N, C, ...]`` to ``[N, 1, ...]``: the class of each mask."""
+        assert self.class_index is not None
+        index = self.class_index.view(-1, *[1] * (values.dim() - 1))
+        return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
+
+    def check_indices(self, coarse: Tensor, features: Sequence[Tensor]) -> None:
+        """Indices on the CPU; a graph that is compiled has no values yet."""
+        if torch.compiler.is_compiling():
+            return
+        if self.rois is not None:
+            check.in_range(self.rois.image_index, "image_index", features[0].shape[0], "B")
+        if self.class_index is not None:
+            check.in_range(self.class_index, "class_index", coarse.shape[1], "C")
 
     def check_with(self, coarse: Tensor, features: Sequence[Tensor]) -> None:
         check.logits(coarse, "coarse")
@@ -82,14 +149,23 @@ class RefineOptions(NamedTuple):
         resolve_steps(coarse, self.steps, None, self.scale_factor)
         if self.labels:
             label_dtype(coarse.shape[1])
+            if self.class_index is not None:
+                raise ValueError('output must be "logits" or "class" with class_index: labels compare all classes')
+        if self.class_only and self.class_index is None:
+            raise ValueError('class_index must be given with output="class", got None')
+        if self.class_index is not None:
+            check.index(self.class_index, "class_index", coarse, "coarse", coarse, "coarse")
+        if self.rois is not None:
+            self.rois.check_with(coarse)
         if not features:
             raise ValueError("features must hold at least one tensor, got an empty list")
         for i, feature in enumerate(features):
             name = f"features[{i}]"
             check.sampled_map(feature, name)
-            if feature.shape[0] != coarse.shape[0]:
+            like, like_name = (coarse, "coarse") if self.rois is None else (features[0], "features[0]")
+            if feature.shape[0] != like.shape[0]:
                 raise ValueError(
-                    f"{name} must have N = {coarse.shape[0]} as in coarse, got shape {check.shape_of(feature)}"
+                    f"{name} must have N = {like.shape[0]} as in {like_name}, got shape {check.shape_of(feature)}"
                 )
             if feature.dtype != features[0].dtype:
                 raise TypeError(f"{name} must have the dtype of features[0] ({features[0].dtype}), got {feature.dtype}")
@@ -192,12 +268,20 @@ def refine(
     align_corners: bool = False,
     padding_mode: str = "zeros",
     output: str = "logits",
+    rois: Sequence[Tensor] | None = None,
+    class_index: Tensor | None = None,
 ) -> Tensor:
     """Subdivide, gather, ``head(fine [N, Cf, P], coarse [N, C, P]) -> [N, C, P]``, scatter, repeat.
 
     With ``coarse_source="current"`` the coarse values are the selected cells of the step's upsampled map, before the
     scatter. Sampling that map at the points reads these cells, since the points are their centres; reading them
     directly leaves no rounded position between, so a kernel that interpolates as ``subdivide`` does has the same bits.
+
+    With ``rois = (image_index [N], boxes [N, 4])`` point p of mask n reads the features ``[B, Cf, Hf, Wf]`` of image
+    ``image_index[n]`` at ``box_min + p * (box_max - box_min)``. With ``class_index`` the uncertainty is that of one
+    class, ``-|logit|``; ``output="class"`` returns the logits of that class alone, ``[N, 1, H, W]``. A step that
+    recomputes every cell is left out where the next one does so too and the coarse values come from the original map:
+    nothing of it would remain.
     """
     maps, options = resolve_options(
         coarse,
@@ -210,6 +294,8 @@ def refine(
         align_corners,
         padding_mode,
         output,
+        rois,
+        class_index,
     )
     return refine_steps(coarse, maps, head, options)
 
@@ -225,30 +311,48 @@ def resolve_options(
     align_corners: bool,
     padding_mode: str,
     output: str,
+    rois: Sequence[Tensor] | None,
+    class_index: Tensor | None,
 ) -> tuple[list[Tensor], RefineOptions]:
     """Checked arguments of :func:`refine`: the maps, and the options."""
     maps = [features] if isinstance(features, Tensor) else list(features)
-    check.option(output, "output", ("logits", "labels"))
+    check.option(output, "output", ("logits", "labels", "class"))
     check.logits(coarse, "coarse")
     steps = resolve_steps(coarse, steps, output_size, scale_factor)
-    labels = output == "labels"
-    options = RefineOptions(steps, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels)
+    if rois is not None and len(rois) != 2:
+        raise ValueError(f"rois must be (image_index [N], boxes [N, 4]), got {len(rois)} tensors")
+    options = RefineOptions(
+        steps,
+        num_points,
+        coarse_source,
+        scale_factor,
+        align_corners,
+        padding_mode,
+        output == "labels",
+        class_index,
+        output == "class",
+        None if rois is None else Rois(*rois),
+    )
     options.check_with(coarse, maps)
     return maps, options
 
 
 def refine_steps(coarse: Tensor, features: Sequence[Tensor], head: Head, options: RefineOptions) -> Tensor:
     """:func:`refine` with its options checked: the definition."""
-    _, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels = options
+    _, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels, class_index, *_ = options
+    options.check_indices(coarse, features)
     current = coarse.clone()
-    for _ in range(options.steps):
+    height, width = coarse.shape[2:]
+    for step in range(options.steps):
         previous = current
-        height, width = previous.shape[2] * scale_factor, previous.shape[3] * scale_factor
+        height, width = height * scale_factor, width * scale_factor
+        if options.overwrites(step, height * width):
+            continue
         every = num_points >= height * width  # every cell is recomputed, so nothing is selected
         if every:
             coords = every_cell(coarse, height, width)
         else:
-            fine, indices, coords = subdivide(previous, num_points, scale_factor, align_corners)
+            fine, indices, coords = subdivide(previous, num_points, scale_factor, align_corners, class_index)
         if coarse_source == "original":
             points = point_sample(coarse, coords, padding_mode=padding_mode)
         elif every:
@@ -256,7 +360,7 @@ def refine_steps(coarse: Tensor, features: Sequence[Tensor], head: Head, options
         else:
             assert fine is not None
             points = fine.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, fine.shape[1], -1))
-        values = head(point_sample(features, coords, padding_mode=padding_mode), points)
+        values = head(options.sample(point_sample, features, coords), points)
         check_head_output(values, coarse, coords.shape[1])
         values = values.to(coarse.dtype)
         if every:
@@ -266,7 +370,7 @@ def refine_steps(coarse: Tensor, features: Sequence[Tensor], head: Head, options
             current = scatter_points(fine, indices, values)
     if labels:
         return current.argmax(1).to(label_dtype(coarse.shape[1]))
-    return current
+    return options.of_class(current) if options.class_only else current
 
 
 def with_flat_arguments(
@@ -288,9 +392,27 @@ def with_flat_arguments(
         coarse_each_layer: bool,
         coarse_first: bool,
         labels: bool,
+        class_index: Tensor | None,
+        class_only: bool,
+        image_index: Tensor | None,
+        boxes: Tensor | None,
     ) -> Tensor:
         head = HeadLayers(weights, biases, coarse_each_layer, coarse_first)
-        options = RefineOptions(steps, num_points, coarse_source, scale_factor, align_corners, padding_mode, labels)
+        if (image_index is None) != (boxes is None):
+            raise ValueError("image_index and boxes must be given together, got one of them")
+        rois = None if image_index is None or boxes is None else Rois(image_index, boxes)
+        options = RefineOptions(
+            steps,
+            num_points,
+            coarse_source,
+            scale_factor,
+            align_corners,
+            padding_mode,
+            labels,
+            class_index,
+            class_only,
+            rois,
+        )
         options.check_with(coarse, features)
         head.check_with(coarse, features)
         return function(coarse, features, head, options)
@@ -303,8 +425,10 @@ def flat_arguments(
     coarse: Tensor, features: Sequence[Tensor], head: HeadLayers, options: RefineOptions
 ) -> tuple[Any, ...]:
     """The arguments of ``rendseg::_refine_mlp``: what :func:`with_flat_arguments` takes apart again."""
-    *rest, labels = options
-    return (coarse, features, head.weights, head.biases, *rest, head.coarse_each_layer, head.coarse_first, labels)
+    *rest, labels, class_index, class_only, rois = options
+    joining = (head.coarse_each_layer, head.coarse_first)
+    found = (None, None) if rois is None else rois
+    return (coarse, features, head.weights, head.biases, *rest, *joining, labels, class_index, class_only, *found)
 
 
 @with_flat_arguments

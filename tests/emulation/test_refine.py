@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import cases_refine as cases  # noqa: E402
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+ROIS = list(cases.roi_cases())
 CASES = [case for case in cases.refine_cases() if case[0] != "output size"]
 LOOSE = {F64: 1e-9, F32: 1e-4, "tf32": 2e-2, F16: 2e-2, BF16: 1e-1}
 # (coarse, features, head): what modules in one dtype give, and what autocast gives.
@@ -136,6 +137,50 @@ def test_shared_cases(emulated, name: str, made: dict, layers: dict, kwargs: dic
     for other in results[1:]:  # the kernels sum in one order whatever the layout and the schedule
         if dtypes[2] != F64:
             assert torch.equal(other, results[0])
+
+
+@pytest.mark.parametrize("name, made, kwargs", ROIS, ids=[case[0] for case in ROIS])
+def test_masks_of_boxes(emulated, name: str, made: dict, kwargs: dict) -> None:
+    """The whole loop in float64, and a step of every cell, which no rounding can shift, in the types that are fused."""
+    for seed, dtype in enumerate((F64, F32, F16, BF16)):
+        emulated.seed(seed)
+        coarse, features, rois, classes = cases.roi_inputs(**made)
+        coarse, features = (
+            coarse.to(dtype),
+            [as_laid_out(f.to(dtype), ("contiguous", "channels_last")[seed % 2]) for f in features],
+        )
+        head = cases.Head(sum(f.shape[1] for f in features), coarse.shape[1]).to(dtype)
+        steps, points = (kwargs["steps"], kwargs["num_points"]) if dtype == F64 else (2, 144)
+        source, padding = kwargs.get("coarse_source", "original"), kwargs.get("padding_mode", "zeros")
+        got = emulated.ops._refine_mlp(
+            coarse, features, [w.detach() for w in head.weights], [b.detach() for b in head.biases], steps, points,
+            source, 2, False, padding, True, False, False, classes, False, *rois,
+        )  # fmt: skip
+        wanted = reference.refine(
+            coarse.double(), [f.double() for f in features], head.double(), steps=steps, num_points=points,
+            coarse_source=source, padding_mode=padding, rois=rois, class_index=classes,
+        )  # fmt: skip
+        within = tolerance((dtype,) * 3)
+        torch.testing.assert_close(got.double(), wanted, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_one_class_of_each_mask(emulated, dtype: torch.dtype) -> None:
+    """Its logit is the uncertainty, and it may be all that is written."""
+    coarse, features, rois, classes = cases.roi_inputs(side=8)
+    coarse, features, head = coarse.to(dtype), [f.to(dtype) for f in features], cases.Head(8, 4).to(dtype)
+    fine, indices, _ = emulated.ops.subdivide(coarse, 30, 2, False, classes)
+    layers = ([w.detach() for w in head.weights], [b.detach() for b in head.biases])
+    rest = ("original", 2, False, "zeros", True, False, False, classes)
+    got = emulated.ops._refine_mlp(coarse, features, *layers, 1, 30, *rest, False, *rois)
+    changed = (got != fine).any(1).flatten(1)
+    assert torch.equal(changed, torch.zeros_like(changed).scatter(1, indices, True))
+    for steps in (0, 2):
+        whole, alone = (
+            emulated.ops._refine_mlp(coarse, features, *layers, steps, 300, *rest, only, *rois)
+            for only in (False, True)
+        )
+        assert torch.equal(alone[:, 0], whole[torch.arange(5), classes])
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
@@ -279,7 +324,7 @@ def test_which_path_runs(emulated, monkeypatch) -> None:
         before = emulated.launches()
         every.run()
         launches = emulated.launches() - before
-        assert launches == 3 if fused else launches > 3  # the packing and two steps
+        assert launches == 2 if fused else launches > 2  # the packing and the last step, which replaces the first
         every.check(within)
         for how in ("contiguous", "channels_last"):
             for source in ("original", "current"):

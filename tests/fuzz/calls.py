@@ -262,6 +262,17 @@ def _refine(d: Drawing) -> dict[str, Any]:
     size: dict[str, Any] = {"steps": steps}
     if steps and d.chance(0.3):
         size = {"output_size": (coarse.shape[2] * side, coarse.shape[3] * side)}
+    masks: dict[str, Any] = {}
+    if d.chance(0.3):  # of boxes, some of them partly off the map
+        images = d.size(3)
+        maps = [d.logits(images, dtype, d.size(4)) for _ in maps]
+        head = Head(sum(m.shape[1] for m in maps), coarse.shape[1], dtype, d.chance(0.7), d.generator)
+        boxes = torch.rand(n, 4, generator=d.generator) * 1.4 - 0.2
+        masks = {"rois": [torch.randint(images, (n,), generator=d.generator), boxes]}
+    output = d.choose.choice(("logits", "labels"))
+    if d.chance(0.3):
+        masks["class_index"] = torch.randint(coarse.shape[1], (n,), generator=d.generator)
+        output = d.choose.choice(("logits", "class"))
     return {
         "coarse": coarse,
         "features": maps[0] if len(maps) == 1 and d.chance(0.7) else maps,
@@ -272,7 +283,8 @@ def _refine(d: Drawing) -> dict[str, Any]:
         "scale_factor": factor,
         "align_corners": d.chance(0.3),
         "padding_mode": d.choose.choice(("zeros", "border")),
-        "output": d.choose.choice(("logits", "labels")),
+        "output": output,
+        **masks,
     }
 
 

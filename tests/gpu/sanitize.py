@@ -131,6 +131,17 @@ def refinement(make: Inputs) -> None:
                 num_points=200,
                 output=output,
             )
+        for output in ("logits", "class"):  # masks of boxes
+            ops.refine(
+                make.tensor(5, 19, 7, 7),
+                features,
+                head,
+                steps=2,
+                num_points=200,
+                rois=(make.integers(2, 5), make.uniform(5, 4)),
+                class_index=make.integers(19, 5),
+                output=output,
+            )
 
 
 RUN = {"selection": selection, "points": points, "encoding": encoding, "refinement": refinement}

@@ -549,6 +549,16 @@ def case_refine(c: Case) -> Iterator[Measure]:
             labels = refine(held, maps, called, steps=2, num_points=points, output="labels")
             yield c.exact(f"{what}, labels against its own logits", labels.long(), deep.argmax(1).cpu())
             yield f"{what}, values that are not finite", float((~deep.isfinite()).sum()), 0.0
+            boxes = torch.tensor([[0.1, 0.2, 0.9, 0.7], [0.3, -0.1, 0.6, 1.1]])
+            rois, own = (torch.tensor([1, 0]), boxes), torch.tensor([classes - 1, 0])
+            options = {"steps": 1, "num_points": 4 * h * w, "class_index": own.to(c.device), "output": "class"}
+            masks = refine(held, maps, called, rois=[t.to(c.device) for t in rois], **options)
+            placed = boxes[:, None, :2] + at * (boxes[:, None, 2:] - boxes[:, None, :2])
+            answer = wide(
+                reference.point_sample(features.double()[rois[0]], placed.double()),
+                reference.point_sample(coarse.double(), at.double()),
+            )[torch.arange(2), own].view(2, 1, 2 * h, 2 * w)
+            yield f"{what}, through boxes", c.compare("", masks, answer)[1], loose * largest
 
 
 RUN: dict[str, Callable[[Case], Iterator[Measure]]] = {

@@ -101,6 +101,83 @@ def refine_cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[s
     yield "no step", {}, {}, {"steps": 0, "num_points": 5}
 
 
+def roi_inputs(
+    n: int = 5, images: int = 3, classes: int = 4, side: int = 3, channels: tuple[int, ...] = (8,), seed: int = 0
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor], Tensor]:
+    """``(coarse, features, rois, class_index)`` in float64: boxes in every image but the second, some of them partly
+    off the map or of another orientation."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(n, classes, side, side, generator=generator, dtype=torch.float64) * 3
+    features = [
+        torch.randn(images, c, 12 >> i, 17 >> i, generator=generator, dtype=torch.float64)
+        for i, c in enumerate(channels)
+    ]
+    image_index = torch.arange(n).flip(0) % images
+    image_index[image_index == 1] = 0
+    corner = torch.rand(n, 2, generator=generator) * 0.6
+    boxes = torch.cat((corner, corner + 0.1 + torch.rand(n, 2, generator=generator) * 0.5), 1)
+    boxes[:1] = torch.tensor([0.9, -0.2, 0.3, 1.1])
+    return coarse, features, (image_index, boxes), torch.arange(n) % classes
+
+
+def roi_cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """``(name, roi_inputs(...), refine(...))`` keyword arguments."""
+    plain = {"steps": 3, "num_points": 40}
+    yield "boxes", {}, plain
+    yield "two whole steps", {}, {"steps": 4, "num_points": 150}
+    yield "one image, two maps", {"images": 1, "channels": (8, 3)}, plain
+    yield "border padding", {}, plain | {"padding_mode": "border"}
+    yield "current coarse, every cell", {}, {"steps": 2, "num_points": 200, "coarse_source": "current"}
+    yield "no box", {"n": 0}, plain
+
+
+def instance_masks(
+    coarse: Tensor,
+    features: list[Tensor],
+    head: nn.Module,
+    rois: tuple[Tensor, Tensor],
+    class_index: Tensor,
+    steps: int,
+    num_points: int,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Masks of objects as detectron2 makes them, written out: begin with the largest grid of which every cell is
+    predicted anyway, then upsample and predict the most uncertain cells, image by image."""
+    image_index, boxes = rois
+    n, _, side, _ = coarse.shape
+    while 4 * side * side <= num_points and steps > 0:
+        side, steps = 2 * side, steps - 1
+    logits = None
+    for _ in range(steps + 1):
+        if logits is None:
+            cells = torch.arange(side * side).expand(n, -1)
+        else:
+            side *= 2
+            logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+            cells = (-logits[torch.arange(n), class_index].abs()).flatten(1).topk(num_points, dim=1).indices
+        at = torch.stack((cells % side + 0.5, cells // side + 0.5), -1) / side
+        placed = boxes[:, None, :2] + at * (boxes[:, None, 2:] - boxes[:, None, :2])
+
+        def sample(maps: Tensor, points: Tensor) -> Tensor:
+            grid = (2 * points.to(maps.dtype) - 1).unsqueeze(2)
+            return F.grid_sample(maps, grid, padding_mode=padding_mode, align_corners=False)[..., 0]
+
+        fine = coarse.new_zeros(n, sum(f.shape[1] for f in features), cells.shape[1])
+        for image in range(features[0].shape[0]):
+            own = image_index == image
+            for i in own.nonzero().flatten().tolist():
+                maps = [f[image : image + 1] for f in features]
+                fine[i] = torch.cat([sample(m, placed[i : i + 1]) for m in maps], 1)[0]
+        values = head(fine, sample(coarse, at))
+        if logits is None:
+            logits = values.unflatten(2, (side, side))
+        else:
+            where = cells.unsqueeze(1).expand_as(values)
+            logits = logits.flatten(2).scatter(2, where, values).unflatten(2, (side, side))
+    assert logits is not None
+    return logits
+
+
 def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
     coarse, features = inputs()
     coarse, features = coarse.float(), [f.float() for f in features]
@@ -112,7 +189,48 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
     def wrong(fine: Tensor, points: Tensor) -> Tensor:
         return points[:, :3]
 
+    index, boxes, several = torch.zeros(2, dtype=torch.int64), torch.rand(2, 4), [features[0], features[0][:1]]
+    rois = [
+        ("rois", (index,), ValueError, r"rois must be \(image_index \[N\], boxes \[N, 4\]\), got 1 tensors"),
+        ("roi images", (index.int(), boxes), TypeError, "image_index must be int64, got torch.int32"),
+        ("roi count", (index[:1], boxes), ValueError, r"image_index must have shape \[N\] with N = 2 as in coarse"),
+        (
+            "roi image",
+            (index + 2, boxes),
+            IndexError,
+            r"image_index must lie in \[0, B\) = \[0, 2\), got 2 at position 0",
+        ),
+        (
+            "roi boxes",
+            (index, boxes[:, :3]),
+            ValueError,
+            r"boxes must have shape \[N, 4\] with N = 2 as in coarse, got",
+        ),
+        ("roi dtype", (index, boxes.half()), TypeError, "boxes must be float32, got torch.float16"),
+    ]
+
     return [
+        *((name, case(rois=given), exception, pattern) for name, given, exception, pattern in rois),
+        (
+            "roi maps",
+            case(features=several, rois=(index, boxes)),
+            ValueError,
+            r"features\[1\] must have N = 2 as in features\[0\]",
+        ),
+        (
+            "class count",
+            case(class_index=index[:1]),
+            ValueError,
+            r"class_index must have shape \[N\] with N = 2 as in coarse",
+        ),
+        ("class", case(class_index=index - 1), IndexError, r"class_index must lie in \[0, C\) = \[0, 5\), got -1"),
+        (
+            "labels of a class",
+            case(class_index=index, output="labels"),
+            ValueError,
+            'output must be "logits" or "class" with class_index: labels compare all classes',
+        ),
+        ("no class", case(output="class"), ValueError, 'class_index must be given with output="class", got None'),
         ("coarse rank", case(coarse=coarse[0]), ValueError, r"coarse must have shape \[N, C, H, W\], got \[5, 6, 9\]"),
         ("coarse dtype", case(coarse=coarse.long()), TypeError, "coarse must be float32, float64, float16 or bfloat16"),
         ("no features", case(features=[]), ValueError, "features must hold at least one tensor"),
@@ -144,7 +262,7 @@ def bad_inputs() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
             ValueError,
             "padding_mode must be one of zeros, border, got 'reflect'",
         ),
-        ("output", case(output="mask"), ValueError, "output must be one of logits, labels, got 'mask'"),
+        ("output", case(output="mask"), ValueError, "output must be one of logits, labels, class, got 'mask'"),
         ("factor", case(scale_factor=1), ValueError, "scale_factor must be at least 2, got 1"),
         (
             "more cells than can be counted",
@@ -203,9 +321,26 @@ def bad_layers() -> list[tuple[str, dict[str, Any], type[Exception], str]]:
             "coarse_each_layer": True,
             "coarse_first": False,
             "labels": False,
+            "class_index": None,
+            "class_only": False,
+            "image_index": None,
+            "boxes": None,
         } | changes
 
     return [
+        (
+            "boxes without images",
+            case(boxes=torch.rand(2, 4)),
+            ValueError,
+            "image_index and boxes must be given together, got one of them",
+        ),
+        (
+            "labels of a class",
+            case(labels=True, class_index=torch.zeros(2, dtype=torch.int64)),
+            ValueError,
+            'output must be "logits" or "class" with class_index',
+        ),
+        ("class alone", case(class_only=True), ValueError, 'class_index must be given with output="class", got None'),
         ("no layer", case(weights=[], biases=[]), ValueError, "weights and biases must hold one tensor per layer"),
         (
             "count",

@@ -44,6 +44,98 @@ def test_against_reference(name: str, made: dict, layers: dict, kwargs: dict, st
             assert got.data_ptr() != x.data_ptr() and torch.equal(x, before)
 
 
+ROIS = list(cases.roi_cases())
+
+
+@pytest.mark.parametrize("name, made, kwargs", ROIS, ids=[case[0] for case in ROIS])
+def test_masks_of_boxes(name: str, made: dict, kwargs: dict, isa: str) -> None:
+    """Against the loop of detectron2, where that has the option, and every form against the reference."""
+    coarse, features, rois, classes = cases.roi_inputs(**made)
+    head = cases.Head(sum(f.shape[1] for f in features), coarse.shape[1]).double()
+    options = {**kwargs, "rois": rois, "class_index": classes}
+    with torch.no_grad():
+        wanted = reference.refine(coarse, features, head, **options)
+        if "coarse_source" not in kwargs and len(coarse):
+            masks = cases.instance_masks(coarse, features, head, rois, classes, **kwargs)
+            torch.testing.assert_close(wanted, masks, rtol=1e-6, atol=1e-6)
+        for stock in (True, False):
+            head.stock = stock
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                maps = [f.contiguous(memory_format=memory_format) for f in features]
+                got = refine(coarse.contiguous(memory_format=memory_format), maps, head, **options)
+                torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+                alone = refine(coarse, maps, head, output="class", **options)
+                assert torch.equal(alone, got.gather(1, classes.view(-1, 1, 1, 1).expand_as(alone)))
+        labels = refine(coarse, features, head, rois=rois, output="labels", **kwargs)
+        plain = refine(coarse, features, head, rois=rois, **kwargs)
+        assert torch.equal(labels.long(), plain.argmax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_boxes_in_narrow_types(dtype: torch.dtype, isa: str) -> None:
+    """All cells of 70 boxes: the features are read through the boxes in every type."""
+    coarse, features, rois, _ = cases.roi_inputs(n=70, images=2)
+    head = cases.Head(8, 4).to(dtype)
+    coarse, features = coarse.to(dtype), [f.to(dtype) for f in features]
+    options = {"steps": 2, "num_points": 144, "rois": rois}
+    with torch.no_grad():
+        got = refine(coarse, features, head, **options)
+        exact = reference.refine(coarse.double(), [f.double() for f in features], head.double(), **options)
+    torch.testing.assert_close(got.double(), exact, rtol=LOOSE[dtype], atol=LOOSE[dtype])
+
+
+@pytest.mark.parametrize("layers", [{}, {"each": False}, {"coarse_first": True}, {"hidden": ()}], ids=str)
+def test_more_points_than_pixels(layers: dict, isa: str) -> None:
+    """The first layer is then made for the pixels, in every order of the inputs."""
+    coarse, features, rois, classes = cases.roi_inputs(n=9, images=2)
+    head = cases.Head(8, 4, **layers).double()
+    for padding in ("zeros", "border"):
+        options = {"steps": 3, "num_points": 60, "padding_mode": padding, "rois": rois, "class_index": classes}
+        with torch.no_grad():
+            wanted = reference.refine(coarse, features, head, **options)
+            for maps in (features, [features[0].contiguous(memory_format=torch.channels_last)], [features[0].mT]):
+                wanted = reference.refine(coarse, maps, head, **options) if maps[0].shape[2] == 17 else wanted
+                got = refine(coarse, maps, head, **options)
+                torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_masks_of_boxes_with_gradients_and_compiled() -> None:
+    coarse, features, rois, classes = cases.roi_inputs()
+    head = cases.Head(8, 4).double()
+    options = {"steps": 3, "num_points": 40}
+    leaves = [coarse.requires_grad_(), features[0].requires_grad_(), *head.parameters()]
+    gradients = []
+    for function in (cases.instance_masks, refine):
+        out = function(coarse, features, head, rois=rois, class_index=classes, **options)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        gradients.append(torch.autograd.grad((out * weight).sum(), leaves))
+    for got, wanted in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+    def masks(c: Tensor, f: list[Tensor], image_index: Tensor, boxes: Tensor, of: Tensor) -> Tensor:
+        return refine(c, f, head, rois=(image_index, boxes), class_index=of, **options)
+
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
+            arguments = (coarse, features, *rois, classes)
+            torch.testing.assert_close(compiled(*arguments), masks(*arguments))
+
+    class Masks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, c: Tensor, f: Tensor, image_index: Tensor, boxes: Tensor, of: Tensor) -> Tensor:
+            rois = (image_index, boxes)
+            return refine(c, f, self.head, rois=rois, class_index=of, output="class", **options)
+
+    with torch.no_grad():
+        program = torch.export.export(Masks(), (coarse, features[0], *rois, classes))
+        exported = program.module()(coarse, features[0], *rois, classes)
+        assert torch.equal(exported, Masks()(coarse, features[0], *rois, classes))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("source", ["original", "current"])
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
@@ -270,6 +362,8 @@ def test_opcheck() -> None:
     last = [f.contiguous(memory_format=torch.channels_last) for f in features]
     assert_opcheck(op, (coarse.contiguous(memory_format=torch.channels_last), last, *layers, 1, 10_000, *rest, False))
     assert_opcheck(op, (coarse, features, *layers, 0, 20, *rest, False))
+    coarse, features, rois, classes = cases.roi_inputs(classes=5)
+    assert_opcheck(op, (coarse, features, *layers, 2, 20, *rest, False, classes, True, *rois))
 
 
 @pytest.mark.parametrize("name", ["reference", "auto"])

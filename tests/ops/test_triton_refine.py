@@ -52,6 +52,9 @@ def run(coarse: Tensor, features: list[Tensor], head: cases.Head, labels: bool =
         head.each,
         head.coarse_first,
         labels,
+        to_device(options.get("class_index")),
+        options.get("class_only", False),
+        *to_device(options.get("rois", (None, None))),
     )
     assert labels or out.dtype == coarse.dtype
     return out.cpu()
@@ -226,6 +229,19 @@ def test_float64_is_the_reference() -> None:
     got = run(coarse.contiguous(memory_format=torch.channels_last), features, head, steps=2, num_points=30)
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_masks_of_boxes() -> None:
+    """Every cell of boxes in two images, and the one class of it that is asked for."""
+    coarse, features, rois, classes = cases.roi_inputs(n=4, images=2)
+    coarse, features, head = coarse.float(), [f.float() for f in features], cases.Head(8, 4)
+    options: dict[str, Any] = {"num_points": 36, "rois": rois, "class_index": classes}
+    with torch.no_grad():
+        want = reference.refine(coarse, features, head, steps=1, **options)
+    got = run(coarse, features, head, steps=1, **options)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    alone, whole = (run(coarse, features, head, steps=2, class_only=only, **options) for only in (True, False))
+    assert torch.equal(alone[:, 0], whole[torch.arange(4), classes])
 
 
 def test_public_call() -> None:
