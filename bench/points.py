@@ -117,7 +117,8 @@ def rows(bench: Bench) -> None:
         logits += torch.randn(shape, device=device) * 0.1
         row = f"{name} select {'x'.join(map(str, shape))}, {num_points} points"
         bench.run(row, selecting, bench, row, logits, num_points)
-        bench.bar(f"{name} select against eager", bench.ratio(row, "eager", "rendseg"), at_least=2.0)
+        goal = 8.0 if name == "T2" and not bench.for_gpu else 2.0
+        bench.bar(f"{name} select against eager", bench.ratio(row, "eager", "rendseg"), at_least=goal)
         if bench.for_gpu:
             goal = 0.010 if name == "T1" else 0.2
             bench.bar(f"{name} select, ms", bench.median(row, "rendseg"), at_most=goal)

@@ -51,6 +51,10 @@ RENDSEG_EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {  // _CM
   for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(a[i] > b[i]) << i;
   return static_cast<__mmask16>(mask);
 }
+RENDSEG_EMULATED __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
+  typedef uint64_t Words512 __attribute__((vector_size(64)));
+  return reinterpret<__m512i>(((Words512)a & 0xffffffffu) * ((Words512)b & 0xffffffffu));
+}
 RENDSEG_EMULATED __m512i _mm512_mask_mov_epi32(__m512i from, __mmask16 mask, __m512i a) {
   Ints512 out = (Ints512)from;
   for (int i = 0; i < 16; ++i) out[i] = (mask >> i) & 1 ? ((Ints512)a)[i] : out[i];
@@ -94,11 +98,6 @@ RENDSEG_EMULATED __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b
     out[i] = at & 16 ? b[at & 15] : a[at & 15];
   }
   return out;
-}
-RENDSEG_EMULATED __mmask16 _mm512_cmpge_epi32_mask(__m512i a, __m512i b) {
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(((Ints512)a)[i] >= ((Ints512)b)[i]) << i;
-  return static_cast<__mmask16>(mask);
 }
 RENDSEG_EMULATED __mmask16 _mm_cmpeq_epi8_mask(__m128i a, __m128i b) {
   return static_cast<__mmask16>(_mm_movemask_epi8(_mm_cmpeq_epi8(a, b)));

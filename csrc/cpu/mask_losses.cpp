@@ -20,27 +20,10 @@
 
 #define RENDSEG_KERNELS "mask_losses_kernels.h"
 #include "compile_kernels.h"
+#include "spot_buffers.h"
 
 namespace rendseg {
 namespace {
-
-constexpr int64_t kCellsToAPoint = 8;  // with more, a mask is read in place
-
-template <typename A>
-class SpotBuffer {
- public:
-  explicit SpotBuffer(int64_t capacity)
-      : cell_(new int32_t[2 * capacity]), weight_(new A[4 * capacity]), capacity_(capacity) {}
-  MaskSpots<A> view() const {
-    A* w = weight_.get();
-    return {cell_.get(), cell_.get() + capacity_, {w, w + capacity_, w + 2 * capacity_, w + 3 * capacity_}};
-  }
-
- private:
-  std::unique_ptr<int32_t[]> cell_;
-  std::unique_ptr<A[]> weight_;
-  int64_t capacity_;
-};
 
 int64_t whole_blocks(int64_t points) { return (points + kMaskBlock - 1) / kMaskBlock * kMaskBlock; }
 
@@ -56,8 +39,9 @@ inline A element(E value) {
 // Target t at the points xy[count][2], at most kMaskBlock of them, into out[count].
 template <typename A>
 void target_values(const MaskView& target, int64_t t, const A* xy, int64_t count, MaskOptions options,
-                   const MaskSpots<A>& spots, A* out) {
-  RENDSEG_PICK(mask_spots<A>)(xy, count, target.canvas_height, target.canvas_width, options, options.nearest, spots);
+                   const Spots<A>& spots, A* out) {
+  RENDSEG_PICK(find_spots<A>)(xy, count, target.canvas_height, target.canvas_width,
+                              {options.nearest, options.border, false}, spots);
   with_mask_dtype<c10::Half, c10::BFloat16>(target.dtype, [&]<typename E>() {
     const E* mask = target.mask<E>(t);
     const int64_t stride_y = target.stride_y, stride_x = target.stride_x;
@@ -95,35 +79,23 @@ void target_values(const MaskView& target, int64_t t, const A* xy, int64_t count
   });
 }
 
-// Reads one mask of logits after the other; holds the frame.
+// Reads one mask of logits after the other.
 template <typename T>
 class LogitReader {
   using A = Wide<T>;
 
  public:
-  LogitReader(const at::Tensor& logits, int64_t points)
-      : map_(map_view(logits)), frame_{map_.height, map_.width}, framed_(points * kCellsToAPoint >= map_.cells()) {
-    if (framed_) cells_.assign(frame_.size(), A(0));
+  explicit LogitReader(const at::Tensor& logits) : map_(map_view(logits)) {}
+  void open(int64_t image, int64_t query) { cells_ = map_.at<const T>(image, query); }
+  // Up to whole vectors, of which the rest is zero.
+  void values(const Spots<A>& spots, int64_t count, A* out) const {
+    RENDSEG_PICK(spot_values<T>)(cells_, spot_plane(map_), spots, count, out);
+    std::fill(out + count, out + kMaskBlock, A(0));
   }
-  void open(int64_t image, int64_t query) {
-    plane_ = map_.at<const T>(image, query);
-    if (framed_) RENDSEG_PICK(fill_frame<T>)(plane_, map_.stride_y, map_.stride_x, frame_, cells_.data());
-  }
-  void values(const MaskSpots<A>& spots, int64_t count, A* out) const {
-    if (framed_) {
-      RENDSEG_PICK(values_in_frame<A>)(cells_.data(), frame_, spots, count, out);
-    } else {
-      RENDSEG_PICK(values_in_place<T>)(plane_, map_.stride_y, map_.stride_x, frame_, spots, count, out);
-    }
-  }
-  const MaskFrame& frame() const { return frame_; }
 
  private:
   MapView map_;
-  MaskFrame frame_;
-  bool framed_;
-  const T* plane_ = nullptr;
-  std::vector<A> cells_;
+  const T* cells_ = nullptr;
 };
 
 // ---- costs
@@ -136,7 +108,7 @@ void mask_costs_kernel(const at::Tensor& logits, const MaskCall& call, const at:
   const int64_t padded = whole_blocks(points), blocks = padded / kMaskBlock;
   const auto height = static_cast<int32_t>(logits.size(2)), width = static_cast<int32_t>(logits.size(3));
   const SpotBuffer<A> buffer(padded);
-  const MaskSpots<A> spots = buffer.view();
+  const Spots<A> spots = buffer.view();
   for (int64_t b = 0; b < logits.size(0); ++b) {
     const MaskView& target = call.targets[b];
     if (target.count == 0) continue;
@@ -146,8 +118,8 @@ void mask_costs_kernel(const at::Tensor& logits, const MaskCall& call, const at:
     std::vector<double> total(target.count, 0.0);
     at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        RENDSEG_PICK(mask_spots<A>)(xy + 2 * i * kMaskBlock, size_of(i), height, width, call.options, false,
-                                    spots.from(i * kMaskBlock));
+        RENDSEG_PICK(find_spots<A>)(xy + 2 * i * kMaskBlock, size_of(i), height, width,
+                                    {false, call.options.border, false}, spots.from(i * kMaskBlock));
       }
     });
     at::parallel_for(0, target.count, 1, [&](int64_t begin, int64_t end) {
@@ -164,7 +136,7 @@ void mask_costs_kernel(const at::Tensor& logits, const MaskCall& call, const at:
       }
     });
     at::parallel_for(0, queries, 1, [&](int64_t begin, int64_t end) {
-      LogitReader<T> reader(logits, points);
+      LogitReader<T> reader(logits);
       A x[kMaskBlock], s[kMaskBlock];
       std::vector<double> products(2 * target.count);
       for (int64_t q = begin; q < end; ++q) {
@@ -242,7 +214,7 @@ class PairWalk {
         points_(points),
         height_(static_cast<int32_t>(logits.size(2))),
         width_(static_cast<int32_t>(logits.size(3))),
-        reader(logits, points),
+        reader(logits),
         at_logits_(kMaskBlock),
         at_target_(kMaskBlock) {}
 
@@ -270,9 +242,9 @@ class PairWalk {
             static_cast<A>(total)};
   }
   // Where the points of a block lie on the logits.
-  MaskSpots<A> spots(const MaskPair& pair, int64_t first, int64_t count) const {
-    const MaskSpots<A> view = at_logits_.view();
-    RENDSEG_PICK(mask_spots<A>)(at(pair, first), count, height_, width_, call_.options, false, view);
+  Spots<A> spots(const MaskPair& pair, int64_t first, int64_t count) const {
+    const Spots<A> view = at_logits_.view();
+    RENDSEG_PICK(find_spots<A>)(at(pair, first), count, height_, width_, {false, call_.options.border, false}, view);
     return view;
   }
 
@@ -356,26 +328,24 @@ at::Tensor mask_losses_backward_cpu(const at::Tensor& cross_entropy_grad,  // [N
     const MapView out = mutable_map_view(result);
     at::parallel_for(0, static_cast<int64_t>(first.size()) - 1, 1, [&](int64_t begin, int64_t end) {
       PairWalk<T> walk(logits, call, xy.const_data_ptr<A>(), points);
-      const MaskFrame frame = walk.reader.frame();
+      PlaneSums<T> sums_of(spot_plane(out));
       const std::unique_ptr<A[]> s(new A[whole_blocks(points)]), y(new A[whole_blocks(points)]);
-      std::vector<A> cells(frame.size());
       for (int64_t mask = begin; mask < end; ++mask) {
-        std::fill(cells.begin(), cells.end(), A(0));
-        walk.reader.open(pairs[first[mask]].image, pairs[first[mask]].query);
-        for (int64_t i = first[mask]; i < first[mask + 1]; ++i) {
-          const MaskPair& pair = pairs[i];
-          const MaskSums<A> sums = walk(pair, s.get(), y.get(), true);
-          const MaskSlope<A> slope = mask_slope(sums, points, entropy_grads[pair.n * cross_entropy_grad.stride(0)],
-                                                dice_grads[pair.n * dice_grad.stride(0)]);
-          for (int64_t at = 0; at < points; at += kMaskBlock) {
-            const int64_t count = std::min(kMaskBlock, points - at);
-            RENDSEG_PICK(add_slopes<A>)(walk.spots(pair, at, count), count, frame, s.get() + at, y.get() + at, slope,
-                                        cells.data());
+        const MaskPair& of_mask = pairs[first[mask]];
+        walk.reader.open(of_mask.image, of_mask.query);
+        sums_of(out.at<T>(of_mask.image, of_mask.query), [&](A* cells, const SpotPlane& plane) {
+          for (int64_t i = first[mask]; i < first[mask + 1]; ++i) {
+            const MaskPair& pair = pairs[i];
+            const MaskSums<A> sums = walk(pair, s.get(), y.get(), true);
+            const MaskSlope<A> slope = mask_slope(sums, points, entropy_grads[pair.n * cross_entropy_grad.stride(0)],
+                                                  dice_grads[pair.n * dice_grad.stride(0)]);
+            for (int64_t at = 0; at < points; at += kMaskBlock) {
+              const int64_t count = std::min(kMaskBlock, points - at);
+              RENDSEG_PICK(add_slopes<A>)(cells, plane, walk.spots(pair, at, count), count, s.get() + at, y.get() + at,
+                                          slope);
+            }
           }
-        }
-        const MaskPair& pair = pairs[first[mask]];
-        RENDSEG_PICK(empty_frame<T>)(cells.data(), frame, out.at<T>(pair.image, pair.query), out.stride_y,
-                                     out.stride_x);
+        });
       }
     });
   });

@@ -1,10 +1,10 @@
 // point_sample and point_labels on the CPU, forward and backward.
 //
-// Forward: an NCHW map is read plane by plane at points in ascending order, so that each plane streams through the
-// cache once; a channels_last map is read one vector per tap. Backward: the taps of an image are sorted by cell once,
-// and every touched cell is then the sum of its taps in point order, held in registers and written once; nothing is
-// shared between threads, so the result is the same for any number of them. Memory for the dense gradient comes zeroed
-// from the system.
+// Forward: a large NCHW map is read plane by plane at points in ascending order, so that each plane streams through the
+// cache once, a small one or a mask at vectors of points; a channels_last map is read one vector per tap. Backward: the
+// taps of an image are sorted by cell once, and every touched cell is then the sum of its taps in point order, held in
+// registers and written once; nothing is shared between threads, so the result is the same for any number of them.
+// Memory for the dense gradient comes zeroed from the system.
 #include "point_sample.h"
 
 #include <ATen/Parallel.h>
@@ -28,6 +28,7 @@
 
 #define RENDSEG_KERNELS "point_sample_kernels.h"
 #include "compile_kernels.h"
+#include "spot_buffers.h"
 
 namespace rendseg {
 namespace {
@@ -140,6 +141,7 @@ void sample_kernel(const at::Tensor& map, const Wide<T>* coords, const SampleCal
   using A = Wide<T>;
   const int64_t channels = map.size(1), points = call.points;
   const SampleGrid grid = grid_of(map, call);
+  const SpotPlane plane = spot_plane(grid);
   const T* data = map.const_data_ptr<T>();
   const int64_t stride_n = map.stride(0), stride_c = map.stride(1);
   const auto planes = RENDSEG_PICK(planes<T>);
@@ -166,20 +168,34 @@ void sample_kernel(const at::Tensor& map, const Wide<T>* coords, const SampleCal
   const int64_t image_bytes = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)};
   const bool touch =
       image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes && map[0].is_non_overlapping_and_dense();
+  const bool by_vectors = stride_c == 1 && channels >= kManyChannels;
+  const bool by_spots = !by_vectors && !call.nearest && map.stride(3) == 1;
   const auto locate = RENDSEG_PICK(locate<A>);
   const auto vectors = RENDSEG_PICK(vectors<T>);
+  const auto find_spots = RENDSEG_PICK(find_spots<A>);
+  const auto spot_planes = RENDSEG_PICK(spot_planes<T>);
   const int64_t blocks = (points + kPointBlock - 1) / kPointBlock;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (std::min(points, kPointBlock) * channels * 4));
   at::parallel_for(0, call.images * blocks, grain, [&](int64_t begin, int64_t end) {
-    const TapBuffer<A> buffer(kPointBlock);
+    const TapBuffer<A> buffer(by_spots ? 0 : kPointBlock);
+    const SpotBuffer<A> spot_buffer(by_spots ? kPointBlock : 0);
     int64_t touched = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / blocks, first = task % blocks * kPointBlock;
-      const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
-      locate(coords + (n * points + first) * 2, first, grid, taps);
+      const int64_t n = task / blocks, first = task % blocks * kPointBlock,
+                    count = std::min(kPointBlock, points - first);
+      const A* at = coords + (n * points + first) * 2;
       if (touch && n != touched) read_lines(data + n * stride_n, image_bytes);
       touched = n;
-      if (stride_c == 1 && channels >= kManyChannels) {
+      if (by_spots) {
+        const Spots<A> spots = spot_buffer.view();
+        find_spots(at, count, plane.height, plane.width, {false, call.border, call.align_corners}, spots);
+        spot_planes(data + n * stride_n, stride_c, plane, spots, count, channels, out + n * out_stride_n + first,
+                    points);
+        continue;
+      }
+      const Taps<A> taps = buffer.view(count);
+      locate(at, first, grid, taps);
+      if (by_vectors) {
         vectors(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
       } else {
         planes(data + n * stride_n, grid, taps, channels, out + n * out_stride_n, points);
@@ -243,42 +259,27 @@ void sample_backward_kernel(const at::Tensor& grad, const Wide<T>* coords, const
   const int64_t grad_n = grad.stride(0), grad_c = grad.stride(1), grad_p = grad.stride(2);
   const bool adjacent = stride_c == 1 && channels > 1;
   if (channels < kManyChannels && !adjacent) {
-    // Few channels: sorting costs more than it saves. Half maps are summed in a float plane.
-    constexpr bool kWide = std::is_same_v<T, A>;
-    const int64_t cells = result.size(2) * result.size(3);
-    const int64_t group = call.images >= at::get_num_threads() ? channels : 1;
-    const int64_t groups = (channels + group - 1) / group;
-    const int64_t grain = std::max<int64_t>(1, kTaskWork / (points * group * 4));
-    const auto locate = RENDSEG_PICK(locate<A>);
+    // Few channels: sorting costs more than it saves.
+    const SpotPlane plane = spot_plane(grid);
+    const auto find_spots = RENDSEG_PICK(find_spots<A>);
     const auto add_plane = RENDSEG_PICK(add_plane<T>);
-    const auto narrow_row = RENDSEG_PICK(narrow_row<T>);
-    at::parallel_for(0, call.images * groups, grain, [&](int64_t begin, int64_t end) {
-      const TapBuffer<A> buffer(kPointBlock);
-      std::vector<A> wide(kWide ? 0 : group * cells);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t n = task / groups, c = task % groups * group;
-        const int64_t last = std::min(c + group, channels);
-        std::fill(wide.begin(), wide.end(), A(0));
-        for (int64_t first = 0; first < points; first += kPointBlock) {
-          const Taps<A> taps = buffer.view(std::min(kPointBlock, points - first));
-          locate(coords + (n * points + first) * 2, first, grid, taps);
-          for (int64_t k = c; k < last; ++k) {
-            A* plane = nullptr;
-            if constexpr (kWide) {
-              plane = data + n * stride_n + k * stride_c;
-            } else {
-              plane = wide.data() + (k - c) * cells;
-            }
-            add_plane(grid, taps, g + n * grad_n + k * grad_c, grad_p, plane);
+    const SpotOptions options{call.nearest, call.border, call.align_corners};
+    at::parallel_for(
+        0, call.images * channels, std::max<int64_t>(1, kTaskWork / (points * 4)), [&](int64_t begin, int64_t end) {
+          const SpotBuffer<A> buffer(kPointBlock);
+          PlaneSums<T> sums(plane);
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t n = task / channels, c = task % channels;
+            sums(data + n * stride_n + c * stride_c, [&](A* cells, const SpotPlane& at) {
+              for (int64_t first = 0; first < points; first += kPointBlock) {
+                const int64_t count = std::min(kPointBlock, points - first);
+                const Spots<A> spots = buffer.view();
+                find_spots(coords + (n * points + first) * 2, count, at.height, at.width, options, spots);
+                add_plane(cells, at, spots, count, call.nearest, g + n * grad_n + c * grad_c + first * grad_p, grad_p);
+              }
+            });
           }
-        }
-        if constexpr (!kWide) {
-          for (int64_t k = c; k < last; ++k) {
-            narrow_row(wide.data() + (k - c) * cells, cells, data + n * stride_n + k * stride_c);
-          }
-        }
-      }
-    });
+        });
     return;
   }
   const int64_t width = adjacent ? kVectorChunk : kPlaneChunk;

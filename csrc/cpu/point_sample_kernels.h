@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../math/bilinear.h"
+#include "point_spots.h"
 
 namespace rendseg {
 
@@ -43,6 +43,8 @@ inline constexpr int64_t kVectorChunk = 64;  // channels in flight for one point
 
 #else
 
+#include "point_spots.h"
+
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
 namespace {
@@ -55,27 +57,6 @@ inline const Wide<T>* widened(const T* source, Wide<T>* buffer, int64_t count) {
   } else {
     widen_row(source, count, buffer);
     return buffer;
-  }
-}
-
-// One axis of up to kLocate points; plain loops over 32-bit (or double) arrays, so that they vectorise.
-constexpr int64_t kLocate = 64;
-
-template <typename A>
-struct AxisBlock {
-  A near[kLocate], far[kLocate];
-  int32_t cell[kLocate], has_near[kLocate], has_far[kLocate];
-};
-
-template <typename A, bool kBorder, bool kAlign>
-void locate_axis(const A* coord, int32_t size, AxisBlock<A>& axis) {
-  for (int64_t i = 0; i < kLocate; ++i) {
-    const AxisTaps<A> taps = axis_taps(coord[i], size, kBorder, kAlign);
-    axis.near[i] = taps.near;
-    axis.far[i] = taps.far;
-    axis.cell[i] = taps.cell;
-    axis.has_near[i] = taps.has_near;
-    axis.has_far[i] = taps.has_far;
   }
 }
 
@@ -96,9 +77,7 @@ void locate(const A* coords, int64_t first, const SampleGrid& grid, const Taps<A
     }
     return;
   }
-  void (*axis)(const A*, int32_t, AxisBlock<A>&) =
-      grid.border ? (grid.align_corners ? locate_axis<A, true, true> : locate_axis<A, true, false>)
-                  : (grid.align_corners ? locate_axis<A, false, true> : locate_axis<A, false, false>);
+  const LocateAxis<A> axis = axis_locator<A>(grid.border, grid.align_corners);
   A cx[kLocate] = {}, cy[kLocate] = {};
   AxisBlock<A> x, y;
   for (int64_t start = 0; start < count; start += kLocate) {
@@ -347,24 +326,37 @@ void vectors(const T* map, const SampleGrid& grid, const Taps<Wide<T>>& taps, in
   }
 }
 
-// plane[tap] += weight * grad[point]
+// out[c * out_stride + i], bilinear, for planes whose cells of a row are adjacent
 template <typename T>
-void add_plane(const SampleGrid& grid, const Taps<Wide<T>>& taps, const T* grad, int64_t grad_stride, Wide<T>* plane) {
-  using A = Wide<T>;
-  for (int64_t i = 0; i < taps.count; ++i) {
-    const A g = widen(grad[taps.point[i] * grad_stride]);
-    const int64_t at = taps.offset[i];
-    if (taps.inside[i] == 15) {
-      A* p = plane + at;
-      p[0] += taps.weight[0][i] * g;
-      p[grid.stride_x] += taps.weight[1][i] * g;
-      p[grid.stride_y] += taps.weight[2][i] * g;
-      p[grid.stride_y + grid.stride_x] += taps.weight[3][i] * g;
+void spot_planes(const T* map, int64_t stride_c, const SpotPlane& plane, const Spots<Wide<T>>& spots, int64_t count,
+                 int64_t channels, T* out, int64_t out_stride) {
+  constexpr int64_t kPart = 256;
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* cells = map + c * stride_c;
+    T* to = out + c * out_stride;
+    if constexpr (std::is_same_v<T, Wide<T>>) {
+      spot_values(cells, plane, spots, count, to);
     } else {
-      for (int t = 0; t < 4; ++t) {
-        if ((taps.inside[i] >> t) & 1) plane[tap_offset(at, t, grid)] += taps.weight[t][i] * g;
+      for (int64_t first = 0; first < count; first += kPart) {
+        const int64_t n = count - first < kPart ? count - first : kPart;
+        Wide<T> values[kPart];
+        spot_values(cells, plane, spots.from(first), n, values);
+        narrow_row(values, n, to + first);
       }
     }
+  }
+}
+
+// cells[tap] += weight * grad[point]
+template <typename T>
+void add_plane(Wide<T>* cells, const SpotPlane& plane, const Spots<Wide<T>>& spots, int64_t count, bool nearest,
+               const T* grad, int64_t grad_stride) {
+  if (!nearest) {
+    return add_at_spots(cells, plane, spots, count, [&](int64_t i) { return widen(grad[i * grad_stride]); });
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (spots.y[i] >= plane.height) continue;
+    cells[spots.y[i] * plane.stride_y + spots.x[i] * plane.stride_x] += widen(grad[i * grad_stride]);
   }
 }
 

@@ -297,6 +297,18 @@ RENDSEG_INLINE Ints<A> select_greater(Vec<A> a, Vec<A> b, Ints<A> yes, Ints<A> n
   return a > b ? yes : no;
 }
 
+// The lower 32 bits of each lane times `factor`, in 64 bits.
+RENDSEG_INLINE Bits<double> wide_product(Bits<double> v, uint32_t factor) {
+  const Bits<double> factors = Bits<double>{} + factor;
+#if RENDSEG_ISA == 2
+  return (Bits<double>)_mm512_mul_epu32((__m512i)v, (__m512i)factors);
+#elif RENDSEG_ISA == 1
+  return (Bits<double>)_mm256_mul_epu32((__m256i)v, (__m256i)factors);
+#else
+  return (v & 0xffffffffu) * factors;
+#endif
+}
+
 // exp(x) for x <= 0 (or NaN), to about one unit in the last place; below the normal range it is 0.
 RENDSEG_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using U = Bits<float>;
@@ -369,6 +381,14 @@ RENDSEG_INLINE A max_lanes(Vec<A> v) {
   }
 }
 
+// out = a[0], b[0], a[1], b[1], ... in units of 64 bits.
+template <int... Lane>
+RENDSEG_INLINE void store_interleaved(Vec<double> a, Vec<double> b, float* out, std::integer_sequence<int, Lane...>) {
+  constexpr int n = kLanes<double>;
+  store_bits(out, __builtin_shufflevector(a, b, (Lane / 2 + Lane % 2 * n)...));
+  store_bits(out + 2 * n, __builtin_shufflevector(a, b, (n / 2 + Lane / 2 + Lane % 2 * n)...));
+}
+
 // In place: v[i][j] becomes v[j][i], for a square of kLanes vectors. Each step swaps the off-diagonal blocks of size
 // Step.
 template <typename A, int Step, int... Lane>
@@ -409,25 +429,6 @@ RENDSEG_INLINE Vec<A> load_strided(const A* p, int64_t stride) {
   return v;
 }
 
-// p[index[i]], 0 where the index is -1.
-template <typename T>
-RENDSEG_INLINE Vec<Wide<T>> gather(const T* p, const int32_t* index) {
-#if RENDSEG_ISA > 0
-  if constexpr (std::is_same_v<T, float>) {
-    const Ints<T> at = load_bits<Ints<T>>(index);
-#if RENDSEG_ISA == 2
-    const __mmask16 wanted = _mm512_cmpge_epi32_mask((__m512i)at, (__m512i)Ints<T>{});
-    return (Vec<T>)_mm512_mask_i32gather_ps((__m512)Vec<T>{}, wanted, (__m512i)at, p, 4);
-#else
-    return (Vec<T>)_mm256_mask_i32gather_ps((__m256)Vec<T>{}, p, (__m256i)at, (__m256)~at, 4);
-#endif
-  }
-#endif
-  T picked[kLanes<Wide<T>>];
-  for (int i = 0; i < kLanes<Wide<T>>; ++i) picked[i] = index[i] >= 0 ? p[index[i]] : T(0);
-  return load(picked);
-}
-
 // p[at[i]] and p[at[i] + 1], each pair fetched as one word. (A gather of the hardware is slower on many processors.)
 typedef float Quad __attribute__((vector_size(16)));
 typedef double Words __attribute__((vector_size(16)));
@@ -461,6 +462,20 @@ RENDSEG_INLINE void gather_pairs(const float* p, const int32_t* at, Vec<float>& 
 }
 RENDSEG_INLINE void gather_pairs(const double* p, const int32_t* at, Vec<double>& first, Vec<double>& second) {
   for (int i = 0; i < kLanes<double>; ++i) first[i] = p[at[i]], second[i] = p[at[i] + 1];
+}
+
+// Halves: two fill a word of 32 bits.
+template <typename T>
+RENDSEG_INLINE void gather_pairs(const T* p, const int32_t* at, Vec<float>& first, Vec<float>& second) {
+  Bits<float> words;
+  for (int i = 0; i < kLanes<float>; ++i) words[i] = load_bits<uint32_t>(p + at[i]);
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    first = (Vec<float>)(words << 16);
+    second = (Vec<float>)(words & 0xffff0000u);
+  } else {
+    first = widen_half(__builtin_convertvector(words & 0xffffu, HalfBits));
+    second = widen_half(__builtin_convertvector(words >> 16, HalfBits));
+  }
 }
 
 #if RENDSEG_ISA == 2

@@ -1,4 +1,5 @@
 // uncertainty, uncertain_points and sample_uncertain_points on the CPU: PointRend (Kirillov et al. 2020), section 3.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -189,6 +191,13 @@ class SampledSelection {
   decltype(&baseline::sampled_margin_keys_kernel) kernel_;
 };
 
+// The key of one call's draws, which `torch.randint(2**63 - 1, (1,), generator=generator)` would give.
+uint64_t draw_key(const std::optional<at::Generator>& generator) {
+  auto* cpu = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(cpu->mutex_);
+  return cpu->random64() % static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+}
+
 // logits[B,C,H,W], class_index[N], image_index[N], random_coords[N,Q,2] -> coords[N,num_points,2] float32
 at::Tensor sample_uncertain_points_cpu(const at::Tensor& logits, int64_t num_points, double oversample_ratio,
                                        double importance_ratio, const std::optional<at::Tensor>& class_index,
@@ -208,50 +217,29 @@ at::Tensor sample_uncertain_points_cpu(const at::Tensor& logits, int64_t num_poi
   const SampledSelection select(counts, {padding_mode == "border", align_corners});
   float* out = coords.mutable_data_ptr<float>();
 
-  // Image after image; the draws come from one stream in the order of the images, as those of one torch.rand would.
-  struct Scratch {
-    at::Tensor drawn;
-    std::vector<uint32_t> keys;
-    std::vector<int64_t> indices;
-  };
-  const auto make_scratch = [&] {
-    return Scratch{given.defined() ? at::Tensor() : at::empty({total, 2}, options),
-                   std::vector<uint32_t>(static_cast<size_t>(counts.candidates)),
-                   std::vector<int64_t>(static_cast<size_t>(counts.kept))};
-  };
-  const auto draw = [&](int64_t n, Scratch& scratch) {
-    if (given.defined()) return given.const_data_ptr<float>() + n * total * 2;
-    scratch.drawn.uniform_(0, 1, generator);
-    return scratch.drawn.const_data_ptr<float>();
-  };
-  const auto select_image = [&](int64_t n, const float* drawn, Scratch& scratch) {
-    select(maps[n], drawn, scratch.keys.data(), scratch.indices.data(), out + n * num_points * 2);
-  };
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (threads == 1 || images < threads) {
-    Scratch scratch = make_scratch();
-    for (int64_t n = 0; n < images; ++n) select_image(n, draw(n, scratch), scratch);
-    return coords;
-  }
-  // Each thread takes the next image together with its draws, so that one draws while the others select.
-  std::mutex mutex;
-  int64_t next = 0;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch = make_scratch();
-    for (int64_t worker = begin; worker < end; ++worker) {
-      while (true) {
-        int64_t n;
-        const float* drawn;
-        {
-          const std::lock_guard<std::mutex> lock(mutex);
-          if (next == images) break;
-          n = next++;
-          drawn = draw(n, scratch);
-        }
-        select_image(n, drawn, scratch);
+  const int64_t pairs = (total + 1) / 2;
+  const uint64_t key = given.defined() ? 0 : draw_key(generator);
+  const auto draw = RENDSEG_PICK(uniform_pairs);
+  // Any image can be drawn by itself, so whole images go to the threads where there are enough of them.
+  const auto select_images = [&](int64_t begin, int64_t end) {
+    std::vector<float> drawn(given.defined() ? 0 : 4 * pairs);
+    std::vector<uint32_t> keys(counts.candidates);
+    std::vector<int64_t> indices(counts.kept);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* points = given.defined() ? given.const_data_ptr<float>() + n * total * 2 : drawn.data();
+      if (!given.defined()) {
+        at::parallel_for(0, pairs, kPointGrain, [&](int64_t first, int64_t last) {
+          draw(key, n * pairs + first, last - first, drawn.data() + 4 * first);
+        });
       }
+      select(maps[n], points, keys.data(), indices.data(), out + n * num_points * 2);
     }
-  });
+  };
+  if (images < at::get_num_threads()) {
+    select_images(0, images);
+  } else {
+    at::parallel_for(0, images, std::max<int64_t>(1, kPointGrain / total), select_images);
+  }
   return coords;
 }
 

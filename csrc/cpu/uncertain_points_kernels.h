@@ -9,9 +9,11 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
-#include "../math/bilinear.h"
+#include "../math/philox4x32.h"
 #include "../math/radix_key.h"
+#include "point_spots.h"
 
 namespace rendseg {
 
@@ -30,6 +32,8 @@ struct SampleOptions {
 }  // namespace rendseg
 
 #else
+
+#include "point_spots.h"
 
 namespace rendseg {
 namespace RENDSEG_ISA_NAMESPACE {
@@ -210,106 +214,74 @@ struct Counter {
   }
 };
 
-// Where the bilinear taps of a block of points lie and what they weigh; a tap off the map has index -1 and counts as 0.
-template <typename A>
-struct Taps {
-  static constexpr int64_t kPoints = 2048;
-  int32_t index[4][kPoints];
-  A weight[4][kPoints];
-};
+constexpr int64_t kFewSpots = 512;  // points whose spots stay in the first-level cache
 
+// The spots of points of [0, 1]^2.
 template <typename A>
-void locate(const float* xy, int64_t count, int32_t height, int32_t width, SampleOptions options, Taps<A>& taps) {
-  const bool border = options.border;
-  const bool align_corners = options.align_corners;
-  for (int64_t i = 0; i < count; ++i) {
-    const AxisTaps<A> x = axis_taps(static_cast<A>(xy[2 * i]), width, border, align_corners);
-    const AxisTaps<A> y = axis_taps(static_cast<A>(xy[2 * i + 1]), height, border, align_corners);
-    const int32_t corner = y.cell * width + x.cell;
+class SampledSpots {
+ public:
+  explicit SampledSpots(int64_t capacity) : cell_(2 * capacity), weight_(4 * capacity), xy_(kWide * 2 * capacity) {
+    A* w = weight_.data;
+    spots = {cell_.data, cell_.data + capacity, {w, w + capacity, w + 2 * capacity, w + 3 * capacity}};
+  }
+  void find(const float* xy, int64_t count, const MarginMap& map, SampleOptions options) {
+    const auto height = static_cast<int32_t>(map.height), width = static_cast<int32_t>(map.width);
+    const SpotOptions how{false, options.border, options.align_corners};
+    if constexpr (kWide) {
+      for (int64_t i = 0; i < 2 * count; ++i) xy_.data[i] = xy[i];
+      find_spots<A>(xy_.data, count, height, width, how, spots);
+    } else {
+      find_spots<A>(xy, count, height, width, how, spots);
+    }
     // A point without a neighbour along one axis (NaN among them) is all zero, not NaN.
-    const bool lost = !((x.has_near | x.has_far) & (y.has_near | y.has_far));
-    taps.index[0][i] = (x.has_near & y.has_near) ? corner : -1;
-    taps.index[1][i] = (x.has_far & y.has_near) ? corner + 1 : -1;
-    taps.index[2][i] = (x.has_near & y.has_far) ? corner + width : -1;
-    taps.index[3][i] = (x.has_far & y.has_far) ? corner + width + 1 : -1;
-    taps.weight[0][i] = lost ? A(0) : x.near * y.near;
-    taps.weight[1][i] = lost ? A(0) : x.far * y.near;
-    taps.weight[2][i] = lost ? A(0) : x.near * y.far;
-    taps.weight[3][i] = lost ? A(0) : x.far * y.far;
-  }
-  for (int64_t i = count; i % kLanes<A> != 0; ++i) {
-    for (int tap = 0; tap < 4; ++tap) {
-      taps.index[tap][i] = -1;
-      taps.weight[tap][i] = A(0);
+    int32_t lost = 0;
+    for (int64_t i = 0; i < count; ++i) lost |= spots.y[i] > height;
+    for (int t = 0; t < 4 * lost; ++t) {
+      A* __restrict weight = spots.weight[t];
+      for (int64_t i = 0; i < count; ++i) weight[i] = spots.y[i] > height ? A(0) : weight[i];
     }
   }
-}
 
-// Adds one plane, sampled at the points of `taps` and rounded to T, to their running top two.
-template <typename T, typename Plane>
-void add_sampled_plane(const Plane* plane, const Taps<Wide<T>>& taps, int64_t count, Running<Wide<T>>* state) {
-  using A = Wide<T>;
-  for (int64_t i = 0; i < count; i += kLanes<A>) {
-    Vec<A> sum = gather(plane, taps.index[0] + i) * load(taps.weight[0] + i);
-    for (int tap = 1; tap < 4; ++tap) {
-      sum += gather(plane, taps.index[tap] + i) * load(taps.weight[tap] + i);
-    }
-    state[i / kLanes<A>].add(round_to<T>(sum));
-  }
-}
+  Spots<A> spots;
+
+ private:
+  static constexpr bool kWide = sizeof(A) == 8;
+  Buffer<int32_t> cell_;
+  Buffer<A> weight_, xy_;
+};
 
 template <typename T>
 void sampled_planar(const MarginMap& map, const float* xy, int64_t count, SampleOptions options, uint32_t* keys,
                     Counter& counter) {
   using A = Wide<T>;
-  constexpr int64_t kPoints = Taps<A>::kPoints;
   const T* base = static_cast<const T*>(map.data);
-  const int64_t cells = map.height * map.width;
-  const int64_t blocks = (count + kPoints - 1) / kPoints;
+  const SpotPlane plane{static_cast<int32_t>(map.height), static_cast<int32_t>(map.width), map.width, 1};
   // Channels outside, so that one plane at a time is in cache, unless there is a single one.
-  const int64_t group = map.channels == 1 ? 1 : blocks < 4 ? blocks : 4;
-  const int64_t vectors = kPoints / kLanes<A>;
-  const Buffer<Taps<A>> tap_buffer(group);
-  const Buffer<Running<A>> state_buffer(group * vectors);
-  Taps<A>* const taps = tap_buffer.data;
-  Running<A>* const state = state_buffer.data;
-  // Halves cannot be gathered as vectors: with many points to a cell, widening the plane first is cheaper.
-  const bool wide_plane = kIsHalf<T> && 4 * count >= cells;
-  const Buffer<float> wide(wide_plane ? cells : 0);
-  float margin[kPoints];
-  for (int64_t first = 0; first < blocks; first += group) {
-    const int64_t in_group = blocks - first < group ? blocks - first : group;
-    const auto size_of = [&](int64_t b) {
-      const int64_t left = count - (first + b) * kPoints;
-      return left < kPoints ? left : kPoints;
-    };
-    for (int64_t b = 0; b < in_group; ++b) {
-      locate(xy + 2 * (first + b) * kPoints, size_of(b), static_cast<int32_t>(map.height),
-             static_cast<int32_t>(map.width), options, taps[b]);
-    }
-    for (int64_t v = 0; v < in_group * vectors; ++v) state[v] = Running<A>::start();
+  const int64_t group = map.channels == 1 ? kFewSpots : 4 * kBlock;
+  SampledSpots<A> located(group);
+  const Buffer<Running<A>> state(group / kLanes<A>);
+  A values[kBlock];
+  float margin[kBlock];
+  for (int64_t first = 0; first < count; first += group) {
+    const int64_t in_group = count - first < group ? count - first : group;
+    located.find(xy + 2 * first, in_group, map, options);
+    for (int64_t v = 0; v < group / kLanes<A>; ++v) state.data[v] = Running<A>::start();
     for (int64_t c = 0; c < map.channels; ++c) {
-      const T* plane = base + c * map.stride_c;
-      if constexpr (kIsHalf<T>) {
-        if (wide_plane && (first == 0 || map.channels > 1)) widen_row(plane, cells, wide.data);
-      }
-      for (int64_t b = 0; b < in_group; ++b) {
-        Running<A>* block_state = state + b * vectors;
-        if constexpr (kIsHalf<T>) {
-          if (wide_plane) {
-            add_sampled_plane<T>(static_cast<const float*>(wide.data), taps[b], size_of(b), block_state);
-            continue;
-          }
+      for (int64_t b = 0; b < in_group; b += kBlock) {
+        const int64_t size = in_group - b < kBlock ? in_group - b : kBlock;
+        spot_values(base + c * map.stride_c, plane, located.spots.from(b), size, values);
+        for (int64_t i = size; i % kLanes<A> != 0; ++i) values[i] = A(0);
+        for (int64_t i = 0; i < size; i += kLanes<A>) {
+          state.data[(b + i) / kLanes<A>].add(round_to<T>(load(values + i)));
         }
-        add_sampled_plane<T>(plane, taps[b], size_of(b), block_state);
       }
     }
-    for (int64_t b = 0; b < in_group; ++b) {
-      const int64_t size = size_of(b);
+    for (int64_t b = 0; b < in_group; b += kBlock) {
+      const int64_t size = in_group - b < kBlock ? in_group - b : kBlock;
       for (int64_t i = 0; i < size; i += kLanes<A>) {
-        state[b * vectors + i / kLanes<A>].store_margin(map.channels == 1, margin + i);
+        state.data[(b + i) / kLanes<A>].store_margin(map.channels == 1, margin + i);
       }
-      counter.keys(margin, size, keys + (first + b) * kPoints);
+      counter.keys(margin, size, keys + first + b);
     }
   }
 }
@@ -319,26 +291,26 @@ template <typename T>
 void sampled_interleaved(const MarginMap& map, const float* xy, int64_t count, SampleOptions options, uint32_t* keys,
                          Counter& counter) {
   using A = Wide<T>;
-  constexpr int64_t kPoints = Taps<A>::kPoints;
   const T* base = static_cast<const T*>(map.data);
   const int64_t channels = map.channels;
-  const Buffer<Taps<A>> tap_buffer(1);
-  Taps<A>& taps = *tap_buffer.data;
+  SampledSpots<A> located(kBlock);
+  const Spots<A>& spots = located.spots;
   const Buffer<T> zeros(channels);
   const Buffer<A> scratch(kLanes<A> * channels);
-  float margin[kPoints];
-  for (int64_t first = 0; first < count; first += kPoints) {
-    const int64_t size = count - first < kPoints ? count - first : kPoints;
-    locate(xy + 2 * first, size, static_cast<int32_t>(map.height), static_cast<int32_t>(map.width), options, taps);
+  float margin[kBlock];
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = count - first < kBlock ? count - first : kBlock;
+    located.find(xy + 2 * first, size, map, options);
     for (int64_t begin = 0; begin < size; begin += kLanes<A>) {
       const int64_t lanes = size - begin < kLanes<A> ? size - begin : kLanes<A>;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const T* tap[4];
         A weight[4];
         for (int k = 0; k < 4; ++k) {
-          const int32_t index = taps.index[k][begin + lane];
-          tap[k] = index >= 0 ? base + index * map.stride_p : zeros.data;
-          weight[k] = taps.weight[k][begin + lane];
+          const int64_t x = spots.x[begin + lane] + (k & 1), y = spots.y[begin + lane] + (k >> 1);
+          const bool inside = x >= 0 && y >= 0 && x < map.width && y < map.height;
+          tap[k] = inside ? base + (y * map.width + x) * map.stride_p : zeros.data;
+          weight[k] = spots.weight[k][begin + lane];
         }
         A* out = scratch.data + lane * channels;
         int64_t c = 0;
@@ -358,6 +330,38 @@ void sampled_interleaved(const MarginMap& map, const float* xy, int64_t count, S
       interleaved_vector(static_cast<const A*>(scratch.data), channels, channels, margin + begin);
     }
     counter.keys(margin, size, keys + first);
+  }
+}
+
+// Words of Philox, in the lower halves of the lanes, as numbers of [0, 1): x[0], y[0], x[1], y[1], ...
+RENDSEG_INLINE Vec<double> uniform_of_words(Bits<double> x, Bits<double> y) {
+  const Bits<float> bits = (Bits<float>)((x & 0xffffffffu) | (y << 32));
+  return (Vec<double>)(__builtin_convertvector((Ints<float>)(bits >> 8), Vec<float>) * 0x1p-24f);
+}
+
+// Points 2 * first to 2 * (first + count) of a stream, out[4 * count]: those of pair i are philox_4x32(key, 0, i).
+void uniform_pairs(uint64_t key, int64_t first, int64_t count, float* out) {
+  constexpr int n = kLanes<double>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) {
+    auto key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
+    Bits<double> x{}, y{}, z = (Bits<double>)(lanes<double>() + (first + i)), w = z >> 32;
+    for (int round = 0; round < 10; ++round) {
+      const Bits<double> product_0 = wide_product(x, kPhiloxFactor0), product_1 = wide_product(z, kPhiloxFactor1);
+      x = (product_1 >> 32) ^ y ^ key_0;
+      z = (product_0 >> 32) ^ w ^ key_1;
+      y = product_1;  // what is above 32 bits does not count
+      w = product_0;
+      key_0 += kPhiloxStep0;
+      key_1 += kPhiloxStep1;
+    }
+    store_interleaved(uniform_of_words(x, y), uniform_of_words(z, w), out + 4 * i,
+                      std::make_integer_sequence<int, n>{});
+  }
+  for (; i < count; ++i) {
+    const PhiloxWords words = philox_4x32(key, 0, static_cast<uint64_t>(first + i));
+    const uint32_t bits[4] = {words.x, words.y, words.z, words.w};
+    for (int k = 0; k < 4; ++k) out[4 * i + k] = uniform_from_bits(bits[k]);
   }
 }
 

@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al. 2011), the counter-based generator of PyTorch's CUDA streams: the four words of a
-// counter are a function of it and of the key, so any draw can be made anew anywhere.
+// counter are a function of it and of the key, so any draw can be made again anywhere.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,9 @@
 #include "host_device.h"
 
 namespace rendseg {
+
+inline constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
+inline constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
 
 struct PhiloxWords {
   uint32_t x, y, z, w;
@@ -19,12 +22,12 @@ RENDSEG_HD constexpr PhiloxWords philox_4x32(uint64_t key, uint64_t low, uint64_
                       static_cast<uint32_t>(high >> 32)};
   uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product_0 = uint64_t{0xD2511F53u} * counter.x;
-    const uint64_t product_1 = uint64_t{0xCD9E8D57u} * counter.z;
+    const uint64_t product_0 = uint64_t{kPhiloxFactor0} * counter.x;
+    const uint64_t product_1 = uint64_t{kPhiloxFactor1} * counter.z;
     counter = {static_cast<uint32_t>(product_1 >> 32) ^ counter.y ^ key_0, static_cast<uint32_t>(product_1),
                static_cast<uint32_t>(product_0 >> 32) ^ counter.w ^ key_1, static_cast<uint32_t>(product_0)};
-    key_0 += 0x9E3779B9u;
-    key_1 += 0xBB67AE85u;
+    key_0 += kPhiloxStep0;
+    key_1 += kPhiloxStep1;
   }
   return counter;
 }

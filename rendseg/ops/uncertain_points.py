@@ -109,9 +109,10 @@ def sample_uncertain_points(
         padding_mode: ``"zeros"`` or ``"border"``, as in ``F.grid_sample``.
         align_corners: as in ``F.grid_sample``.
         generator: source of the draws, on the device of ``logits``; ``None`` means the default one.
-            ``torch.manual_seed`` reproduces the draws. On the CPU they are those of one ``torch.rand(N, Q, 2)``, for
-            any number of threads. On a GPU they are those of Philox at the state of the generator, which then moves on
-            by one counter.
+            ``torch.manual_seed`` reproduces the draws, which are those of Philox, not of ``torch.rand``. On the CPU
+            the generator gives one key, and the draws are the same for any number of threads, for every instruction
+            set and for the reference. On a GPU they are those at the state of the generator, which then moves on by
+            one counter.
         random_coords: ``[N, Q, 2]`` float32 instead of the draws: first the candidates, then the uniform points. A
             coordinate that is not finite is outside the map. With ``"zeros"`` its value is zero; with ``"border"`` it
             is that of the nearest edge, and NaN takes the lower edge.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._draws import draw_key, uniform_points
 from ._types import checked
 from .point_sample import PADDING_MODES, of_masks, point_sample
 
@@ -126,12 +127,14 @@ def sample_uncertain_points(
     check.option(padding_mode, "padding_mode", PADDING_MODES)
     n, total = (logits if image_index is None else image_index).shape[0], candidates + uniform
     check_draws(random_coords, logits, n, total)
+    if n == 0:
+        return torch.empty((0, num_points, 2), dtype=torch.float32, device=logits.device)
     if image_index is not None and class_index is not None:
         logits, class_index = logits[image_index, class_index].unsqueeze(1), None
     elif image_index is not None:
         logits = logits[image_index]
     if random_coords is None:
-        random_coords = torch.rand(n, total, 2, generator=generator, dtype=torch.float32, device=logits.device)
+        random_coords = uniform_points(draw_key(logits.device, generator), n, total)
     random_coords = random_coords.detach()
     drawn, rest = random_coords[:, :candidates], random_coords[:, candidates:]
     # Sample first, then take the uncertainty of the sampled values: the margin is not linear in the logits.

@@ -55,6 +55,7 @@ def samples() -> Iterator[tuple[str, list[Tensor], Tensor]]:
     yield "wild coordinates", [maps(2, 9, 5, 6)], torch.tensor([WILD, WILD])
     yield "wild coordinates, channels_last", [maps(2, 9, 5, 6, layout="channels_last")], torch.tensor([WILD, WILD])
     yield "wild coordinates, one channel", [maps(2, 1, 5, 6)], torch.tensor([WILD, WILD])
+    yield "wild coordinates among many, one channel", [maps(2, 1, 5, 6)], torch.tensor([WILD * 8, WILD * 8])
     yield "same point many times", [maps(1, 12, 5, 6)], torch.full((1, 40, 2), 0.37)
     yield "more than one block", [maps(2, 2, 20, 30)], points(2, 1300)
     yield "a map larger than the cache", [maps(1, 9, 500, 500)], points(1, 700)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rendseg
 from rendseg import _extension, ops, reference
+from rendseg.reference import _draws
 
 CASES = {name: (logits, class_index) for name, logits, class_index in logits_cases()}
 BAD = {f"{op}: {name}": (op, kwargs, exception, pattern) for name, op, kwargs, exception, pattern in bad_inputs()}
@@ -240,7 +241,7 @@ def test_masks_of_images(layout: torch.memory_format, dtype: torch.dtype, isa: s
     torch.manual_seed(25)
     first = ops.sample_uncertain_points(logits, 40, class_index=classes, image_index=images)
     torch.manual_seed(25)
-    drawn = torch.rand(5, 3 * 40 + 10, 2)
+    drawn = _draws.uniform_points(_draws.draw_key(logits.device), 5, 3 * 40 + 10)
     given = ops.sample_uncertain_points(logits, 40, class_index=classes, image_index=images, random_coords=drawn)
     assert torch.equal(first, given)
 
@@ -324,26 +325,43 @@ def test_unknown_logits_are_most_uncertain(isa: str) -> None:
     assert torch.equal(got[0, 0], draws[0, 2])
 
 
+def test_philox_gives_its_known_answers() -> None:
+    """Those that come with Random123: key, counter, words."""
+    ones = 0xFFFFFFFF
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for key, counter, words in (
+        (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (-1, (ones,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (0x299F31D0A4093822, pi, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ):
+        given = tuple(torch.tensor([word]) for word in counter)
+        assert tuple(int(word) for word in _draws.philox(torch.tensor([key]), given)) == words
+
+
 @pytest.mark.parametrize("images", [1, 2, 9])
-def test_draws_are_those_of_one_torch_rand(images: int) -> None:
+def test_draws_are_a_function_of_one_number_of_the_generator(images: int, isa: str) -> None:
+    """The same for any number of threads and every instruction set, and those of the reference."""
     logits = torch.randn(images, 3, 16, 16, generator=torch.Generator().manual_seed(16))
     torch.manual_seed(17)
-    draws = torch.rand(images, 3 * 60 + 15, 2)
+    key = _draws.draw_key(logits.device)
+    draws = _draws.uniform_points(key, images, 3 * 61 + 16)  # odd: the last counter of an image gives one point
     after = torch.get_rng_state()
-    wanted = ops.sample_uncertain_points(logits, 60, random_coords=draws)
+    assert 0 <= draws.min() and draws.max() < 1 and draws.unique().numel() > 0.999 * draws.numel()
+    assert (draws.mean((0, 1)) - 0.5).abs().max() < 4 / math.sqrt(12 * draws[..., 0].numel())
+    wanted = ops.sample_uncertain_points(logits, 61, random_coords=draws)
+    assert torch.equal(torch.get_rng_state(), after), "given points take no number"
     for threads in thread_counts():
         with use_threads(threads):
             torch.manual_seed(17)
-            assert torch.equal(ops.sample_uncertain_points(logits, 60), wanted)
+            assert torch.equal(ops.sample_uncertain_points(logits, 61), wanted)
             assert torch.equal(torch.get_rng_state(), after)
             generator = torch.Generator().manual_seed(17)
             torch.manual_seed(99)
             before = torch.get_rng_state()
-            assert torch.equal(ops.sample_uncertain_points(logits, 60, generator=generator), wanted)
+            assert torch.equal(ops.sample_uncertain_points(logits, 61, generator=generator), wanted)
             assert torch.equal(torch.get_rng_state(), before), "the default generator is left alone"
-    torch.manual_seed(17)
-    assert torch.equal(reference.sample_uncertain_points(logits, 60, random_coords=draws)[:, 45:], wanted[:, 45:])
-    assert torch.equal(reference.sample_uncertain_points(logits, 60)[:, 45:], wanted[:, 45:])
+    generator.manual_seed(17)
+    assert torch.equal(reference.sample_uncertain_points(logits, 61, generator=generator)[:, 45:], wanted[:, 45:])
 
 
 def test_draws_stay_float32_when_the_default_dtype_is_float64() -> None:
