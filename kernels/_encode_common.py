@@ -52,7 +52,7 @@ def _encode_center_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The mean codeword and what the codewords are beside it; a codeword that is not finite keeps that to itself.
+    """The mean codeword and what the codewords are beside it; a codeword that is huge or not finite does not move it.
 
     One program, or with GRAD one for each image, of which the first writes what all share.
 
@@ -79,8 +79,7 @@ def _encode_center_kernel(
         wide_d = d.to(tl.int64)[None, :]
         at = wide_k * codewords_k + wide_d * codewords_d
         value = tl.load(codewords_ptr + at, mask=live, other=0.0).to(ACC)
-        shift = tl.sum(tl.where(finite(value), value, 0.0), axis=0) / codes
-        shift = tl.where(finite(shift), shift, 0.0)
+        shift = tl.sum(tl.where(tl.abs(value) < 1e15, value, 0.0), axis=0) / codes
         centered = tl.where(live, value - shift[None, :], 0.0)
         squares += tl.sum(centered * centered, axis=1)
         if GRAD:

@@ -172,7 +172,7 @@ def test_features_on_the_codewords() -> None:
         close(g, w, torch.float32)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 def test_nan_and_infinity_spread_as_in_the_reference(value: float) -> None:
     x, c, s = make(2, 20, (12, 12), 6)
     a = torch.rand(2, 144, 6)
