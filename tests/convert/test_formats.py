@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -217,6 +219,7 @@ def trained(tmp_path_factory):
 def test_a_model_of_mmseg_predicts_here(trained, tmp_path, monkeypatch, capsys):
     network, path = trained
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 300 MB in all
     assert main(["convert", str(path), "--from", "mmseg", "--check"]) == 0
     assert f"{len(network.state_dict())} tensors -> small.pt" in capsys.readouterr().out
     contents = load_checkpoint("small.pt")
