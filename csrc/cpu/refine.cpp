@@ -1,12 +1,16 @@
-// _refine_mlp on the CPU: the whole inference loop of PointRend (Kirillov et al. 2020), section 3.1, with a stock point
-// head, in one call. Blocks of points are gathered, sent through every layer and scattered while they are in cache.
+// _refine_mlp on the CPU: the whole inference loop of PointRend (Kirillov et
+// al. 2020), section 3.1, with a stock point head, in one call. Blocks of
+// points are gathered, sent through every layer and scattered while they are in
+// cache.
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -14,6 +18,7 @@
 
 #include "../math/upsample.h"
 #include "../refine_common.h"
+#include "gemm.h"
 #include "huge_pages.h"
 #include "point_sample.h"
 #include "select.h"
@@ -26,37 +31,120 @@ namespace rendseg {
 
 namespace {
 
-// The head, packed for the instruction set in force. A is float or double.
+// One layer without some of its inputs, packed for the kernel in force. A is
+// float or double.
+template <typename A>
+class PackedLayer {
+ public:
+  // weight[O,I], bias[O] or zero
+  PackedLayer(const at::Tensor& weight, const at::Tensor& bias, bool relu, Gemm gemm) {
+    const at::ScalarType dtype = sizeof(A) == 8 ? at::kDouble : at::kFloat;
+    const at::Tensor full = weight.detach().to(dtype).contiguous();
+    const int64_t out = full.size(0), in = full.size(1);
+    const int64_t panel = gemm == Gemm::kAten ? 1 : RENDSEG_PICK(mlp_panel_bytes)() / static_cast<int64_t>(sizeof(A));
+    const int64_t panels = (out + panel - 1) / panel;
+    bias_ = at::zeros({panels * panel}, full.options());
+    if (bias.defined()) bias_.narrow(0, 0, out).copy_(bias.detach());
+    panels_ = gemm == Gemm::kAten ? full : pack(full, panel, panels);
+    layer_ = {panels_.const_data_ptr(), bias_.const_data_ptr(), in, out, relu, dtype_of(weight.scalar_type())};
+  }
+  const MlpLayer& layer() const { return layer_; }
+  // [O,I] for ATen's GEMM, else panels.
+  const at::Tensor& weights() const { return panels_; }
+
+ private:
+  static at::Tensor pack(const at::Tensor& full, int64_t panel, int64_t panels) {
+    const int64_t out = full.size(0), in = full.size(1);
+    at::Tensor packed = at::empty({panels, in, panel}, full.options());
+    const A* from = full.const_data_ptr<A>();
+    A* to = packed.mutable_data_ptr<A>();
+    at::parallel_for(0, panels, std::max<int64_t>(1, 32768 / (in * panel + 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        A* block = to + b * in * panel;
+        for (int64_t j = 0; j < panel; ++j) {
+          const int64_t o = b * panel + j;
+          for (int64_t i = 0; i < in; ++i) block[i * panel + j] = o < out ? from[o * in + i] : A(0);
+        }
+      }
+    });
+    return packed;
+  }
+
+  at::Tensor panels_, bias_;
+  MlpLayer layer_;
+};
+
+// y = x W^T + b for a block of rows, by one thread; with `add`, what y holds takes the place of b.
+template <typename A>
+void run_layer(Gemm gemm, const PackedLayer<A>& packed, A* x, int64_t x_stride, int64_t points, A* y, int64_t y_stride,
+               bool add) {
+  const MlpLayer& layer = packed.layer();
+  if (gemm == Gemm::kOwn) {
+    const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
+    return RENDSEG_PICK(mlp_layer_of<A>)(layer, x, x_stride, padded, y, y_stride, add);
+  }
+  if (!add) {
+    for (int64_t p = 0; p < points; ++p) std::copy_n(static_cast<const A*>(layer.bias), layer.out, y + p * y_stride);
+  }
+  if (layer.in > 0) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
+    at::Tensor sums = at::from_blob(y, {points, layer.out}, {y_stride, 1}, packed.weights().options());
+    const at::Tensor inputs = at::from_blob(x, {points, layer.in}, {x_stride, 1}, packed.weights().options());
+    at::addmm_out(sums, sums, inputs, packed.weights().t());
+  }
+  for (int64_t p = 0; p < points; ++p) RENDSEG_PICK(finish_row<A>)(layer, y + p * y_stride);
+}
+
+// at::parallel_for(0, tasks, 1, f), where f calls run_layer. A single task goes
+// to a thread of a team too, since within one ATen's GEMM has no threads of its
+// own, whose number its result could depend on.
+template <typename F>
+void for_each_task(int64_t tasks, const F& f) {
+  at::parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
+    end = std::min(end, tasks);
+    if (begin < end) f(begin, end);
+  });
+}
+
+// Sampling commutes with a linear map. Where points outnumber the cells of a
+// map, a layer's part of that map is taken once for every cell, and the points
+// sample the products.
+struct HoistPlan {
+  bool fine, coarse;
+};
+
+// The layers without the inputs whose products are sampled, and the layers of
+// those inputs alone.
 template <typename A>
 struct PackedHead {
-  std::vector<at::Tensor> storage;
-  std::vector<MlpLayer> layers;
+  HoistPlan plan;
+  Gemm gemm;
+  std::vector<PackedLayer<A>> layers;
+  std::vector<PackedLayer<A>> of_fine;    // the first layer, of each feature map
+  std::vector<PackedLayer<A>> of_coarse;  // each layer that takes the coarse values
 
-  PackedHead(at::TensorList weights, at::TensorList biases) {
-    const int64_t panel = RENDSEG_PICK(mlp_panel_bytes)() / static_cast<int64_t>(sizeof(A));
-    const at::ScalarType dtype = sizeof(A) == 8 ? at::kDouble : at::kFloat;
+  PackedHead(at::TensorList weights, at::TensorList biases, at::TensorList features, int64_t classes,
+             const RefineOptions& o, HoistPlan plan)
+      : plan(plan), gemm(rendseg::gemm()) {
+    const at::ScalarType wide = sizeof(A) == 8 ? at::kDouble : at::kFloat;  // products are not rounded
     for (size_t l = 0; l < weights.size(); ++l) {
-      const at::Tensor weight = weights[l].detach().to(dtype).contiguous(),
-                       bias = biases[l].detach().to(dtype).contiguous();
-      const int64_t out = weight.size(0), in = weight.size(1), panels = (out + panel - 1) / panel;
-      at::Tensor packed = at::empty({panels, in, panel}, weight.options());
-      at::Tensor padded = at::zeros({panels * panel}, weight.options());
-      const A* from = weight.template const_data_ptr<A>();
-      A* to = packed.template mutable_data_ptr<A>();
-      std::copy_n(bias.template const_data_ptr<A>(), out, padded.template mutable_data_ptr<A>());
-      at::parallel_for(0, panels, std::max<int64_t>(1, 32768 / (in * panel)), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          A* block = to + b * in * panel;
-          for (int64_t j = 0; j < panel; ++j) {
-            const int64_t o = b * panel + j;
-            for (int64_t i = 0; i < in; ++i) block[i * panel + j] = o < out ? from[o * in + i] : A(0);
-          }
+      const bool joined = l == 0 || o.coarse_each_layer;
+      const int64_t hidden = weights[l].size(1) - (joined ? classes : 0);
+      const int64_t hidden_at = joined && o.coarse_first ? classes : 0, coarse_at = o.coarse_first ? 0 : hidden;
+      at::Tensor kept = weights[l];
+      if (joined && plan.coarse) {
+        of_coarse.emplace_back(kept.narrow(1, coarse_at, classes).to(wide), at::Tensor(), false, gemm);
+        kept = kept.narrow(1, hidden_at, hidden);
+      }
+      if (l == 0 && plan.fine) {
+        int64_t at = hidden_at;
+        for (const at::Tensor& feature : features) {
+          of_fine.emplace_back(weights[0].narrow(1, at, feature.size(1)).to(wide), at::Tensor(), false, gemm);
+          at += feature.size(1);
         }
-      });
-      layers.push_back({packed.const_data_ptr(), padded.const_data_ptr(), in, out, l + 1 < weights.size(),
-                        dtype_of(weights[l].scalar_type())});
-      storage.push_back(std::move(packed));
-      storage.push_back(std::move(padded));
+        kept = plan.coarse ? kept.narrow(1, 0, 0) : kept.narrow(1, coarse_at, classes);
+      }
+      layers.emplace_back(kept, biases[l], l + 1 < weights.size(), gemm);
     }
   }
 };
@@ -132,8 +220,9 @@ void transpose_into(const T* planes, int64_t plane_stride, int64_t channels, int
   }
 }
 
-// A map to gather from. Where channels are apart, a plane is best read once for all points, so the points are sampled
-// ahead, `values[N,C,P]`; where they are adjacent, each block of points reads the map itself.
+// A map to gather from. Where channels are apart, a plane is best read once for
+// all points, so the points are sampled ahead, `values[N,C,P]`; where they are
+// adjacent, each block of points reads the map itself.
 struct Gatherable {
   at::Tensor map, values;
   int64_t channels() const { return map.size(1); }
@@ -153,8 +242,8 @@ void gather_block(const Gatherable& from, int64_t image, int64_t first, const fl
   });
 }
 
-// rows[p * row_stride + c] = cell `cells[p]` of the map[C,h,w] upsampled as subdivide does it: its bits, before they
-// are rounded to the type of the map.
+// rows[p * row_stride + c] = cell `cells[p]` of the map[C,h,w] upsampled as
+// subdivide does it: its bits, before they are rounded to the type of the map.
 template <typename A>
 void upsample_cells(const MapView& map, const int64_t* cells, int64_t points, const RefineOptions& o, A* rows,
                     int64_t row_stride) {
@@ -175,7 +264,8 @@ void upsample_cells(const MapView& map, const int64_t* cells, int64_t points, co
   });
 }
 
-// Rounds rows[points][channels] as point_sample stores them, then as the head takes them.
+// Rounds rows[points][channels] as point_sample stores them, then as the head
+// takes them.
 template <typename A>
 void round_rows(A* rows, int64_t row_stride, int64_t points, int64_t channels, Dtype stored, Dtype head) {
   if constexpr (sizeof(A) == 4) {
@@ -187,16 +277,40 @@ void round_rows(A* rows, int64_t row_stride, int64_t points, int64_t channels, D
   }
 }
 
-// What every block of points of one step shares. N images, C classes, `count` points of each image.
+// map[N,C,H,W] -> [N,O,H,W], channels last: the products of every cell.
+template <typename A>
+at::Tensor products_of(const at::Tensor& map, const PackedLayer<A>& packed, Gemm gemm) {
+  const MlpLayer& layer = packed.layer();
+  const int64_t cells = map.size(2) * map.size(3), blocks = (cells + kMlpPoints - 1) / kMlpPoints;
+  const at::Tensor rows = map.permute({0, 2, 3, 1}).to(sizeof(A) == 8 ? at::kDouble : at::kFloat).contiguous();
+  at::Tensor out = at::empty({map.size(0), map.size(2), map.size(3), layer.out}, rows.options());
+  const int64_t most = kMlpPoints;
+  for_each_task(map.size(0) * blocks, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> x(new A[most * layer.in]()), y(new A[most * layer.out]);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / blocks * cells + task % blocks * most;
+      const int64_t count = std::min(most, cells - task % blocks * most);
+      std::copy_n(rows.const_data_ptr<A>() + first * layer.in, count * layer.in, x.get());
+      run_layer<A>(gemm, packed, x.get(), layer.in, count, y.get(), layer.out, false);
+      std::copy_n(y.get(), count * layer.out, out.mutable_data_ptr<A>() + first * layer.out);
+    }
+  });
+  return out.permute({0, 3, 1, 2});
+}
+
+// What every block of points of one step shares. N images, C classes, `count`
+// points of each image.
 template <typename A>
 struct StepArgs {
   const PackedHead<A>& head;
   const RefineOptions& options;
   const RefineCells& cells;
-  std::vector<Gatherable> features;
-  Gatherable source;       // of the coarse values
-  const int64_t* indices;  // [N,count], null: every cell
+  std::vector<Gatherable> features;         // or their products
+  Gatherable source;                        // of the coarse values
+  std::vector<Gatherable> coarse_products;  // of each layer that takes the coarse values
+  const int64_t* indices;                   // [N,count], null: every cell
   Target target;
+  int64_t block;  // points of one block
 };
 
 // One thread's share of a step, block by block: gather, head, scatter.
@@ -204,21 +318,30 @@ template <typename A>
 class StepWorker {
  public:
   explicit StepWorker(const StepArgs<A>& args)
-      : a_(args), classes_(args.source.map.size(1)), dtype_(args.head.layers[0].rounding) {
-    int64_t widest = 0;
-    for (const MlpLayer& layer : a_.head.layers) widest = std::max({widest, layer.in, layer.out});
+      : a_(args),
+        classes_(args.source.map.size(1)),
+        joined_(args.head.plan.coarse ? 0 : classes_),
+        dtype_(args.head.layers[0].layer().rounding),
+        xy_(2 * args.block),
+        indices_(args.block) {
+    int64_t widest = joined_;
+    for (const PackedLayer<A>& packed : a_.head.layers) {
+      widest = std::max({widest, packed.layer().in, packed.layer().out + joined_});
+    }
     stride_ = (widest + 15) / 16 * 16;
     if (stride_ * sizeof(A) % 1024 == 0) stride_ += 16;  // rows of equal cache sets would evict each other
-    memory_.reset(new A[kMlpPoints * (2 * stride_ + classes_) + 64 / sizeof(A)]());
+    const int64_t rows = (a_.block + 11) / 12 * 12;
+    memory_.reset(new A[rows * (3 * stride_ + classes_) + 64 / sizeof(A)]());
     buffers_[0] = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
-    buffers_[1] = buffers_[0] + kMlpPoints * stride_;
-    coarse_ = buffers_[1] + kMlpPoints * stride_;
+    buffers_[1] = buffers_[0] + rows * stride_;
+    sampled_ = buffers_[1] + rows * stride_;
+    coarse_ = sampled_ + rows * stride_;
   }
 
-  // The points from `first` on of one image: kMlpPoints of them, or what is left.
+  // The points from `first` on of one image: a block of them, or what is left.
   void run(int64_t image, int64_t first) {
     const RefineOptions& o = a_.options;
-    const int64_t points = std::min(kMlpPoints, a_.cells.count - first);
+    const int64_t points = std::min(a_.block, a_.cells.count - first);
     if (a_.indices != nullptr) {
       std::copy_n(a_.indices + image * a_.cells.count + first, points, indices_.begin());
     } else {
@@ -229,15 +352,17 @@ class StepWorker {
       const MapView previous = map_view(a_.source.map).image(image);
       upsample_cells(previous, indices_.data(), points, o, coarse_, classes_);
       round_rows(coarse_, classes_, points, classes_, previous.dtype, dtype_);
-    } else {
+    } else if (!a_.head.plan.coarse) {
       gather(a_.source, image, first, points, coarse_, classes_);
     }
-    int64_t offset = o.coarse_first ? classes_ : 0;
-    for (const Gatherable& feature : a_.features) {
-      gather(feature, image, first, points, buffers_[0] + offset, stride_);
-      offset += feature.channels();
+    if (!a_.head.plan.fine) {
+      int64_t offset = o.coarse_first ? joined_ : 0;
+      for (const Gatherable& feature : a_.features) {
+        gather(feature, image, first, points, buffers_[0] + offset, stride_);
+        offset += feature.channels();
+      }
     }
-    const A* values = run_layers(points);
+    const A* values = run_layers(image, first, points);
     write_values<A>(a_.target, image, indices_.data(), points, values, stride_, classes_);
   }
 
@@ -249,46 +374,74 @@ class StepWorker {
 
   // Rows are [hidden | coarse] or [coarse | hidden].
   void add_coarse(A* rows, int64_t hidden, int64_t points) {
+    if (joined_ == 0) return;
     A* to = rows + (a_.options.coarse_first ? 0 : hidden);
     for (int64_t p = 0; p < points; ++p) std::copy_n(coarse_ + p * classes_, classes_, to + p * stride_);
   }
 
+  // rows[points] = bias, then += the products of layer `l` sampled at the
+  // points. Whether there were any.
+  bool start_rows(size_t l, int64_t image, int64_t first, int64_t points, A* rows) {
+    const MlpLayer& layer = a_.head.layers[l].layer();
+    std::vector<const Gatherable*> products;
+    if (l == 0 && a_.head.plan.fine) {
+      for (const Gatherable& product : a_.features) products.push_back(&product);
+    }
+    if (a_.head.plan.coarse && l < a_.coarse_products.size()) products.push_back(&a_.coarse_products[l]);
+    if (products.empty()) return false;
+    const auto add = RENDSEG_PICK(add_row<A>);
+    for (int64_t p = 0; p < points; ++p) {
+      std::copy_n(static_cast<const A*>(layer.bias), layer.out, rows + p * stride_);
+    }
+    for (const Gatherable* product : products) {
+      gather_block<A>(*product, image, first, xy_.data(), points, a_.options.border, sampled_, stride_);
+      for (int64_t p = 0; p < points; ++p) add(rows + p * stride_, sampled_ + p * stride_, layer.out);
+    }
+    return true;
+  }
+
   // From the fine values in the first buffer to the logits, rows of stride_.
-  const A* run_layers(int64_t points) {
-    const std::vector<MlpLayer>& layers = a_.head.layers;
-    const auto kernel = RENDSEG_PICK(mlp_layer);
-    const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
-    add_coarse(buffers_[0], layers[0].in - classes_, points);
+  const A* run_layers(int64_t image, int64_t first, int64_t points) {
+    const std::vector<PackedLayer<A>>& layers = a_.head.layers;
+    add_coarse(buffers_[0], layers[0].layer().in - joined_, points);
     int side = 0;
     for (size_t l = 0; l < layers.size(); ++l) {
+      const MlpLayer& layer = layers[l].layer();
       const bool joined = l + 1 < layers.size() && a_.options.coarse_each_layer;
-      A* out = buffers_[1 - side] + (joined && a_.options.coarse_first ? classes_ : 0);
-      kernel(layers[l], sizeof(A) == 8, buffers_[side], stride_, padded, out, stride_);
+      A* out = buffers_[1 - side] + (joined && a_.options.coarse_first ? joined_ : 0);
+      const bool started = start_rows(l, image, first, points, out);
+      run_layer<A>(a_.head.gemm, layers[l], buffers_[side], stride_, points, out, stride_, started);
       side = 1 - side;
-      if (joined) add_coarse(buffers_[side], layers[l].out, points);
+      if (joined) add_coarse(buffers_[side], layer.out, points);
     }
     return buffers_[side];
   }
 
   const StepArgs<A>& a_;
-  int64_t classes_, stride_ = 0;
-  Dtype dtype_;  // of the head
+  int64_t classes_, joined_, stride_ = 0;  // joined_: coarse values in a row
+  Dtype dtype_;                            // of the head
+  std::vector<float> xy_;
+  std::vector<int64_t> indices_;
   std::unique_ptr<A[]> memory_;
-  A* buffers_[2];  // [kMlpPoints][stride_]
-  A* coarse_;      // [kMlpPoints][classes_]
-  std::array<float, 2 * kMlpPoints> xy_;
-  std::array<int64_t, kMlpPoints> indices_;
+  A* buffers_[2];  // [block][stride_]
+  A* sampled_;     // [block][stride_]
+  A* coarse_;      // [block][classes_]
 };
 
-// Every image of one step. Images go in groups, so that what is sampled ahead stays small.
+// Every image of one step. Images go in groups, so that what is sampled ahead
+// stays small.
 template <typename A>
 void refine_points(const PackedHead<A>& head, at::TensorList features, const at::Tensor& source,
-                   const at::Tensor& indices, const at::Tensor& coords, const RefineCells& cells,
-                   const RefineOptions& o, const Target& target) {
+                   at::TensorList coarse_products, const at::Tensor& indices, const at::Tensor& coords,
+                   const RefineCells& cells, const RefineOptions& o, const Target& target) {
   constexpr int64_t kAheadBytes = int64_t{32} << 20;
-  const int64_t images = source.size(0), bytes = cells.count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
-  const int64_t group = std::clamp<int64_t>(kAheadBytes / bytes, 1, images);
-  const int64_t blocks = (cells.count + kMlpPoints - 1) / kMlpPoints;
+  const int64_t images = source.size(0), widest = std::max<int64_t>(1, head.layers[0].layer().in);
+  const int64_t group =
+      std::clamp<int64_t>(kAheadBytes / (cells.count * widest * static_cast<int64_t>(sizeof(A))), 1, images);
+  // Blocks of about equal size.
+  const int64_t most = head.gemm == Gemm::kAten ? kAtenPoints : kMlpPoints;
+  const int64_t least = (cells.count + most - 1) / most, block = ((cells.count + least - 1) / least + 11) / 12 * 12;
+  const int64_t blocks = (cells.count + block - 1) / block;
   for (int64_t first = 0; first < images; first += group) {
     const int64_t size = std::min(group, images - first);
     const auto prepare = [&](const at::Tensor& map, bool sampled) {
@@ -299,20 +452,42 @@ void refine_points(const PackedHead<A>& head, at::TensorList features, const at:
       }
       return from;
     };
-    StepArgs<A> args{head, o, cells, {}, prepare(source, !o.current_source), nullptr, target.from(first)};
+    StepArgs<A> args{
+        head, o, cells, {}, prepare(source, !o.current_source && !head.plan.coarse), {}, nullptr, target.from(first),
+        block};
     for (const at::Tensor& feature : features) args.features.push_back(prepare(feature, true));
+    for (const at::Tensor& product : coarse_products) args.coarse_products.push_back(prepare(product, false));
     if (indices.defined()) args.indices = indices.const_data_ptr<int64_t>() + first * cells.count;
-    at::parallel_for(0, size * blocks, 1, [&](int64_t begin, int64_t end) {
+    for_each_task(size * blocks, [&](int64_t begin, int64_t end) {
       StepWorker<A> worker(args);
-      for (int64_t task = begin; task < end; ++task) worker.run(task / blocks, task % blocks * kMlpPoints);
+      for (int64_t task = begin; task < end; ++task) worker.run(task / blocks, task % blocks * block);
     });
   }
+}
+
+// A sampled product costs about as much as kFewClasses inputs.
+HoistPlan plan_hoist(const at::Tensor& coarse, at::TensorList features, const RefineOptions& o) {
+  constexpr int64_t kFewClasses = 32;
+  if (coarse.size(0) == 0) return {false, false};
+  int64_t points = 0, pixels = 0, height = coarse.size(2), width = coarse.size(3);
+  for (int64_t step = 0; step < o.steps; ++step) {
+    height *= o.scale_factor, width *= o.scale_factor;
+    points += std::min(o.num_points, height * width);
+  }
+  for (const at::Tensor& feature : features) pixels = std::max(pixels, feature.size(2) * feature.size(3));
+  const bool many = points >= 2 * coarse.size(2) * coarse.size(3);
+  return {points >= 2 * pixels, many && !o.current_source && coarse.size(1) >= kFewClasses};
 }
 
 template <typename A>
 at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
                        const RefineOptions& o) {
-  const PackedHead<A> head(weights, biases);
+  const PackedHead<A> head(weights, biases, features, coarse.size(1), o, plan_hoist(coarse, features, o));
+  std::vector<at::Tensor> maps(features.begin(), features.end()), coarse_products;
+  for (size_t i = 0; i < head.of_fine.size(); ++i) maps[i] = products_of<A>(maps[i], head.of_fine[i], head.gemm);
+  for (const PackedLayer<A>& layer : head.of_coarse) {
+    coarse_products.push_back(products_of<A>(coarse, layer, head.gemm));
+  }
   at::Tensor current = coarse;
   for (int64_t step = 0; step < o.steps; ++step) {
     const RefineCells cells = refine_cells(current, step, o);
@@ -325,7 +500,7 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
                        : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, std::nullopt, true);
     }
     if (coarse.size(0) > 0) {
-      refine_points<A>(head, features, o.current_source ? current : coarse, indices, coords, cells, o,
+      refine_points<A>(head, maps, o.current_source ? current : coarse, coarse_products, indices, coords, cells, o,
                        Target(next, dtype_of(coarse.scalar_type()), cells.labels));
     }
     current = std::move(next);
