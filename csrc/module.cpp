@@ -1,7 +1,8 @@
-// The Python module rendseg._C: loading it registers the operators; it holds build facts and the instruction-set
-// switch.
+// The Python module rendseg._C: loading it registers the operators; it holds
+// build facts, and the switches of instruction set and matrix product.
 #include <pybind11/pybind11.h>
 
+#include "cpu/gemm.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -35,4 +36,8 @@ PYBIND11_MODULE(_C, m) {
         throw py::value_error("isa must be one of default, avx2, avx512, got \"" + name + "\"");
       },
       py::arg("name"), "Force an instruction set (tests and benchmarks).");
+  m.def(
+      "gemm", [] { return std::string(rendseg::gemm_name(rendseg::gemm())); },
+      "Who multiplies the matrices of a point head on the CPU: own or aten.");
+  m.def("set_gemm", &rendseg::set_gemm, py::arg("name"), "auto, own or aten (tests and benchmarks).");
 }

@@ -124,7 +124,8 @@ def _build() -> list[str]:
     if _extension.C is not None:
         try:
             rows.append(("CPU in force", f"{_extension.C.isa()} (widest on this machine: {_extension.C.widest_isa()})"))
-        except Exception as error:  # RENDSEG_CPU_ISA names a set that this machine lacks
+            rows.append(("CPU products", f"{_extension.C.gemm()} (RENDSEG_CPU_GEMM=auto, own or aten)"))
+        except Exception as error:  # a variable names a set that this machine lacks, or nothing there is
             rows.append(("CPU in force", f"none: {error}"))
     return ["Build", *_rows(rows)]
 

@@ -1,13 +1,14 @@
 // _refine_mlp on the CPU: the whole inference loop of PointRend (Kirillov et al. 2020), section 3.1, with a stock point
 // head, in one call. Blocks of points are gathered, sent through every layer and scattered while they are in cache.
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -16,6 +17,7 @@
 
 #include "../math/upsample.h"
 #include "../refine_common.h"
+#include "gemm.h"
 #include "huge_pages.h"
 #include "point_sample.h"
 #include "select.h"
@@ -28,28 +30,33 @@ namespace rendseg {
 
 namespace {
 
-// The head, packed for the instruction set in force. A is float or double.
+// One layer without some of its inputs, packed for the kernel in force. A is float or double.
 template <typename A>
-struct PackedHead {
-  std::vector<at::Tensor> storage;
-  std::vector<MlpLayer> layers;
-
-  PackedHead(at::TensorList weights, at::TensorList biases) {
-    for (size_t l = 0; l < weights.size(); ++l) layers.push_back(pack(weights[l], biases[l], l + 1 < weights.size()));
-  }
-
-  MlpLayer pack(const at::Tensor& given_weight, const at::Tensor& given_bias, bool relu) {
-    const int64_t panel = RENDSEG_PICK(mlp_panel_bytes)() / static_cast<int64_t>(sizeof(A));
+class PackedLayer {
+ public:
+  // weight[O,I], bias[O] or zero
+  PackedLayer(const at::Tensor& weight, const at::Tensor& bias, bool relu, Gemm gemm) {
     const at::ScalarType dtype = sizeof(A) == 8 ? at::kDouble : at::kFloat;
-    const at::Tensor weight = given_weight.detach().to(dtype).contiguous(),
-                     bias = given_bias.detach().to(dtype).contiguous();
-    const int64_t out = weight.size(0), in = weight.size(1), panels = (out + panel - 1) / panel;
-    at::Tensor packed = at::empty({panels, in, panel}, weight.options());
-    at::Tensor padded = at::zeros({panels * panel}, weight.options());
-    const A* from = weight.template const_data_ptr<A>();
-    A* to = packed.template mutable_data_ptr<A>();
-    std::copy_n(bias.template const_data_ptr<A>(), out, padded.template mutable_data_ptr<A>());
-    at::parallel_for(0, panels, std::max<int64_t>(1, 32768 / (in * panel)), [&](int64_t begin, int64_t end) {
+    const at::Tensor full = weight.detach().to(dtype).contiguous();
+    const int64_t out = full.size(0), in = full.size(1);
+    const int64_t panel = gemm == Gemm::kAten ? 1 : RENDSEG_PICK(mlp_panel_bytes)() / static_cast<int64_t>(sizeof(A));
+    const int64_t panels = (out + panel - 1) / panel;
+    bias_ = at::zeros({panels * panel}, full.options());
+    if (bias.defined()) bias_.narrow(0, 0, out).copy_(bias.detach());
+    panels_ = gemm == Gemm::kAten ? full : pack(full, panel, panels);
+    layer_ = {panels_.const_data_ptr(), bias_.const_data_ptr(), in, out, relu, dtype_of(weight.scalar_type())};
+  }
+  const MlpLayer& layer() const { return layer_; }
+  // [O,I] for ATen's GEMM, else panels.
+  const at::Tensor& weights() const { return panels_; }
+
+ private:
+  static at::Tensor pack(const at::Tensor& full, int64_t panel, int64_t panels) {
+    const int64_t out = full.size(0), in = full.size(1);
+    at::Tensor packed = at::empty({panels, in, panel}, full.options());
+    const A* from = full.const_data_ptr<A>();
+    A* to = packed.mutable_data_ptr<A>();
+    at::parallel_for(0, panels, std::max<int64_t>(1, 32768 / (in * panel + 1)), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         A* block = to + b * in * panel;
         for (int64_t j = 0; j < panel; ++j) {
@@ -58,9 +65,82 @@ struct PackedHead {
         }
       }
     });
-    storage.push_back(packed);
-    storage.push_back(padded);
-    return {packed.const_data_ptr(), padded.const_data_ptr(), in, out, relu, dtype_of(given_weight.scalar_type())};
+    return packed;
+  }
+
+  at::Tensor panels_, bias_;
+  MlpLayer layer_;
+};
+
+// y = x W^T + b for a block of rows, by one thread; with `add`, what y holds takes the place of b.
+template <typename A>
+void run_layer(Gemm gemm, const PackedLayer<A>& packed, A* x, int64_t x_stride, int64_t points, A* y, int64_t y_stride,
+               bool add) {
+  const MlpLayer& layer = packed.layer();
+  if (gemm == Gemm::kOwn) {
+    const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
+    return RENDSEG_PICK(mlp_layer_of<A>)(layer, x, x_stride, padded, y, y_stride, add);
+  }
+  if (!add) {
+    for (int64_t p = 0; p < points; ++p) std::copy_n(static_cast<const A*>(layer.bias), layer.out, y + p * y_stride);
+  }
+  if (layer.in > 0) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
+    at::Tensor sums = at::from_blob(y, {points, layer.out}, {y_stride, 1}, packed.weights().options());
+    const at::Tensor inputs = at::from_blob(x, {points, layer.in}, {x_stride, 1}, packed.weights().options());
+    at::addmm_out(sums, sums, inputs, packed.weights().t());
+  }
+  for (int64_t p = 0; p < points; ++p) RENDSEG_PICK(finish_row<A>)(layer, y + p * y_stride);
+}
+
+// at::parallel_for(0, tasks, 1, f), where f calls run_layer. A single task goes to a thread of a team too, since within
+// one ATen's GEMM has no threads of its own, whose number its result could depend on.
+template <typename F>
+void for_each_task(int64_t tasks, const F& f) {
+  at::parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
+    end = std::min(end, tasks);
+    if (begin < end) f(begin, end);
+  });
+}
+
+// Sampling commutes with a linear map. Where points outnumber the cells of a map, a layer's part of that map is taken
+// once for every cell, and the points sample the products.
+struct HoistPlan {
+  bool fine, coarse;
+};
+
+// The layers without the inputs whose products are sampled, and the layers of those inputs alone.
+template <typename A>
+struct PackedHead {
+  HoistPlan plan;
+  Gemm gemm;
+  std::vector<PackedLayer<A>> layers;
+  std::vector<PackedLayer<A>> of_fine;    // the first layer, of each feature map
+  std::vector<PackedLayer<A>> of_coarse;  // each layer that takes the coarse values
+
+  PackedHead(at::TensorList weights, at::TensorList biases, at::TensorList features, int64_t classes,
+             const RefineOptions& o, HoistPlan plan)
+      : plan(plan), gemm(rendseg::gemm()) {
+    const at::ScalarType wide = sizeof(A) == 8 ? at::kDouble : at::kFloat;  // products are not rounded
+    for (size_t l = 0; l < weights.size(); ++l) {
+      const bool joined = l == 0 || o.coarse_each_layer;
+      const int64_t hidden = weights[l].size(1) - (joined ? classes : 0);
+      const int64_t hidden_at = joined && o.coarse_first ? classes : 0, coarse_at = o.coarse_first ? 0 : hidden;
+      at::Tensor kept = weights[l];
+      if (joined && plan.coarse) {
+        of_coarse.emplace_back(kept.narrow(1, coarse_at, classes).to(wide), at::Tensor(), false, gemm);
+        kept = kept.narrow(1, hidden_at, hidden);
+      }
+      if (l == 0 && plan.fine) {
+        int64_t at = hidden_at;
+        for (const at::Tensor& feature : features) {
+          of_fine.emplace_back(weights[0].narrow(1, at, feature.size(1)).to(wide), at::Tensor(), false, gemm);
+          at += feature.size(1);
+        }
+        kept = plan.coarse ? kept.narrow(1, 0, 0) : kept.narrow(1, coarse_at, classes);
+      }
+      layers.emplace_back(kept, biases[l], l + 1 < weights.size(), gemm);
+    }
   }
 };
 
@@ -226,57 +306,26 @@ struct Boxes {
   }
 };
 
-// The first layer where a point is often on the same pixels: its part for the fine features is made once for every
-// pixel of their map, since interpolating and multiplying may change places, and the points read that.
+// map[N,C,H,W] -> [N,O,H,W], channels last: the products of every cell.
 template <typename A>
-struct MappedLayer {
-  at::Tensor map;   // [B,O,Hf,Wf], channels_last
-  MlpLayer coarse;  // the part for the coarse logits, with the bias
-
-  MappedLayer(PackedHead<A>& head, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& feature,
-              bool coarse_first) {
-    const int64_t fine = feature.size(1), classes = weight.size(1) - fine;
-    coarse = head.pack(weight.narrow(1, coarse_first ? 0 : fine, classes), bias, false);
-    const MlpLayer layer = head.pack(weight.narrow(1, coarse_first ? classes : 0, fine), at::zeros_like(bias), false);
-    const at::TensorOptions options = weight.options().memory_format(at::MemoryFormat::ChannelsLast);
-    map = at::empty({feature.size(0), layer.out, feature.size(2), feature.size(3)}, options);
-    A* to = map.template mutable_data_ptr<A>();
-    const MapView from = map_view(feature);
-    const int64_t blocks = (from.cells() + kMlpPoints - 1) / kMlpPoints;
-    const auto kernel = RENDSEG_PICK(mlp_layer);
-    at::parallel_for(0, from.images * blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t in_stride = (fine + 15) / 16 * 16 + 16, out_stride = (layer.out + 15) / 16 * 16 + 16;
-      const std::unique_ptr<A[]> memory(new A[kMlpPoints * (in_stride + out_stride)]());
-      A *rows = memory.get(), *products = rows + kMlpPoints * in_stride;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / blocks, first = task % blocks * kMlpPoints;
-        const int64_t pixels = std::min(kMlpPoints, from.cells() - first);
-        read_pixels(from, image, first, pixels, rows, in_stride);
-        kernel(layer, sizeof(A) == 8, rows, in_stride, (pixels + 11) / 12 * 12, products, out_stride);
-        for (int64_t p = 0; p < pixels; ++p) {
-          std::copy_n(products + p * out_stride, layer.out, to + (image * from.cells() + first + p) * layer.out);
-        }
-      }
-    });
-  }
-
- private:
-  // rows[p * stride + c] = channel c of pixel first + p
-  static void read_pixels(const MapView& map, int64_t image, int64_t first, int64_t pixels, A* rows, int64_t stride) {
-    constexpr int64_t kGroup = 16;  // one cache line of a row
-    std::array<int64_t, kMlpPoints> offsets;
-    for (int64_t p = 0; p < pixels; ++p) {
-      offsets[p] = (first + p) / map.width * map.stride_y + (first + p) % map.width * map.stride_x;
+at::Tensor products_of(const at::Tensor& map, const PackedLayer<A>& packed, Gemm gemm) {
+  const MlpLayer& layer = packed.layer();
+  const int64_t cells = map.size(2) * map.size(3), blocks = (cells + kMlpPoints - 1) / kMlpPoints;
+  const at::Tensor rows = map.permute({0, 2, 3, 1}).to(sizeof(A) == 8 ? at::kDouble : at::kFloat).contiguous();
+  at::Tensor out = at::empty({map.size(0), map.size(2), map.size(3), layer.out}, rows.options());
+  const int64_t most = kMlpPoints;
+  for_each_task(map.size(0) * blocks, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> x(new A[most * layer.in]()), y(new A[most * layer.out]);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / blocks * cells + task % blocks * most;
+      const int64_t count = std::min(most, cells - task % blocks * most);
+      std::copy_n(rows.const_data_ptr<A>() + first * layer.in, count * layer.in, x.get());
+      run_layer<A>(gemm, packed, x.get(), layer.in, count, y.get(), layer.out, false);
+      std::copy_n(y.get(), count * layer.out, out.mutable_data_ptr<A>() + first * layer.out);
     }
-    for (int64_t c0 = 0; c0 < map.channels; c0 += kGroup) {
-      const int64_t c1 = std::min(c0 + kGroup, map.channels);
-      for (int64_t p = 0; p < pixels; ++p) {
-        const A* from = map.at<const A>(image) + offsets[p];
-        for (int64_t c = c0; c < c1; ++c) rows[p * stride + c] = from[c * map.stride_c];
-      }
-    }
-  }
-};
+  });
+  return out.permute({0, 3, 1, 2});
+}
 
 // What every block of points of one step shares. N images, C classes, `count` points of each image.
 template <typename A>
@@ -284,14 +333,15 @@ struct StepArgs {
   const PackedHead<A>& head;
   const RefineOptions& options;
   const RefineCells& cells;
-  const Boxes* boxes;            // null: the features are those of the images themselves
-  const MappedLayer<A>* mapped;  // null: the features are read as they are
-  const int64_t* classes;        // null: every class is written; else that of each image of the whole call
-  int64_t first;                 // image of the whole call that is image 0 here
-  std::vector<Gatherable> features;
-  Gatherable source;       // of the coarse values
-  const int64_t* indices;  // [N,count], null: every cell
+  const Boxes* boxes;                       // null: the features are those of the images themselves
+  const int64_t* classes;                   // null: every class is written; else that of each image of the whole call
+  int64_t first;                            // image of the whole call that is image 0 here
+  std::vector<Gatherable> features;         // or their products
+  Gatherable source;                        // of the coarse values
+  std::vector<Gatherable> coarse_products;  // of each layer that takes the coarse values
+  const int64_t* indices;                   // [N,count], null: every cell
   Target target;
+  int64_t block;  // points of one block
 };
 
 // One thread's share of a step, block by block: gather, head, scatter.
@@ -299,120 +349,144 @@ template <typename A>
 class StepWorker {
  public:
   explicit StepWorker(const StepArgs<A>& args)
-      : a_(args), classes_(args.source.map.size(1)), dtype_(args.head.layers[0].rounding) {
-    int64_t widest = 0;
-    for (const MlpLayer& layer : a_.head.layers) widest = std::max({widest, layer.in, layer.out});
+      : a_(args),
+        classes_(args.source.map.size(1)),
+        joined_(args.head.plan.coarse ? 0 : classes_),
+        dtype_(args.head.layers[0].layer().rounding),
+        xy_(2 * args.block),
+        in_features_(args.boxes == nullptr ? 0 : 2 * args.block),
+        indices_(args.block) {
+    int64_t widest = joined_;
+    for (const PackedLayer<A>& packed : a_.head.layers) {
+      widest = std::max({widest, packed.layer().in, packed.layer().out + joined_});
+    }
     stride_ = (widest + 15) / 16 * 16;
     if (stride_ * sizeof(A) % 1024 == 0) stride_ += 16;  // rows of equal cache sets would evict each other
-    memory_.reset(new A[kMlpPoints * (2 * stride_ + classes_) + 64 / sizeof(A)]());
+    const int64_t rows = (a_.block + 11) / 12 * 12;
+    memory_.reset(new A[rows * (3 * stride_ + classes_) + 64 / sizeof(A)]());
     buffers_[0] = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
-    buffers_[1] = buffers_[0] + kMlpPoints * stride_;
-    coarse_ = buffers_[1] + kMlpPoints * stride_;
+    buffers_[1] = buffers_[0] + rows * stride_;
+    sampled_ = buffers_[1] + rows * stride_;
+    coarse_ = sampled_ + rows * stride_;
   }
 
-  // The points from `first` on of one image: kMlpPoints of them, or what is left.
+  // The points from `first` on of one image: a block of them, or what is left.
   void run(int64_t image, int64_t first) {
     const RefineOptions& o = a_.options;
-    const int64_t points = std::min(kMlpPoints, a_.cells.count - first);
-    int64_t image_of_features = image;
+    const int64_t points = std::min(a_.block, a_.cells.count - first);
     if (a_.indices != nullptr) {
       std::copy_n(a_.indices + image * a_.cells.count + first, points, indices_.begin());
     } else {
       std::iota(indices_.begin(), indices_.begin() + points, first);
     }
     cell_centres(indices_.data(), points, a_.cells.height, a_.cells.width, xy_.data());
+    Place features{image, xy_.data()};
+    if (a_.boxes != nullptr) {
+      a_.boxes->place(a_.first + image, xy_.data(), points, in_features_.data());
+      features = {a_.boxes->image[a_.first + image], in_features_.data()};
+    }
+    const Place here{image, xy_.data()};
     if (o.current_source) {
       const MapView previous = map_view(a_.source.map).image(image);
       upsample_cells(previous, indices_.data(), points, o, coarse_, classes_);
       round_rows(coarse_, classes_, points, classes_, previous.dtype, dtype_);
-    } else {
-      gather(a_.source, image, first, points, coarse_, classes_);
+    } else if (!a_.head.plan.coarse) {
+      gather(a_.source, here, first, points, coarse_, classes_);
     }
-    if (a_.boxes != nullptr) {
-      a_.boxes->place(a_.first + image, xy_.data(), points, xy_.data());
-      image_of_features = a_.boxes->image[a_.first + image];
+    if (!a_.head.plan.fine) {
+      int64_t offset = o.coarse_first ? joined_ : 0;
+      for (const Gatherable& feature : a_.features) {
+        gather(feature, features, first, points, buffers_[0] + offset, stride_);
+        offset += feature.channels();
+      }
     }
-    if (a_.mapped != nullptr) run_mapped(image_of_features, points);
-    int64_t offset = o.coarse_first ? classes_ : 0;
-    for (const Gatherable& feature : a_.features) {
-      gather(feature, image_of_features, first, points, buffers_[0] + offset, stride_);
-      offset += feature.channels();
-    }
-    const A* values = run_layers(points, a_.mapped != nullptr ? 1 : 0);
+    const A* values = run_layers(here, features, first, points);
     const int64_t written = a_.classes == nullptr ? classes_ : 1;
     if (a_.classes != nullptr) values += a_.classes[a_.first + image];
     write_values<A>(a_.target, image, indices_.data(), points, values, stride_, written);
   }
 
  private:
-  void gather(const Gatherable& from, int64_t image, int64_t first, int64_t points, A* rows, int64_t row_stride) {
-    gather_block<A>(from, image, first, xy_.data(), points, a_.options.border, rows, row_stride);
+  // Where the points of a block lie in a map.
+  struct Place {
+    int64_t image;
+    const float* xy;
+  };
+
+  void gather(const Gatherable& from, Place at, int64_t first, int64_t points, A* rows, int64_t row_stride) {
+    gather_block<A>(from, at.image, first, at.xy, points, a_.options.border, rows, row_stride);
     round_rows(rows, row_stride, points, from.channels(), dtype_of(from.map.scalar_type()), dtype_);
   }
 
   // Rows are [hidden | coarse] or [coarse | hidden].
   void add_coarse(A* rows, int64_t hidden, int64_t points) {
+    if (joined_ == 0) return;
     A* to = rows + (a_.options.coarse_first ? 0 : hidden);
     for (int64_t p = 0; p < points; ++p) std::copy_n(coarse_ + p * classes_, classes_, to + p * stride_);
   }
 
-  // The first layer, to the first buffer.
-  void run_mapped(int64_t image, int64_t points) {
-    const MappedLayer<A>& mapped = *a_.mapped;
-    const int64_t out = mapped.coarse.out;
-    const bool last = a_.head.layers.size() == 1;
-    A* rows = buffers_[0] + (!last && a_.options.coarse_each_layer && a_.options.coarse_first ? classes_ : 0);
-    gather_rows_cpu(map_view(mapped.map).image(image), xy_.data(), points, a_.options.border, false, rows,
-                    sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat, stride_);
-    const auto kernel = RENDSEG_PICK(mlp_layer);
-    kernel(mapped.coarse, sizeof(A) == 8, coarse_, classes_, (points + 11) / 12 * 12, buffers_[1], stride_);
+  // rows[points] = bias, then += the products of layer `l` sampled at the points. Whether there were any.
+  bool start_rows(size_t l, Place here, Place features, int64_t first, int64_t points, A* rows) {
+    const MlpLayer& layer = a_.head.layers[l].layer();
+    const bool fine = l == 0 && a_.head.plan.fine, coarse = a_.head.plan.coarse && l < a_.coarse_products.size();
+    if (!fine && !coarse) return false;
     for (int64_t p = 0; p < points; ++p) {
-      A* to = rows + p * stride_;
-      const A* add = buffers_[1] + p * stride_;
-      for (int64_t i = 0; i < out; ++i) {
-        const A sum = to[i] + add[i];
-        to[i] = !last && sum < A(0) ? A(0) : sum;
-      }
+      std::copy_n(static_cast<const A*>(layer.bias), layer.out, rows + p * stride_);
     }
-    if (!last && a_.options.coarse_each_layer) add_coarse(buffers_[0], out, points);
+    const auto add = [&](const Gatherable& product, Place at) {
+      gather_block<A>(product, at.image, first, at.xy, points, a_.options.border, sampled_, stride_);
+      for (int64_t p = 0; p < points; ++p) {
+        RENDSEG_PICK(add_row<A>)(rows + p * stride_, sampled_ + p * stride_, layer.out);
+      }
+    };
+    if (fine) {
+      for (const Gatherable& product : a_.features) add(product, features);
+    }
+    if (coarse) add(a_.coarse_products[l], here);
+    return true;
   }
 
-  // From the inputs of layer `first` in the first buffer to the logits, rows of stride_.
-  const A* run_layers(int64_t points, size_t first) {
-    const std::vector<MlpLayer>& layers = a_.head.layers;
-    const auto kernel = RENDSEG_PICK(mlp_layer);
-    const int64_t padded = (points + 11) / 12 * 12;  // whole blocks of rows; what lies beyond the points is ignored
-    if (first == 0) add_coarse(buffers_[0], layers[0].in - classes_, points);
+  // From the fine values in the first buffer to the logits, rows of stride_.
+  const A* run_layers(Place here, Place features, int64_t first, int64_t points) {
+    const std::vector<PackedLayer<A>>& layers = a_.head.layers;
+    add_coarse(buffers_[0], layers[0].layer().in - joined_, points);
     int side = 0;
-    for (size_t l = first; l < layers.size(); ++l) {
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const MlpLayer& layer = layers[l].layer();
       const bool joined = l + 1 < layers.size() && a_.options.coarse_each_layer;
-      A* out = buffers_[1 - side] + (joined && a_.options.coarse_first ? classes_ : 0);
-      kernel(layers[l], sizeof(A) == 8, buffers_[side], stride_, padded, out, stride_);
+      A* out = buffers_[1 - side] + (joined && a_.options.coarse_first ? joined_ : 0);
+      const bool started = start_rows(l, here, features, first, points, out);
+      run_layer<A>(a_.head.gemm, layers[l], buffers_[side], stride_, points, out, stride_, started);
       side = 1 - side;
-      if (joined) add_coarse(buffers_[side], layers[l].out, points);
+      if (joined) add_coarse(buffers_[side], layer.out, points);
     }
     return buffers_[side];
   }
 
   const StepArgs<A>& a_;
-  int64_t classes_, stride_ = 0;
-  Dtype dtype_;  // of the head
+  int64_t classes_, joined_, stride_ = 0;  // joined_: coarse values in a row
+  Dtype dtype_;                            // of the head
+  std::vector<float> xy_, in_features_;
+  std::vector<int64_t> indices_;
   std::unique_ptr<A[]> memory_;
-  A* buffers_[2];  // [kMlpPoints][stride_]
-  A* coarse_;      // [kMlpPoints][classes_]
-  std::array<float, 2 * kMlpPoints> xy_;
-  std::array<int64_t, kMlpPoints> indices_;
+  A* buffers_[2];  // [block][stride_]
+  A* sampled_;     // [block][stride_]
+  A* coarse_;      // [block][classes_]
 };
 
 // Every image of one step. Images go in groups, so that what is sampled ahead stays small.
 template <typename A>
-void refine_points(const PackedHead<A>& head, at::TensorList features, const Boxes* boxes, const MappedLayer<A>* mapped,
-                   const int64_t* classes, const at::Tensor& source, const at::Tensor& indices,
+void refine_points(const PackedHead<A>& head, at::TensorList features, const Boxes* boxes, const int64_t* classes,
+                   const at::Tensor& source, at::TensorList coarse_products, const at::Tensor& indices,
                    const at::Tensor& coords, const RefineCells& cells, const RefineOptions& o, const Target& target) {
   constexpr int64_t kAheadBytes = int64_t{32} << 20;
-  const int64_t images = source.size(0), bytes = cells.count * head.layers[0].in * static_cast<int64_t>(sizeof(A));
-  const int64_t group = std::clamp<int64_t>(kAheadBytes / bytes, 1, images);
-  const int64_t blocks = (cells.count + kMlpPoints - 1) / kMlpPoints;
+  const int64_t images = source.size(0), widest = std::max<int64_t>(1, head.layers[0].layer().in);
+  const int64_t group =
+      std::clamp<int64_t>(kAheadBytes / (cells.count * widest * static_cast<int64_t>(sizeof(A))), 1, images);
+  // Blocks of about equal size.
+  const int64_t most = head.gemm == Gemm::kAten ? kAtenPoints : kMlpPoints;
+  const int64_t least = (cells.count + most - 1) / most, block = ((cells.count + least - 1) / least + 11) / 12 * 12;
+  const int64_t blocks = (cells.count + block - 1) / block;
   for (int64_t first = 0; first < images; first += group) {
     const int64_t size = std::min(group, images - first);
     const auto prepare = [&](const at::Tensor& map, bool sampled) {
@@ -427,57 +501,59 @@ void refine_points(const PackedHead<A>& head, at::TensorList features, const Box
                      o,
                      cells,
                      boxes,
-                     mapped,
                      classes,
                      first,
                      {},
-                     prepare(source, !o.current_source),
+                     prepare(source, !o.current_source && !head.plan.coarse),
+                     {},
                      nullptr,
-                     target.from(first)};
+                     target.from(first),
+                     block};
     for (const at::Tensor& feature : features) {
-      if (mapped != nullptr) break;
       args.features.push_back(boxes != nullptr ? Gatherable{feature, {}} : prepare(feature, true));
     }
+    for (const at::Tensor& product : coarse_products) args.coarse_products.push_back(prepare(product, false));
     if (indices.defined()) args.indices = indices.const_data_ptr<int64_t>() + first * cells.count;
-    at::parallel_for(0, size * blocks, 1, [&](int64_t begin, int64_t end) {
+    for_each_task(size * blocks, [&](int64_t begin, int64_t end) {
       StepWorker<A> worker(args);
-      for (int64_t task = begin; task < end; ++task) worker.run(task / blocks, task % blocks * kMlpPoints);
+      for (int64_t task = begin; task < end; ++task) worker.run(task / blocks, task % blocks * block);
     });
   }
 }
 
-// Whether boxes have more points than their maps have pixels, and the first layer may thus be made for the pixels. Not
-// in half types, which are rounded after they are interpolated.
-bool worth_mapping(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, const RefineOptions& o) {
-  const at::ScalarType dtype = weights[0].scalar_type();
-  if (features.size() != 1 || features[0].scalar_type() != dtype || (dtype != at::kFloat && dtype != at::kDouble)) {
-    return false;
-  }
-  double points = 0;  // doubles, since maps that repeat one cell have any size
+// A sampled product costs about as much as kFewClasses inputs.
+HoistPlan plan_hoist(const at::Tensor& coarse, at::TensorList features, const RefineOptions& o) {
+  constexpr int64_t kFewClasses = 32;
+  // Doubles, since maps that repeat one cell have any size.
+  const auto cells_of = [](const at::Tensor& map) {
+    return static_cast<double>(map.size(0)) * static_cast<double>(map.size(2)) * static_cast<double>(map.size(3));
+  };
+  double points = 0, pixels = 0;
   for (int64_t step = 0; step < o.steps; ++step) {
     const RefineCells cells = refine_cells(coarse, step, o);
-    if (cells.needed) points += static_cast<double>(cells.count) * coarse.size(0);
+    if (cells.needed) points += static_cast<double>(cells.count) * static_cast<double>(coarse.size(0));
   }
-  const double pixels = static_cast<double>(features[0].size(0)) * features[0].size(2) * features[0].size(3);
-  return points > 1.25 * pixels;  // the map is written and read too
+  if (points == 0) return {false, false};
+  for (const at::Tensor& feature : features) pixels = std::max(pixels, cells_of(feature));
+  const bool many = points >= 2 * cells_of(coarse);
+  return {points >= 2 * pixels, many && !o.current_source && coarse.size(1) >= kFewClasses};
 }
 
 template <typename A>
 at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::TensorList weights, at::TensorList biases,
                        const RefineOptions& o) {
-  PackedHead<A> head(weights, biases);
+  const PackedHead<A> head(weights, biases, features, coarse.size(1), o, plan_hoist(coarse, features, o));
+  std::vector<at::Tensor> maps(features.begin(), features.end()), coarse_products;
+  for (size_t i = 0; i < head.of_fine.size(); ++i) maps[i] = products_of<A>(maps[i], head.of_fine[i], head.gemm);
+  for (const PackedLayer<A>& layer : head.of_coarse) {
+    coarse_products.push_back(products_of<A>(coarse, layer, head.gemm));
+  }
   std::optional<Boxes> boxes;
-  std::optional<MappedLayer<A>> mapped;
-  std::vector<at::Tensor> maps = features.vec();
   if (o.boxes.has_value()) {
     boxes.emplace(*o.image_index, *o.boxes, features[0].size(0));
     // A block of points lies in one box, so planes cannot be read in streams: channels side by side, once for all
     // steps.
-    if (worth_mapping(coarse, features, weights, o)) {
-      mapped.emplace(head, weights[0], biases[0], features[0], o.coarse_first);
-    } else {
-      for (at::Tensor& map : maps) map = map.contiguous(at::MemoryFormat::ChannelsLast);
-    }
+    for (at::Tensor& map : maps) map = map.contiguous(at::MemoryFormat::ChannelsLast);
   }
   std::vector<int64_t> classes;
   at::Tensor current = coarse;
@@ -499,9 +575,9 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
                        : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, class_index, true);
     }
     if (coarse.size(0) > 0) {
-      refine_points<A>(head, maps, boxes.has_value() ? &*boxes : nullptr, mapped.has_value() ? &*mapped : nullptr,
-                       o.single() ? classes.data() : nullptr, o.current_source ? current : coarse, indices, coords,
-                       cells, o, Target(next, dtype_of(coarse.scalar_type()), cells.labels));
+      refine_points<A>(head, maps, boxes.has_value() ? &*boxes : nullptr, o.single() ? classes.data() : nullptr,
+                       o.current_source ? current : coarse, coarse_products, indices, coords, cells, o,
+                       Target(next, dtype_of(coarse.scalar_type()), cells.labels));
     }
     current = std::move(next);
   }

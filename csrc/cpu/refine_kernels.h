@@ -7,7 +7,8 @@
 
 namespace rendseg {
 
-// y = x W^T + b, then a ReLU; `panels` as above, padded with zeros, `bias` padded likewise.
+// y = x W^T + b, then a ReLU; `panels` as above, padded with zeros, `bias` padded likewise. For ATen's GEMM the weights
+// are W as it is.
 struct MlpLayer {
   const void* panels;
   const void* bias;
@@ -16,8 +17,8 @@ struct MlpLayer {
   Dtype rounding;  // the dtype of the head: halves are rounded after each layer
 };
 
-// Points of one block: a multiple of the rows of every instruction set.
-constexpr int64_t kMlpPoints = 96;
+// Most points of one block: multiples of the rows of every instruction set. ATen's GEMM packs the weights in each call.
+constexpr int64_t kMlpPoints = 96, kAtenPoints = 252;
 
 }  // namespace rendseg
 
@@ -44,8 +45,10 @@ RENDSEG_INLINE Vec<A> round_to(Vec<A> v, Dtype dtype) {
   return v;
 }
 
+// With `add`, what y holds takes the place of the bias.
 template <typename A>
-void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t points, A* y, int64_t y_stride) {
+void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t points, A* y, int64_t y_stride,
+                  bool add) {
   using V = Vec<A>;
   constexpr int L = kLanes<A>, R = kMlpRows;
   const int64_t in = layer.in, s = x_stride, s3 = 3 * x_stride;
@@ -58,8 +61,17 @@ void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t p
       V acc[R][2];
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) acc[r][0] = b0, acc[r][1] = b1;
+      if (add) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const A* from = y + (p + r) * y_stride + panel * 2 * L;
+          acc[r][0] = columns >= L ? load(from) : load_part(from, columns);
+          acc[r][1] = columns == 2 * L ? load(from + L) : columns > L ? load_part(from + L, columns - L) : zero;
+        }
+      }
       const A* w = static_cast<const A*>(layer.panels) + panel * in * 2 * L;
-      const A* row[(R + 3) / 4];  // every fourth row; the three below are reached by s, 2s and 3s
+      const A* row[(R + 3) / 4];  // every fourth row; the three below are
+                                  // reached by s, 2s and 3s
       for (int g = 0; g < (R + 3) / 4; ++g) row[g] = x + (p + 4 * g) * x_stride;
       for (int64_t i = 0; i < in; ++i, w += 2 * L) {
         const V w0 = load(w), w1 = load(w + L);
@@ -95,13 +107,22 @@ void mlp_layer_of(const MlpLayer& layer, const A* x, int64_t x_stride, int64_t p
   }
 }
 
-void mlp_layer(const MlpLayer& layer, bool wide, const void* x, int64_t x_stride, int64_t points, void* y,
-               int64_t y_stride) {
-  if (wide) {
-    mlp_layer_of<double>(layer, static_cast<const double*>(x), x_stride, points, static_cast<double*>(y), y_stride);
-  } else {
-    mlp_layer_of<float>(layer, static_cast<const float*>(x), x_stride, points, static_cast<float*>(y), y_stride);
+// What follows the sums of one row.
+template <typename A>
+void finish_row(const MlpLayer& layer, A* y) {
+  constexpr int L = kLanes<A>;
+  const Vec<A> zero{};
+  for (int64_t i = 0; i < layer.out; i += L) {
+    const int64_t count = layer.out - i < L ? layer.out - i : L;
+    Vec<A> v = round_to<A>(count == L ? load(y + i) : load_part(y + i, count), layer.rounding);
+    if (layer.relu) v = v < zero ? zero : v;
+    count == L ? store(y + i, v) : store_part(y + i, v, count);
   }
+}
+
+template <typename A>
+void add_row(A* to, const A* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
 // Rounds values to a half dtype in place; nothing to do for the others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import cases_refine as cases
@@ -275,6 +276,48 @@ def test_threads_do_not_matter(isa: str) -> None:
             with use_threads(count):
                 results.append(refine(*args, steps=2, num_points=500))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("gemm", ["own", "aten"])
+@pytest.mark.parametrize(
+    "classes, coarse_first, each",
+    [(40, False, True), (40, True, True), (40, True, False), (3, False, True), (3, True, True)],
+)
+def test_products_by_either_gemm(classes: int, coarse_first: bool, each: bool, gemm: str) -> None:
+    """Points outnumber the cells of both maps, so that products are sampled; with many classes the coarse ones too."""
+    if not _extension.LOADED:
+        pytest.skip("needs the compiled extension")
+    assert _extension.C is not None
+    coarse, features = cases.inputs(n=2, classes=classes, h=5, w=6, channels=(8, 7))
+    head = cases.Head(15, classes, hidden=(35, 20), coarse_first=coarse_first, each=each).double()
+    before = _extension.C.gemm()
+    _extension.C.set_gemm(gemm)
+    try:
+        with torch.no_grad():
+            for source in ("original", "current"):
+                kwargs = {"steps": 3, "num_points": 300, "coarse_source": source}
+                want = reference.refine(coarse, features, head, **kwargs)
+                results = []
+                for count in (1, 2, 3):
+                    with use_threads(count):
+                        results.append(refine(coarse, features, head, **kwargs))
+                torch.testing.assert_close(results[0], want, rtol=1e-9, atol=1e-9)
+                assert all(torch.equal(results[0], other) for other in results[1:])
+                labels = refine(coarse, features, head, output="labels", **kwargs)
+                assert torch.equal(labels.long(), results[0].argmax(1))
+            low, maps, half = coarse.bfloat16(), [f.bfloat16() for f in features], copy.deepcopy(head).bfloat16()
+            got = refine(low, maps, half, steps=1, num_points=10**4)
+            want = reference.refine(low.double(), [f.double() for f in maps], half.double(), steps=1, num_points=10**4)
+            torch.testing.assert_close(got.double(), want, rtol=0.1, atol=0.1)
+    finally:
+        _extension.C.set_gemm(before)
+
+
+def test_gemm_of_no_known_name() -> None:
+    if _extension.C is None:
+        pytest.skip("needs the compiled extension")
+    with pytest.raises(ValueError, match='RENDSEG_CPU_GEMM must be one of auto, own, aten, got "mkl"'):
+        _extension.C.set_gemm("mkl")
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["any head", "stock head"])
