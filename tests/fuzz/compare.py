@@ -78,7 +78,8 @@ def judge(seed: int, run: Callable[[str, dict[str, Any]], Any], on_device: bool 
     wanted, refusal = outcome(lambda op, arguments: getattr(reference, op)(**arguments), other)
     if error is not None or refusal is not None:
         said = f"{_said(error)} | reference: {_said(refusal)}"
-        if error is None and "can't allocate memory" in str(refusal):
+        no_memory = ("can't allocate memory", "Storage size calculation overflowed")
+        if error is None and any(words in str(refusal) for words in no_memory):
             return IN_PLACE, said
         if on_device and (_asserted(call, error, refusal) or "has no kernel of" in str(error)):  # for meta tensors
             return REFUSED, ""
