@@ -127,7 +127,7 @@ def test_more_positions_than_65535(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_codewords_of_every_tile() -> None:
     for codes in (16, 17, 64, 128, 200, 512):
-        check_op("encode", make(1, 20, (9, 11), codes))
+        check_op("encode", make(1, 20, (3, 11), codes))
 
 
 # ---- Numbers
