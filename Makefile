@@ -30,7 +30,7 @@ help:
 	@sed -n 1,2p Makefile
 
 # --no-compile: Python compiles what it imports, which is a small part of the packages. It must keep the result: an import of
-# torch takes twice as long without, and the tests start hundreds of processes.
+# torch takes twice as long without, and many tests start processes.
 unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || test -n "$(PYTHON)" || { echo "make: no Python 3.10 or later was found; set PYTHON=path"; exit 1; }
