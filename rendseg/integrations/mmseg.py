@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -68,18 +69,20 @@ def _patch_points(report: Report, module: ModuleType) -> None:
 
 
 class _Options:
-    # Nothing is left to chance: every candidate is kept, and both sides draw the same ones.
     num_points = subdivision_num_points = 8
-    oversample_ratio = importance_sample_ratio = 1
+    oversample_ratio = 3
+    importance_sample_ratio = 0.75
 
 
 def _compared(kind: type, margin: Any, original: Any, function: Any) -> tuple[Tensor, Tensor]:
-    results = []
-    for compute in (original, function):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            found = compute(bare(kind), small(3), margin, _Options)
-        results.append(found if isinstance(found, Tensor) else torch.cat((found[0].unsqueeze(-1), found[1]), -1))
+    select = ops.sample_uncertain_points
+    with own_randomness() as draws:
+        wanted = original(bare(kind), small(3), margin, _Options)
+    with mock.patch.object(
+        ops, "sample_uncertain_points", lambda *a, **o: select(*a, random_coords=torch.cat(draws, 1), **o)
+    ):
+        got = function(bare(kind), small(3), margin, _Options)
+    results = [r if isinstance(r, Tensor) else torch.cat((r[0].unsqueeze(-1), r[1]), -1) for r in (got, wanted)]
     return results[0].sort(1).values, results[1].sort(1).values
 
 

@@ -4,9 +4,10 @@ from .backbones import Backbone, create_backbone
 from .build import build_model
 from .decoder import Decoder, DecoderOutput
 from .deeplab import DeepLabV3, DeepLabV3Options, DeepLabV3Plus, DeepLabV3PlusOptions
+from .detectors import pointrend_rcnn
 from .encnet import ENCNET_PRESETS, ENCNet, ENCNetOptions
 from .fcn import FCN, FCNOptions
-from .instances import PointRendMaskHead, paste_masks, pointrend_rcnn
+from .instances import PointRendMaskHead, paste_masks
 from .losses import dice_loss, focal_loss, lovasz_softmax_loss, ohem_loss, segmentation_loss
 from .options import (
     PRESETS,

@@ -97,6 +97,7 @@ def test_subdivision_equals_the_reference(classes: int, align_corners: bool) -> 
     assert torch.equal(coords, cell_centres(indices, 10, 14))
 
 
+NO_BOXES = (None, False, None, None)  # class_index, class_only, image_index, boxes
 REFINE = {
     "coarse_source": ("original", "current"),
     "padding_mode": ("zeros", "border"),
@@ -113,17 +114,32 @@ def test_refine_equals_the_reference(case: tuple[Any, ...]) -> None:
     first = source == "current"  # vary what else there is along
     weights = [torch.randn(8, 9), torch.randn(4, 8 + (4 if labels else 0))]
     biases = [torch.randn(8), torch.randn(4)]
-    rest = (2, points, source, 2, first, padding, labels, first, labels)
+    rest = (2, points, source, 2, first, padding, labels, first, labels, *NO_BOXES)
     got = onnx_ops.refine_mlp(coarse, features, weights, biases, *rest)
     wanted = reference_refine_mlp(coarse, features, weights, biases, *rest)
     assert got.dtype == wanted.dtype
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", ["original", "current"])
+def test_refine_through_boxes_equals_the_reference(source: str) -> None:
+    torch.manual_seed(0)
+    coarse, features = torch.randn(3, 4, 5, 6), [torch.randn(2, 3, 10, 12)]
+    weights, biases = [torch.randn(8, 7), torch.randn(4, 8)], [torch.randn(8), torch.randn(4)]
+    corner = torch.rand(3, 2) / 2
+    boxes = torch.cat((corner, corner + torch.rand(3, 2) / 2), 1)
+    rest = (2, 40, source, 2, False, "border", False, False, False)
+    rois = (torch.tensor([3, 0, 1]), True, torch.tensor([1, 0, 1]), boxes)
+    got = onnx_ops.refine_mlp(coarse, features, weights, biases, *rest, *rois)
+    wanted = reference_refine_mlp(coarse, features, weights, biases, *rest, *rois)
+    assert got.shape == (3, 1, 20, 24)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_no_steps(labels: bool) -> None:
     coarse, weight = torch.randn(1, 3, 4, 4), [torch.randn(3, 5)]
-    rest = (0, 5, "original", 2, False, "zeros", False, False, labels)
+    rest = (0, 5, "original", 2, False, "zeros", False, False, labels, *NO_BOXES)
     got = onnx_ops.refine_mlp(coarse, [torch.randn(1, 2, 4, 4)], weight, [torch.randn(3)], *rest)
     assert torch.equal(got, coarse.argmax(1).to(torch.uint8) if labels else coarse)
 
