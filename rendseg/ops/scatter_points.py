@@ -36,8 +36,8 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         ValueError: a wrong rank or size.
         TypeError: a wrong dtype.
         IndexError: on the CPU, an index outside ``[0, H*W)``; nothing is written then. A GPU asserts on the device.
-        RuntimeError: tensors on different devices, ``logits`` that overlap themselves or another argument, or a leaf
-            that requires a gradient.
+        RuntimeError: tensors on different devices, ``logits`` that overlap themselves or another argument, or a leaf,
+            or a view of one, that requires a gradient.
 
     Source: PointRend (Kirillov et al. 2020), section 3.1.
     """
@@ -45,6 +45,9 @@ def scatter_points_(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         return reference_scatter_(logits, indices, _as_logits(logits, values))
     if torch.compiler.is_compiling() and _needs_grad(logits, values):
         return logits.copy_(torch.ops.rendseg.scatter_points(logits, indices, values))
+    if torch.is_grad_enabled() and logits.requires_grad and logits._is_view() and logits._base.is_leaf:  # type: ignore[union-attr]
+        # PyTorch finds it out only when the points are written.
+        raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
     torch.ops.rendseg.scatter_points_(logits, indices, values)
     return logits
 

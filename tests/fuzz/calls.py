@@ -431,6 +431,8 @@ def _alias(d: Drawing, arguments: dict[str, Any]) -> tuple[str, Any] | None:
     base = logits.detach()
     if not base.is_contiguous() or base.is_neg() or base.numel() < max(2 * indices.numel(), values.numel(), 1):
         return None
+    if not indices.numel():  # nothing is written
+        return None
     if d.chance(0.5) and base.data_ptr() % 8 == 0:
         flat = base.view(-1)[: base.numel() // 4 * 4].view(torch.int64)
         if flat.numel() >= indices.numel():

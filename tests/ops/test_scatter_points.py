@@ -100,6 +100,9 @@ def test_gradcheck(function, layout):
 def test_in_place_autograd_is_that_of_pytorch():
     logits, indices, values = make(2, 3, 4, 5, 6)
     base = logits.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad"):
+        scatter_points_(base[:], indices, values)
+    assert torch.equal(base, logits)
     for function in (scatter_points_, torch.ops.rendseg.scatter_points_):
         with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
             function(base, indices, values)
