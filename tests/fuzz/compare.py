@@ -123,9 +123,12 @@ def _of_memory(*errors: Exception) -> bool:
 
 
 def _written_leaf(call: Call) -> bool:
-    """It is refused by autograd, in one implementation before the arguments are checked."""
+    """A leaf, or a view of one, is refused by autograd, in one implementation before the arguments are checked."""
     written = call.arguments.get("logits")
-    return call.name == "scatter_points_" and isinstance(written, Tensor) and written.is_leaf and written.requires_grad
+    if call.name != "scatter_points_" or not isinstance(written, Tensor) or not written.requires_grad:
+        return False
+    base = written._base if written._is_view() else written
+    return base is not None and base.is_leaf
 
 
 def _same_bits(a: Tensor, b: Any) -> bool:
