@@ -38,6 +38,14 @@ def own_randomness() -> Iterator[list[Tensor]]:
         yield drawn
 
 
+@contextmanager
+def fed(draws: list[Tensor]) -> Iterator[None]:
+    """rendseg's selection takes the candidates and the uniform points that an original drew."""
+    select, coords = ops.sample_uncertain_points, torch.cat(draws, 1)
+    with mock.patch.object(ops, "sample_uncertain_points", lambda *a, **o: select(*a, random_coords=coords, **o)):
+        yield
+
+
 def bare(kind: Any, **attributes: Any) -> Any:
     """An object of a module's class, without its constructor, that has only ``attributes``."""
     part = kind.__new__(kind)

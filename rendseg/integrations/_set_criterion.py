@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .. import ops
 from ..nn.mask_criterion import largest_size, match, pair_losses, untraced
 from ._masks import index_pairs, index_tensors, where_logits_are
-from ._points import bare, own_randomness, patch_sample, patch_selection, same, small
+from ._points import bare, fed, own_randomness, patch_sample, patch_selection, same, small
 from ._replace import Report, find_module, known, name_subclasses, overridden, replace
 
 PIECES = ("loss_masks", "_get_src_permutation_idx", "_get_tgt_permutation_idx")
@@ -76,9 +74,7 @@ def _patch_loss_masks(report: Report, module: ModuleType) -> None:
         part = bare(kind, num_points=8, oversample_ratio=3.0, importance_sample_ratio=0.75)
         with own_randomness() as draws:
             wanted = original(part, outputs, targets, indices, 3.0)
-        select, coords = ops.sample_uncertain_points, torch.cat(draws, 1)
-        fed = mock.patch.object(ops, "sample_uncertain_points", lambda *a, **o: select(*a, random_coords=coords, **o))
-        with fed, torch.no_grad():
+        with fed(draws), torch.no_grad():
             got = loss_masks(part, outputs, targets, indices, 3.0)
         assert list(got) == list(wanted), f"its losses are {', '.join(wanted)}"
         return torch.stack([*got.values()]), torch.stack([*wanted.values()])

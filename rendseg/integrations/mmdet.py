@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
 from ..nn.mask_criterion import class_targets, match, pair_losses, to_pairs, untraced
-from ._points import SELECTION, bare, own_randomness, patch_sample, same, small
+from ._points import SELECTION, bare, fed, own_randomness, patch_sample, same, small
 from ._replace import Report, find_module, known, name_subclasses, overridden, replace
 
 SAMPLERS = (
@@ -109,9 +108,7 @@ def _patch_head(report: Report, module: ModuleType) -> None:
         head, layers = _example(kind)
         with own_randomness() as draws:
             wanted = original(head, *layers)
-        select, coords = ops.sample_uncertain_points, torch.cat(draws[-2:], 1)
-        fed = mock.patch.object(ops, "sample_uncertain_points", lambda *a, **o: select(*a, random_coords=coords, **o))
-        with fed, own_randomness():
+        with fed(draws[-2:]), own_randomness():
             got = loss_by_feat(head, *layers)
         assert list(got) == list(wanted), f"its losses are {', '.join(wanted)}"
         return torch.cat([loss.view(1) for loss in got.values()]), torch.cat([loss.view(1) for loss in wanted.values()])
