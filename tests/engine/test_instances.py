@@ -190,6 +190,10 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
     for key, value in saved(one)["model"].items():
         torch.testing.assert_close(saved(two)["model"][key], value, rtol=1e-3, atol=1e-5)
     assert histories[0][0]["loss"] != histories[0][-1]["loss"]
+    alone = evaluate_checkpoint(two.run_dir / "last.pt", (), tmp_path / "alone")
+    together = saved(two)["training"]["progress"]["evaluations"][-1]
+    assert all(alone[key] == together[key] for key in ("images", "objects", "detections", "coarse", "grid", "refined"))
+    assert alone["detections"] > 0
 
 
 # ----------------------------------------------------------------------------------------- evaluation and prediction
