@@ -19,6 +19,8 @@ Bytes: x is read from memory once, ``B D M`` elements (the gradient writes as ma
 ``B chunks K D`` of float32 (float64 for float64), written and read once and held below 64 MiB where one chunk per image
 allows it; centred codewords ``K D``. Nothing of ``[B, M, K]`` is stored but the result of scaled_l2.
 
+float64 runs the reference where Triton is older than 3.5, which has no products of it.
+
 ``_encode_forward.py`` and ``_encode_backward.py`` hold the kernels, ``_encode_common.py`` what they share.
 """
 
@@ -30,8 +32,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rendseg.reference.encode import _check_aggregate, _check_encode, _check_scaled_l2
+from rendseg.reference.encode import (
+    _aggregate_backward,
+    _check_aggregate,
+    _check_encode,
+    _check_scaled_l2,
+    _encode_backward,
+    _scaled_l2_backward,
+    aggregate,
+    encode,
+    scaled_l2,
+)
 
+from ._common import INTERPRETED, VERSION
 from ._encode_backward import backward
 from ._encode_common import AGGREGATE, ENCODE, SCALED_L2
 from ._encode_forward import forward
@@ -80,11 +93,22 @@ def aggregate_backward_triton(grad: Tensor, assignment: Tensor, x: Tensor, codew
     return assignment_grad, x_grad, codewords_grad
 
 
+FLOAT64 = INTERPRETED.value or VERSION >= (3, 5)  # before, tl.dot refuses float64
+
+
+def _where_it_compiles(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Tensor) -> Any:
+        wide = not FLOAT64 and any(tensor.dtype == torch.float64 for tensor in args)
+        return (reference if wide else kernel)(*args)
+
+    return run
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "encode": encode_triton,
-    "scaled_l2": scaled_l2_triton,
-    "aggregate": aggregate_triton,
-    "_encode_backward": encode_backward_triton,
-    "_scaled_l2_backward": scaled_l2_backward_triton,
-    "_aggregate_backward": aggregate_backward_triton,
+    "encode": _where_it_compiles(encode_triton, encode),
+    "scaled_l2": _where_it_compiles(scaled_l2_triton, scaled_l2),
+    "aggregate": _where_it_compiles(aggregate_triton, aggregate),
+    "_encode_backward": _where_it_compiles(encode_backward_triton, _encode_backward),
+    "_scaled_l2_backward": _where_it_compiles(scaled_l2_backward_triton, _scaled_l2_backward),
+    "_aggregate_backward": _where_it_compiles(aggregate_backward_triton, _aggregate_backward),
 }

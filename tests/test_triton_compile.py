@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,17 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return _compile
 
 
+@contextmanager
+def linker() -> Iterator[None]:
+    """Skips where Triton came without what it needs for an AMD GPU."""
+    try:
+        yield
+    except Exception as error:
+        if "ROCm linker" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", TARGETS)
@@ -60,7 +73,8 @@ def test_nothing_spills(compiler: Any, target: str, part: int) -> None:
         if not COMPILE_ALL:
             of_file = of_file[TARGETS.index(target) :: len(TARGETS)]
         cases += of_file
-    rows = [compiler.compile_case(case, target) for case in cases[part::PARTS]]
+    with linker():
+        rows = [compiler.compile_case(case, target) for case in cases[part::PARTS]]
     assert len(rows) > (100 if COMPILE_ALL else 25)
     assert not [f"{row.name}: {row.spills}" for row in rows if row.spills], target
 
@@ -105,7 +119,8 @@ def test_positions_are_not_fused(compiler: Any, target: str) -> None:
     names = r"point_sample(_cells)? fp32 \w+ C=256$" if target == "sm_90" else r"point_sample fp32 \w+ C=256$"
     for case in compiler.cases_of("point_sample", target):
         if re.match(names, case.name):
-            assembly = compiler.build(case, target).asm
+            with linker():
+                assembly = compiler.build(case, target).asm
             fused = re.findall(
                 r"\bfma\.\S+|\bv_\w*fma\w*f\d+|\bv_\w*mac\w*f\d+", assembly.get("ptx") or assembly["amdgcn"]
             )

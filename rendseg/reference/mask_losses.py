@@ -94,12 +94,14 @@ def check_pairs(
     check.in_range(image_index, "image_index", logits.shape[0], "B")
     check.in_range(query_index, "query_index", logits.shape[1], "Q")
     if image_index.device.type == "cpu":
-        for n, (b, t) in enumerate(zip(image_index.tolist(), target_index.tolist(), strict=True)):
-            count = targets[b].shape[0]
-            if not 0 <= t < count:
-                raise IndexError(
-                    f"target_index must lie in [0, T) = [0, {count}) of image {b}, got {t} at position {n}"
-                )
+        counts = torch.tensor([target.shape[0] for target in targets])[image_index]
+        wrong = ((target_index < 0) | (target_index >= counts)).nonzero()
+        if wrong.numel():
+            n = int(wrong[0, 0])
+            raise IndexError(
+                f"target_index must lie in [0, T) = [0, {int(counts[n])}) of image {int(image_index[n])}, got "
+                f"{int(target_index[n])} at position {n}"
+            )
 
 
 def _arithmetic(logits: Tensor) -> torch.dtype:
@@ -132,7 +134,8 @@ def _pairs_at_points(
     """``x`` and ``y``, both ``[N, P]``: the logits of each pair, and its target, at its points."""
     dtype = _arithmetic(logits)
     x = point_sample(logits[image_index, query_index].unsqueeze(1).to(dtype), coords, padding_mode=padding_mode)
-    pairs = zip(image_index.tolist(), target_index.tolist(), coords, strict=True)
+    numbers = ([int(n) for n in index] for index in (image_index, target_index))  # torch.func wraps them
+    pairs = zip(*numbers, coords, strict=True)
     y = [_at_points(targets[b][t : t + 1], at, dtype, label_mode, padding_mode, canvas) for b, t, at in pairs]
     return x.squeeze(1), torch.cat(y) if y else x.new_zeros(coords.shape[:2])
 

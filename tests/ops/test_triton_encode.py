@@ -7,6 +7,7 @@ step: what three TF32 products lose, and races, only a GPU can show.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from typing import Any
 
@@ -304,3 +305,20 @@ def test_tensors_on_two_devices() -> None:
     x, c, s = (to_device(t) for t in make(2, 16, (6, 7), 5))
     with pytest.raises(RuntimeError, match=r"codewords must be on the device of x .*, got meta"):
         implementation("encode", "encode")(x, c.to("meta"), s)
+
+
+@pytest.mark.parametrize("op", ["encode", "scaled_l2", "aggregate"])
+def test_float64_where_triton_has_no_products_of_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference then computes it, and no kernel is launched."""
+    module = importlib.import_module("rendseg.kernels.encode")
+    monkeypatch.setattr(module, "FLOAT64", False)
+    monkeypatch.setattr(module, "forward", None)
+    x, codewords, scale = to_device((torch.randn(2, 5, 3).double(), torch.randn(4, 3), -torch.rand(4)))
+    arguments = {
+        "encode": (x.transpose(1, 2), codewords, scale),
+        "scaled_l2": (x, codewords, scale),
+        "aggregate": (x[..., :1].expand(-1, -1, 4), x, codewords),
+    }[op]
+    assert torch.equal(module.IMPLEMENTATIONS[op](*arguments), getattr(reference, op)(*arguments))
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # float32 asks for the kernel
+        module.IMPLEMENTATIONS[op](*(tensor.float() for tensor in arguments))
