@@ -194,7 +194,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _add_switches(model: Any) -> None:
     """To the configuration of a network of before there was ``model.pad``: what it computed without these switches,
     which presets would now set otherwise."""
-    if not isinstance(model, dict) or "pad" in model:
+    if not isinstance(model, dict) or "pad" in model or model.get("name") == "pointrend_rcnn":
         return
     model["pad"] = "stride"
     sections = {

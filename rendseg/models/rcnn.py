@@ -96,7 +96,17 @@ class PointRendRoIHeads(RoIHeads):
 
 
 class PointRendTransform(GeneralizedRCNNTransform):
-    """torchvision's resizing and padding; masks come back as bool at the size of the image."""
+    """torchvision's resizing and padding; masks come back as bool at the size of the image.
+
+    ``min_size`` 0 leaves images as they are. So does training where ``resizes_in_training`` is false.
+    """
+
+    resizes_in_training = True
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        if self.min_size == (0,) or (self.training and not self.resizes_in_training):
+            return image, target
+        return super().resize(image, target)
 
     def postprocess(
         self, result: Targets, image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
@@ -112,6 +122,8 @@ class PointRendTransform(GeneralizedRCNNTransform):
 
 class PointRendRCNN(GeneralizedRCNN):
     """A detector of torchvision, with masks by ``mask_head``. See :func:`rendseg.models.pointrend_rcnn`."""
+
+    normalize = "process"
 
     def __init__(self, detector: FasterRCNN, mask_head: PointRendMaskHead) -> None:
         old = detector.transform
