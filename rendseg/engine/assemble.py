@@ -17,10 +17,12 @@ from rendseg.engine.eval_presets import without_conventions
 def build_data(config: Config, split: str) -> Any:
     """The data set of a split; ``DataError`` names what is wrong with it."""
     dataset = build_dataset(config.data, split, augment_seed=config.seed)  # type: ignore[arg-type]
-    if isinstance(dataset, InstanceDataset):
+    has_objects = isinstance(dataset, InstanceDataset)
+    if has_objects != config.learns_objects:
+        has, learn = ("objects", "label maps") if has_objects else ("label maps", "objects")
         raise DataError(
-            f"data.name {config.data['name']} has objects, and the networks of model.name {config.model['name']} learn "
-            "label maps; name another data set"
+            f"data.name {config.data['name']} has {has}, and the networks of model.name {config.model['name']} learn "
+            f"{learn}; name another data set or model"
         )
     return dataset
 
