@@ -30,7 +30,8 @@ class Instances(NamedTuple):
 
 
 class InstanceOptions(DatasetOptions):
-    """What data sets of objects have in common. Images need not have one size, so that ``crop_size`` is optional."""
+    """What data sets of objects have in common. Images need not have one size, so that ``crop_size`` is optional:
+    without it ``short_edge`` and ``base_size`` give whole images."""
 
     one_size: ClassVar[bool] = False
     category_max_fraction: float = 1.0  # of a crop; there is no such limit with objects
