@@ -61,12 +61,13 @@ def convert(
     if normalize is not None and normalize not in NORMALIZATIONS:
         raise ConversionError(f"--normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
     first = Path(sources[0])
+    fresh: tuple[str, ...] = ()
     out = out or Path(first.stem if first.is_file() else first.resolve().name).with_suffix(_SUFFIXES[to])
     if out.exists() and any(Path(source).exists() and out.samefile(source) for source in sources):
         raise ConversionError(f"{out} is the source itself: give another file with --out")
     if format_name in (None, "rendseg"):
         contents = _own(first, format_name, overrides)
-        count, dead, fresh = len(contents["model"]), 0, ()
+        count, dead = len(contents["model"]), 0
     else:
         assert format_name is not None
         loaded = [read(path) for path in sources]
@@ -106,8 +107,8 @@ def _contents(
     """The contents of a checkpoint, whose network has been built and filled once."""
     keys, count = configure(found, foreign, given, path)
     names, palette = class_list(sources, foreign, count)
-    objects, ids = keys["model.name"] == DETECTOR if "model.name" in keys else False, None
-    if objects:
+    ids: list[int] | None = None
+    if keys.get("model.name") == DETECTOR:
         data, names, palette, ids = _object_data(keys, names, palette, count)
     else:
         data, names, palette = _data(keys, names, palette, count)
@@ -287,7 +288,8 @@ def _check_forward(network: nn.Module, contents: Mapping[str, Any], path: Path) 
     if contents["config"]["model"]["name"] == DETECTOR:
         found = network(list(images))[0]
         if found["masks"].shape[-2:] != images.shape[-2:] or not torch.isfinite(found["boxes"]).all():
-            raise ConversionError(f"{path}: a forward pass gives {list(found['masks'].shape)} masks, or no finite boxes")
+            shape = list(found["masks"].shape)
+            raise ConversionError(f"{path}: a forward pass gives {shape} masks, or boxes that are not finite")
         return
     refined = network.predict(images).refined  # type: ignore[operator]
     if refined.shape[-2:] != images.shape[-2:] or not torch.isfinite(refined).all():

@@ -133,6 +133,8 @@ def configure(
         elif read.via is not None:
             try:
                 value = read.via(value)
+            except ConversionError:
+                raise
             except (TypeError, ValueError, AttributeError):
                 raise ConversionError(f"{path}: {read.path} is {value!r}, which is not known here") from None
         keys.setdefault(read.key, value)

@@ -272,8 +272,8 @@ def convert(
         typer.Option(
             "--from",
             metavar="NAME",
-            help="mmseg, mmdet, detectron2, paddleseg, pytorch_encoding, csail, unifiedparsing, transformers, torchvision or "
-            "rendseg; default: rendseg.",
+            help="mmseg, mmdet, detectron2, paddleseg, pytorch_encoding, csail, unifiedparsing, transformers, "
+            "torchvision or rendseg; default: rendseg.",
         ),
     ] = None,
     config: Annotated[

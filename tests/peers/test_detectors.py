@@ -71,17 +71,17 @@ def predicted(network: Any, images: Tensor) -> list[dict[str, Tensor]]:
         return [sample.pred_instances for sample in network.predict(padded, samples, rescale=True)]
 
 
-def test_pointrend_of_mmdet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pointrend_of_mmdet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, text = small(monkeypatch)
+    source, made = str(tmp_path / "a.pth"), str(tmp_path / "a.pt")
     meta = {"cfg": text, "dataset_meta": {"classes": NAMES, "palette": [(9, 9, 9), (8, 8, 8), (7, 7, 7)]}}
-    torch.save({"meta": meta, "state_dict": network.state_dict()}, tmp_path / "a.pth")
-    assert main(["convert", str(tmp_path / "a.pth"), "--from", "mmdet", "--out", str(tmp_path / "a.pt"), "--check"]) == 0
-    capsys.readouterr()
-    config, classes, ours, _ = load_trained(tmp_path / "a.pt")
+    torch.save({"meta": meta, "state_dict": network.state_dict()}, source)
+    assert main(["convert", source, "--from", "mmdet", "--out", made, "--check"]) == 0
+    config, classes, ours, _ = load_trained(made)
     model = config.model
     assert classes["names"] == list(NAMES) and model["min_size"] == 800 and model["max_size"] == 1333
     assert model["mask"]["steps"] == 5 and model["box_detections_per_img"] == 12
-    assert config.data["channel_order"] == "bgr" and config.data["mean"][0] == pytest.approx(103.53)
+    assert config.data["channel_order"] == "bgr" and config.data["mean"][0] * 255 == pytest.approx(103.53)
     ours.transform.min_size = (0,)  # as the other gets them
     images = torch.randn(2, 3, 100, 150, generator=torch.Generator().manual_seed(1)) * 2
     with torch.no_grad():
