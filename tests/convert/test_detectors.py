@@ -46,6 +46,11 @@ def moved(boxes, deltas, size):
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
+def full(boxes):
+    """Those with an area. detectron2 drops the others of its results after the suppression."""
+    return ((boxes[:, 2:] - boxes[:, :2]) > 0.01).all(1)
+
+
 def detectron2(images):
     """Instance PointRend on a ResNet-50 that strides its 1x1 convolutions, for one image."""
     s = Source("backbone.bottom_up.{}", "backbone.bottom_up.{}.norm")
@@ -86,7 +91,8 @@ def detectron2(images):
         proposals.append(moved(images.new_tensor(anchors)[top], deltas.reshape(-1, 4)[top], size))
         scores.append(own.flatten()[top])
         levels.append(torch.full_like(top, i))
-    boxes, scores, levels = torch.cat(proposals), torch.cat(scores), torch.cat(levels)
+    boxes, keep = torch.cat(proposals), full(torch.cat(proposals))
+    boxes, scores, levels = boxes[keep], torch.cat(scores)[keep], torch.cat(levels)[keep]
     boxes = boxes[batched_nms(boxes, scores, levels, 0.7)[:50]]
 
     extent = boxes[:, 2:] - boxes[:, :2]
@@ -104,6 +110,8 @@ def detectron2(images):
     of_class = [moved(boxes, deltas[:, c] / deltas.new_tensor([10, 10, 5, 5]), size) for c in range(CLASSES)]
     keep, label = (found > 0.1).nonzero().unbind(1)
     boxes, scores = torch.stack(of_class, 1)[keep, label], found[keep, label]
+    keep = full(boxes)
+    boxes, scores, label = boxes[keep], scores[keep], label[keep]
     best = batched_nms(boxes, scores, label, 0.5)[:30]
     boxes, scores, label = boxes[best], scores[best], label[best]
 

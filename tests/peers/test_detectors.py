@@ -22,7 +22,7 @@ from rendseg.engine.assemble import load_trained  # noqa: E402
 NAMES = ("cup", "fork", "knife")
 
 
-def small(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
+def small(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> tuple[Any, str]:
     """Its network with few channels, with weights at which boxes and masks differ, and its configuration."""
     config = importlib.import_module("mmengine.config").Config
     mmdet = importlib.import_module("mmdet")
@@ -54,10 +54,31 @@ def small(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
             torch.nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
             if module.bias is not None:
                 torch.nn.init.normal_(module.bias, std=0.1)
-    with torch.no_grad():  # boxes that move by parts of their size
-        network.rpn_head.rpn_reg.weight *= 0.05
-        network.roi_head.bbox_head.fc_reg.weight *= 0.3
+    heads, rpn = network.roi_head, network.rpn_head
+    for layer, scale in (
+        (rpn.rpn_cls, 2),
+        (rpn.rpn_reg, 0.2),
+        (heads.bbox_head.fc_cls, 1),
+        (heads.bbox_head.fc_reg, 1),
+        (heads.mask_head.fc_logits, 2),
+        (heads.point_head.fc_logits, 2),
+    ):
+        scaled(layer, scale)
+    predicted(network, images)
     return network, text
+
+
+def scaled(layer: Any, scale: float) -> None:
+    """At its next call the weights of a layer are multiplied so that its output has this standard deviation."""
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        handle.remove()
+        factor = scale / output.std()
+        module.weight *= factor
+        module.bias *= factor
+        return output * factor
+
+    handle = layer.register_forward_hook(hook)
 
 
 def predicted(network: Any, images: Tensor) -> list[dict[str, Tensor]]:
@@ -72,7 +93,8 @@ def predicted(network: Any, images: Tensor) -> list[dict[str, Tensor]]:
 
 
 def test_pointrend_of_mmdet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, text = small(monkeypatch)
+    images = torch.randn(2, 3, 100, 150, generator=torch.Generator().manual_seed(1)) * 2
+    network, text = small(monkeypatch, images)
     source, made = str(tmp_path / "a.pth"), str(tmp_path / "a.pt")
     meta = {"cfg": text, "dataset_meta": {"classes": NAMES, "palette": [(9, 9, 9), (8, 8, 8), (7, 7, 7)]}}
     torch.save({"meta": meta, "state_dict": network.state_dict()}, source)
@@ -83,7 +105,6 @@ def test_pointrend_of_mmdet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert model["mask"]["steps"] == 5 and model["box_detections_per_img"] == 12
     assert config.data["channel_order"] == "bgr" and config.data["mean"][0] * 255 == pytest.approx(103.53)
     ours.transform.min_size = (0,)  # as the other gets them
-    images = torch.randn(2, 3, 100, 150, generator=torch.Generator().manual_seed(1)) * 2
     with torch.no_grad():
         got = ours(list(images))
     for mine, theirs in zip(got, predicted(network, images), strict=True):
