@@ -12,6 +12,7 @@ from rendseg.data import DataError, InstanceDataset, build_dataset
 from rendseg.engine.checkpoint import load_checkpoint, load_weights
 from rendseg.engine.config import Config, ConfigError, build_config
 from rendseg.engine.eval_presets import without_conventions
+from rendseg.engine.instance_metrics import need_evaluation
 
 
 def build_data(config: Config, split: str) -> Any:
@@ -24,6 +25,8 @@ def build_data(config: Config, split: str) -> Any:
             f"data.name {config.data['name']} has {has}, and the networks of model.name {config.model['name']} learn "
             f"{learn}; name another data set or model"
         )
+    if has_objects:
+        need_evaluation()  # at the start, not after a training
     return dataset
 
 

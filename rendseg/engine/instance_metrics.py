@@ -68,10 +68,7 @@ def evaluate_instances(
         ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and ``per_class`` in [0, 1], None where there is
         no object to find.
     """
-    if importlib.util.find_spec("faster_coco_eval") is None:
-        raise DataError(
-            "average precision needs faster-coco-eval, not installed here: pip install 'rendseg[instances]'"
-        )
+    need_evaluation()
     from faster_coco_eval import COCO, COCOeval_faster
 
     truth = ground_truth(dataset) if truth is None else truth
@@ -96,6 +93,14 @@ def evaluate_instances(
         "objects": sum(not entry["iscrowd"] for entry in truth["annotations"]),
         "detections": len(found),
     }
+
+
+def need_evaluation() -> None:
+    """``DataError`` where the library that computes average precision is not installed."""
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise DataError(
+            "average precision needs faster-coco-eval, not installed here: pip install 'rendseg[instances]'"
+        )
 
 
 def _nothing(*_: object) -> None:

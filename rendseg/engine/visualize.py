@@ -301,7 +301,7 @@ def objects_side_by_side(
     palette: Any,
     class_names: Sequence[str],
     alpha: float = 0.35,
-    min_size: int = 256,
+    min_size: int = 384,
 ) -> Image.Image:
     """The image, and beside it the objects of each entry of `found` with their contours and scores, in the colours of
     their classes; below it a legend of the classes that occur."""
@@ -317,7 +317,8 @@ def objects_side_by_side(
         for mask, score in zip(objects.masks, () if objects.scores is None else objects.scores, strict=False):
             if mask.any():
                 row, column = np.argwhere(mask)[0] * factor  # the topmost pixel
-                text = f"{score:.2f}"
+                text, wide = f"{score:.2f}", 1.3 * size
+                row, column = np.clip([row, column], [size, wide], [big.shape[0] - size, big.shape[1] - wide])
                 draw.text((column, row), text, _PAPER, _font(size), anchor="mm", stroke_width=2, stroke_fill=_INK)
         shown.append(panel)
     present = sorted({int(c) for objects in found.values() for c in objects.classes})
