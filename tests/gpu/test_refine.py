@@ -93,7 +93,7 @@ def boxes_on_gpu(dtype: torch.dtype, how: str = "contiguous", **made: Any) -> tu
 
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("name, made, kwargs", ROIS, ids=[case[0] for case in ROIS])
-def test_masks_of_boxes(name: str, made: dict, kwargs: dict, dtype: torch.dtype) -> None:
+def test_boxes(name: str, made: dict, kwargs: dict, dtype: torch.dtype) -> None:
     """The whole loop in float64, and a step of every cell, which no rounding can shift, in the types that are fused."""
     kwargs = kwargs if dtype == F64 else kwargs | {"steps": 2, "num_points": 144}
     within, results = tolerance((dtype,) * 3), []
@@ -112,7 +112,7 @@ def test_masks_of_boxes(name: str, made: dict, kwargs: dict, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_masks_of_many_boxes(dtype: torch.dtype) -> None:
+def test_many_boxes(dtype: torch.dtype) -> None:
     """100 masks, from 7 to 224 cells a side: no step waits for the host, runs are bit-equal, and so is a replay."""
     coarse, features, rois, classes, head = boxes_on_gpu(dtype, n=100, images=2, side=7, channels=(64,))
     options = {"steps": 5, "num_points": 784, "rois": rois, "class_index": classes, "output": "class"}
