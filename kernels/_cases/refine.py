@@ -17,8 +17,10 @@ from . import NAMES, Calls, meta
 def calls() -> Calls:
     for dtype in (torch.float32, torch.bfloat16):
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            for classes in (19, 150):
-                for labels in (False, True):
+            for classes in (19, 80, 150):
+                if classes == 80 and dtype == torch.float32:  # masks of boxes; one dtype is enough
+                    continue
+                for labels in (False,) if classes == 80 else (False, True):
                     name = f"{NAMES[dtype]}{' tf32' * (precision == 'tf32')} C={classes}{' labels' * labels}"
                     yield name, functools.partial(_layers, dtype, classes, labels, precision)
 

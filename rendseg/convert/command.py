@@ -18,10 +18,10 @@ from rendseg.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint, 
 from rendseg.engine.config import build_config, override_mapping
 
 from .containers import Source, read
-from .engine import Model, class_list, configure, gather, identify, nested, source_config
+from .engine import DETECTOR, Model, class_list, configure, gather, identify, nested, source_config
 from .errors import ConversionError
 from .registry import FORMATS, NORMALIZATIONS, Format, load_format
-from .rules import Applied, apply, split
+from .rules import Applied, apply, matched, split
 from .source_config import read_config
 
 TARGETS = ("rendseg", "safetensors", "mmseg", "transformers")
@@ -35,6 +35,8 @@ class Result(NamedTuple):
     tensors: int
     dead: int
     seconds: float
+    fresh: int = 0
+    """Tensors of ours that begin with random weights."""
 
 
 def convert(
@@ -59,6 +61,7 @@ def convert(
     if normalize is not None and normalize not in NORMALIZATIONS:
         raise ConversionError(f"--normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
     first = Path(sources[0])
+    fresh: tuple[str, ...] = ()
     out = out or Path(first.stem if first.is_file() else first.resolve().name).with_suffix(_SUFFIXES[to])
     if out.exists() and any(Path(source).exists() and out.samefile(source) for source in sources):
         raise ConversionError(f"{out} is the source itself: give another file with --out")
@@ -73,14 +76,19 @@ def convert(
         keys: dict[str, Any] = {**NORMALIZATIONS.get(normalize or "", {}), **_dotted(given)}  # type: ignore[dict-item]
         foreign = read_config(config) if config is not None else source_config(loaded)
         contents = _contents(found, loaded, foreign, keys, first)
-        count, dead = len(found.theirs), len(found.applied.dead)
+        count, dead, fresh = len(found.theirs), len(found.applied.dead), found.model.fresh
         if check:
             _check_round_trip(found, first)
-    network = _network(contents, first)
+    network = _network(contents, first, fresh)
     if check:
         _check_forward(network, contents, first)
     _write(out, to, contents)
-    return Result(out, count, dead, time.monotonic() - began)
+    begun = [name for name in contents["model"] if _is_fresh(name, fresh)]
+    return Result(out, count, dead, time.monotonic() - began, len(begun))
+
+
+def _is_fresh(name: str, patterns: Sequence[str]) -> bool:
+    return any(matched(pattern, name) is not None for pattern in patterns)
 
 
 def _dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,7 +107,11 @@ def _contents(
     """The contents of a checkpoint, whose network has been built and filled once."""
     keys, count = configure(found, foreign, given, path)
     names, palette = class_list(sources, foreign, count)
-    data, names, palette = _data(keys, names, palette, count)
+    ids: list[int] | None = None
+    if keys.get("model.name") == DETECTOR:
+        data, names, palette, ids = _object_data(keys, names, palette, count)
+    else:
+        data, names, palette = _data(keys, names, palette, count)
     sections = nested({key: value for key, value in keys.items() if not key.startswith("data.")})
     settings = {
         "name": "converted",
@@ -111,7 +123,7 @@ def _contents(
     return {
         "rendseg": __version__,
         "config": config.to_dict(),
-        "classes": {"names": names, "palette": palette, "ignore_index": 255},
+        "classes": {"names": names, "palette": palette, "ignore_index": 255, **({"ids": ids} if ids else {})},
         "model": found.applied.tensors,
         "training": {"progress": {"iteration": 0}},
     }
@@ -145,6 +157,29 @@ def _data(
     return {"name": "folder", "root": ".", **whole}, names, palette
 
 
+def _object_data(
+    keys: Mapping[str, Any], names: list[str] | None, palette: Any, count: int
+) -> tuple[dict[str, Any], list[str], list[list[int]], list[int] | None]:
+    """As ``_data``, of objects, and the categories of results where they are known. Without a name it is a data set in
+    COCO's form."""
+    from rendseg.data.cityscapes_instances import IDS, NAMES
+    from rendseg.data.coco import CATEGORIES
+
+    every = {number: CATEGORIES.get(number, f"category {number}") for number in range(1, 91)}  # torchvision's rows
+    known = {"coco": (CATEGORIES, every), "cityscapes_instances": (dict(zip(IDS, NAMES, strict=True)),)}
+    chosen, ids = keys.get("data.name"), None
+    for name, several in known.items():
+        for categories in several:
+            same = names is not None and [n.casefold() for n in names] == [*categories.values()]
+            if len(categories) == count and (same or (names is None and chosen == name)):
+                chosen, ids, names = chosen or name, list(categories), names or list(categories.values())
+    if names is None:
+        names = [f"class {index + 1}" for index in range(count)]
+    if not _is_palette(palette, count):
+        palette = distinct_colors(count + 1)[1:].tolist()
+    return {"name": chosen or "coco", "root": "."}, names, [[int(v) for v in color] for color in palette], ids
+
+
 def _is_palette(palette: Any, count: int) -> bool:
     if isinstance(palette, Tensor):
         palette = palette.tolist()
@@ -171,11 +206,15 @@ def _known_classes() -> dict[str, tuple[list[str], list[list[int]]]]:
     }
 
 
-def _network(contents: dict[str, Any], path: Path) -> nn.Module:
-    """The network of a checkpoint's contents, whose tensors it fills exactly; ``contents`` get what counts batches."""
+def _network(contents: dict[str, Any], path: Path, fresh: Sequence[str] = ()) -> nn.Module:
+    """The network of a checkpoint's contents, whose tensors it fills exactly; ``contents`` get what counts batches, and
+    the same random weights each time where names fit ``fresh``."""
     config = build_config(contents["config"], source=f"what is known of {path}")
-    network = build_network(config, len(contents["classes"]["names"]), initialise=False).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_network(config, len(contents["classes"]["names"]), initialise=False).eval()
     own, state = network.state_dict(), contents["model"]
+    state |= {name: tensor for name, tensor in own.items() if name not in state and _is_fresh(name, fresh)}
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     if missing:
         raise ConversionError(f"{path} lacks {len(missing)} tensors of the network, first {missing[0]}")
@@ -243,9 +282,15 @@ def _check_round_trip(found: Model, path: Path) -> None:
 
 @torch.no_grad()
 def _check_forward(network: nn.Module, contents: Mapping[str, Any], path: Path) -> None:
-    """A forward pass on noise gives finite logits of the image's size."""
+    """A forward pass on noise gives finite logits, or boxes and masks, of the image's size."""
     channels = contents["config"]["model"]["backbone"]["in_chans"]
     images = torch.randn(1, channels, 97, 129, generator=torch.Generator().manual_seed(0))
+    if contents["config"]["model"]["name"] == DETECTOR:
+        found = network(list(images))[0]
+        if found["masks"].shape[-2:] != images.shape[-2:] or not torch.isfinite(found["boxes"]).all():
+            shape = list(found["masks"].shape)
+            raise ConversionError(f"{path}: a forward pass gives {shape} masks, or boxes that are not finite")
+        return
     refined = network.predict(images).refined  # type: ignore[operator]
     if refined.shape[-2:] != images.shape[-2:] or not torch.isfinite(refined).all():
         raise ConversionError(f"{path}: a forward pass gives {list(refined.shape)} logits, or not finite ones")
@@ -264,7 +309,8 @@ def _write(out: Path, to: str, contents: dict[str, Any]) -> None:
         _write_safetensors(out, state, {FORMAT: json.dumps(described)})
         return
     form = load_format(to)
-    tensors = _theirs(form, to, state, contents["config"]["model"]["decoder"]["name"])
+    section = contents["config"]["model"]
+    tensors = _theirs(form, to, state, section["name"] if section["name"] == DETECTOR else section["decoder"]["name"])
     if to == "transformers":
         _write_safetensors(out, tensors, {"format": "pt"})
         return

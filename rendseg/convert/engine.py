@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .containers import Source
 from .errors import ConversionError
-from .infer import backbone_name, num_classes, options
+from .infer import backbone_name, detector, num_classes, options
 from .registry import FORMATS, Format, Part, find_part, load_format
 from .rules import Applied, apply, matched, renamed
 from .source_config import MISSING, literals, lookup
 
 _ENCODER_SIGN = "layer1.0.conv1.weight"
+DETECTOR = "pointrend_rcnn"
 
 
 class Model(NamedTuple):
@@ -114,13 +115,16 @@ def configure(
 
     state, form = found.applied.tensors, found.format
     keys = {**form.settings, **found.model.settings, **found.backbone.settings}
-    fields = field_names(decoder_options_class(keys["model.decoder.name"]))
     asks = {**form.asks, **found.model.asks, **found.backbone.asks}
+    objects = keys.get("model.name") == DETECTOR
+    if objects:
+        keys, asks = ({key: value for key, value in of.items() if _of_objects(key)} for of in (keys, asks))
+    fields = () if objects else field_names(decoder_options_class(keys["model.decoder.name"]))
     refined = keys.get("model.name") != "segmenter"
-    for read in form.reads if config is not None else ():
+    for read in (*found.model.reads, *form.reads) if config is not None else ():
         value = lookup(config, read.path)
         value = read.default if value is MISSING else value
-        if value is None or not _wanted(read.key, fields, asks, refined):
+        if value is None or not _wanted(read.key, fields, asks, refined) or (objects and not _of_objects(read.key)):
             continue
         if isinstance(read.via, Mapping):
             if value not in read.via:
@@ -129,14 +133,18 @@ def configure(
         elif read.via is not None:
             try:
                 value = read.via(value)
+            except ConversionError:
+                raise
             except (TypeError, ValueError, AttributeError):
                 raise ConversionError(f"{path}: {read.path} is {value!r}, which is not known here") from None
         keys.setdefault(read.key, value)
     keys.pop("", None)
-    keys |= {key: value for key, value in options(keys["model.decoder.name"], state).items()}
+    keys |= detector(state) if objects else options(keys["model.decoder.name"], state)
     keys |= given
-    keys.setdefault("model.backbone.name", backbone_name(state, path))
-    missing = [f"{key} ({words})" for key, words in asks.items() if key not in keys and _needed(key, keys, state)]
+    net = found.model.backbone + "net."
+    if "model.backbone.name" not in keys:
+        keys["model.backbone.name"] = backbone_name(state, net, path)
+    missing = [f"{key} ({words})" for key, words in asks.items() if key not in keys and _needed(key, keys, state, net)]
     if missing:
         raise ConversionError(
             f"{path} leaves open {'; '.join(missing)}. Give the model's configuration with --config FILE, or these "
@@ -155,11 +163,22 @@ def _wanted(key: str, fields: Sequence[str], asks: Mapping[str, str], refined: b
     return not key.startswith("model.decoder.") or key.removeprefix("model.decoder.") in fields
 
 
-def _needed(key: str, keys: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
+def _of_objects(key: str) -> bool:
+    """Whether a detector has a key."""
+    from rendseg._options import field_names
+    from rendseg.models.detectors import PointRendRCNNOptions
+
+    section, _, rest = key.partition(".")
+    return section in ("", "data") or (
+        section == "model" and rest.partition(".")[0] in field_names(PointRendRCNNOptions)
+    )
+
+
+def _needed(key: str, keys: Mapping[str, Any], state: Mapping[str, Tensor], net: str) -> bool:
     if key == "model.backbone.first_dilation":
         return keys.get("model.backbone.output_stride", 32) < 32
     if key == "model.backbone.stride_in_1x1":
-        return "backbone.net.layer1.0.conv3.weight" in state
+        return net + "layer1.0.conv3.weight" in state
     return True
 
 

@@ -56,6 +56,7 @@ _COUNTED: Mapping[str, Mapping[str, str]] = {
     "deeplabv3plus": {"decoder_convs": r"convs\.(\d+)\."},
     "fcn": {"num_convs": r"head\.convs\.(\d+)\."},
 }
+_BOXES = "roi_heads.box_predictor."
 _CLASSIFIERS = ("predictor", "classifier", "classifier.1", "head.classifier")
 # Blocks of the four stages, with bottlenecks or not -> the ResNet.
 _RESNETS = {
@@ -73,11 +74,9 @@ def _count(pattern: str, state: Mapping[str, Tensor]) -> int:
     return len({found[1] for name in state if (found := re.match(pattern, name))})
 
 
-def backbone_name(state: Mapping[str, Tensor], path: object) -> str:
-    """timm's name of the network whose tensors begin with ``backbone.net.``."""
-    net = {
-        name.removeprefix("backbone.net."): tensor for name, tensor in state.items() if name.startswith("backbone.net.")
-    }
+def backbone_name(state: Mapping[str, Tensor], prefix: str, path: object) -> str:
+    """timm's name of the network whose tensors begin with ``prefix``."""
+    net = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     name = _resnet(net) or _swin(net) or _convnext(net)
     if name is None:
         raise ConversionError(f"{path}: its backbone is none that is known; set model.backbone.name with --set")
@@ -114,7 +113,10 @@ def _convnext(net: Mapping[str, Tensor]) -> str | None:
 
 
 def num_classes(state: Mapping[str, Tensor], path: object) -> int:
-    """The classes that the coarse logits have."""
+    """The classes that the coarse logits have; of a detector without the background."""
+    boxes = state.get(_BOXES + "cls_score.weight")
+    if boxes is not None:
+        return len(boxes) - 1
     found = next((state[key] for name in _CLASSIFIERS if (key := f"decoder.{name}.weight") in state), None)
     if found is None:
         raise ConversionError(f"{path}: the classifier is missing")
@@ -153,6 +155,21 @@ def options(decoder: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     heads = _count(r"auxiliary\.(\d+)\.", state)
     if heads:
         keys["model.auxiliary"] = [_auxiliary(state, f"auxiliary.{i}", levels) for i in range(heads)]
+    return keys
+
+
+def detector(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """As ``options``, of a detector with masks."""
+    sizes = {
+        "fpn_channels": "backbone.fpn.inner_blocks.0.0.weight",
+        "box_hidden_channels": "roi_heads.box_head.fc6.weight",
+        "mask.hidden_channels": "roi_heads.mask_head.point_head.fc1.weight",
+        "mask.coarse_hidden_channels": "roi_heads.mask_head.coarse_head.fc1.weight",
+    }
+    keys = {f"model.{option}": len(state[name]) for option, name in sizes.items() if name in state}
+    coarse, classes = state.get("roi_heads.mask_head.coarse_head.prediction.bias"), state.get(_BOXES + "cls_score.bias")
+    if coarse is not None and classes is not None and len(classes) > 1:
+        keys["model.mask.coarse_size"] = math.isqrt(len(coarse) // (len(classes) - 1))
     return keys
 
 

@@ -13,6 +13,7 @@ from .rules import FOLD, Rule, matched
 
 FORMATS = (
     "mmseg",
+    "mmdet",
     "detectron2",
     "paddleseg",
     "pytorch_encoding",
@@ -47,6 +48,12 @@ class Part(NamedTuple):
     """Keys that leave no sign in the tensors, with their values in words: from the source's configuration, or --set."""
     fill: Mapping[str, float] = {}
     """Patterns of our tensors that such files lack, with the number that stands for them."""
+    backbone: str = "backbone."
+    """What the names of a backbone begin with in such a model of ours."""
+    reads: tuple[Read, ...] = ()
+    """Before those of the format."""
+    fresh: tuple[str, ...] = ()
+    """Patterns of our tensors that such a model lacks: they begin with random weights."""
 
 
 class Read(NamedTuple):
@@ -65,7 +72,7 @@ class Format(NamedTuple):
 
     models: tuple[Part, ...]
     backbones: tuple[Part, ...]
-    """Their patterns begin after the prefix there, after ``backbone.`` here."""
+    """Their patterns begin after the prefix there, after ``Part.backbone`` of the model here."""
     prefix: str
     """Of the backbone in a whole model."""
     leaves: Mapping[str, str] = {}
@@ -78,7 +85,7 @@ class Format(NamedTuple):
 
     def rules(self, model: Part, backbone: Part) -> list[Rule]:
         """The rules of a whole model."""
-        return [*model.rules, *self.backbone_rules(backbone, self.prefix, "backbone.")]
+        return [*model.rules, *self.backbone_rules(backbone, self.prefix, model.backbone)]
 
     @staticmethod
     def backbone_rules(backbone: Part, prefix: str, ours: str) -> list[Rule]:

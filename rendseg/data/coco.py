@@ -21,6 +21,20 @@ from .options import DataError, SplitNames, names_of
 from .registry import register_dataset
 from .rle import decode, polygons_to_mask
 
+_NAMES = (
+    "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;stop sign;"
+    "parking meter;bench;bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;backpack;umbrella;"
+    "handbag;tie;suitcase;frisbee;skis;snowboard;sports ball;kite;baseball bat;baseball glove;skateboard;"
+    "surfboard;tennis racket;bottle;wine glass;cup;fork;knife;spoon;bowl;banana;apple;sandwich;orange;"
+    "broccoli;carrot;hot dog;pizza;donut;cake;chair;couch;potted plant;bed;dining table;toilet;tv;"
+    "laptop;mouse;remote;keyboard;cell phone;microwave;oven;toaster;sink;refrigerator;book;clock;vase;"
+    "scissors;teddy bear;hair drier;toothbrush"
+)
+# COCO's own categories by their numbers, which have gaps.
+CATEGORIES = dict(
+    zip((n for n in range(1, 91) if n not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)), _NAMES.split(";"), strict=True)
+)
+
 
 class CocoOptions(InstanceOptions):
     """COCO, or a data set in its format; see :mod:`rendseg.data.coco`."""

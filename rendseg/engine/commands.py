@@ -272,8 +272,8 @@ def convert(
         typer.Option(
             "--from",
             metavar="NAME",
-            help="mmseg, detectron2, paddleseg, pytorch_encoding, csail, unifiedparsing, transformers, torchvision or "
-            "rendseg; default: rendseg.",
+            help="mmseg, mmdet, detectron2, paddleseg, pytorch_encoding, csail, unifiedparsing, transformers, "
+            "torchvision or rendseg; default: rendseg.",
         ),
     ] = None,
     config: Annotated[
@@ -308,7 +308,8 @@ def convert(
         check=check,
     )
     dead = f", {done.dead} without an effect left out" if done.dead else ""
-    print(f"{done.tensors} tensors{dead} -> {done.out} ({done.seconds:.1f} s)")
+    fresh = f", {done.fresh} that the source lacks begin with random weights: train them" if done.fresh else ""
+    print(f"{done.tensors} tensors{dead}{fresh} -> {done.out} ({done.seconds:.1f} s)")
 
 
 @app.command()

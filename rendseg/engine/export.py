@@ -527,6 +527,11 @@ def export_checkpoint(
     needs(format, device)
     checkpoint = Path(checkpoint)
     config, classes, network, _ = load_trained(checkpoint, overrides)
+    if config.model["name"] == "pointrend_rcnn":
+        raise ExportError(
+            f"{checkpoint} is a detector with masks: how many boxes it finds depends on the image, and torch.export "
+            "cannot trace torchvision's choice of them; use it from Python (rendseg predict, load_trained)"
+        )
     data = parse_options(config.data)
     chosen = ExportOptions(format, size or default_size(data), **options)
     path = Path(out) if out is not None else checkpoint.with_suffix(SUFFIXES[format])

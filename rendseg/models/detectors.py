@@ -51,6 +51,10 @@ class PointRendRCNNOptions(Options):
     """With ``min_size``: the longer side is at most so long."""
     anchor_sizes: tuple[Count, Count, Count, Count, Count] = (32, 64, 128, 256, 512)
     """Sides of the anchors on the maps of strides 4, 8, 16, 32 and 64, in shapes 1:2, 1:1 and 2:1."""
+    boxes: Literal["torchvision", "detectron2"] = "torchvision"
+    """How features of boxes are read and where anchors lie. ``detectron2`` (mmdetection does the same): RoIAlign that
+    is aligned, with a sample for each cell of the map; anchors of unrounded sides, the last of which are 64 pixels
+    apart."""
     fpn_channels: Count = 256
     """Of the maps of the pyramid; torchvision's detectors have 256."""
     box_hidden_channels: Count = 1024
@@ -98,7 +102,14 @@ def build_detector(options: PointRendRCNNOptions, num_classes: int) -> PointRend
         model.roi_heads.box_head = TwoMLPHead(options.fpn_channels * 7**2, hidden)
         model.roi_heads.box_predictor = FastRCNNPredictor(hidden, num_classes + 1)
     shapes = ((0.5, 1.0, 2.0),) * len(options.anchor_sizes)
-    model.rpn.anchor_generator = AnchorGenerator(tuple((side,) for side in options.anchor_sizes), shapes)
+    sides = tuple((side,) for side in options.anchor_sizes)
+    if options.boxes == "detectron2":
+        from .rcnn import AlignedRoIPool, UnroundedAnchors
+
+        model.roi_heads.box_roi_pool = AlignedRoIPool()
+        model.rpn.anchor_generator = UnroundedAnchors(sides, shapes)
+    else:
+        model.rpn.anchor_generator = AnchorGenerator(sides, shapes)
     model.transform.resizes_in_training = False
     model.normalize = options.normalize
     if named:

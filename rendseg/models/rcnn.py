@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .backbones import Backbone
@@ -67,6 +68,42 @@ class KeyedSampler(BalancedPositiveNegativeSampler):
                 into.append(torch.zeros_like(matched, dtype=torch.uint8).index_fill_(0, taken, 1))
             self.count += self.batch_size_per_image - left
         return chosen
+
+
+class UnroundedAnchors(AnchorGenerator):
+    """The anchors of detectron2 and mmdetection: sides that are not rounded, at strides 4 to 64 whatever the size of
+    the image."""
+
+    def generate_anchors(self, scales: Any, aspect_ratios: Any, *args: Any, **options: Any) -> Tensor:
+        side, ratio = torch.as_tensor(scales, dtype=torch.float64)[None], torch.as_tensor(aspect_ratios).double()
+        width = (side / ratio.sqrt()[:, None]).flatten()
+        height = (side * ratio.sqrt()[:, None]).flatten()
+        return (torch.stack((-width, -height, width, height), 1) / 2).float()
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        fixed = [[torch.full_like(step, 4 << i) for step in pair] for i, pair in enumerate(strides)]
+        return super().grid_anchors(grid_sizes, fixed)
+
+
+class AlignedRoIPool(nn.Module):
+    """The features of boxes as detectron2 and mmdetection read them, ``[N, C, 7, 7]`` from the maps of strides 4 to 32:
+    ``RoIAlign(aligned=True)``, a sample for each cell of the map. A side of 224 pixels is of the map of stride 16."""
+
+    output_size = (7, 7)
+
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        levels = [maps[str(i)] for i in range(4)]
+        joined = torch.cat(boxes)
+        image = torch.cat([torch.full_like(of[:, :1], i) for i, of in enumerate(boxes)])
+        rois = torch.cat((image, joined), 1)
+        side = ((joined[:, 2] - joined[:, 0]) * (joined[:, 3] - joined[:, 1])).sqrt()
+        level = (4 + (side / 224 + 1e-8).log2()).floor().clamp(2, 5) - 2
+        pooled = levels[0].new_zeros((len(rois), levels[0].shape[1], *self.output_size))
+        for i, map_ in enumerate(levels):
+            own = (level == i).nonzero()[:, 0]
+            found = roi_align(map_, rois[own].to(map_.dtype), self.output_size, 0.25 / 2**i, 0, aligned=True)
+            pooled = pooled.index_copy(0, own, found.to(pooled.dtype))
+        return pooled
 
 
 class PointRendRoIHeads(RoIHeads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+
+
+def plain_layers(head: nn.Module, layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """``[O, I]`` weights and biases of the layers of a head, or ``None`` if one is no plain 1x1 ``nn.Conv1d`` in
+    evaluation mode with a bias, or a hook is attached to one or to the head."""
+    if any(getattr(_module, name, None) for name in _GLOBAL_HOOKS):
+        return None
+    if any(getattr(module, name, None) for module in (head, *layers) for name in _HOOKS):
+        return None
+    for layer in layers:
+        if type(layer) is not nn.Conv1d or layer.bias is None or "forward" in layer.__dict__:
+            return None
+        if (
+            layer.training
+            or layer.kernel_size != (1,)
+            or layer.groups != 1
+            or layer.stride != (1,)
+            or layer.padding != (0,)
+        ):
+            return None
+    return [layer.weight.squeeze(-1) for layer in layers], [layer.bias for layer in layers]
 
 
 class PointHead(nn.Module):
@@ -136,24 +158,8 @@ class PointHead(nn.Module):
             return None
         if type(self).layers is not PointHead.layers or "forward" in self.__dict__:
             return None
-        if any(getattr(_module, name, None) for name in _GLOBAL_HOOKS):
-            return None
-        layers = self.layers()
-        for layer in layers:
-            if type(layer) is not nn.Conv1d or layer.bias is None or "forward" in layer.__dict__:
-                return None
-            if (
-                layer.training
-                or layer.kernel_size != (1,)
-                or layer.groups != 1
-                or layer.stride != (1,)
-                or layer.padding != (0,)
-            ):
-                return None
-        if any(getattr(module, name, None) for module in (self, *layers) for name in _HOOKS):
-            return None
-        weights, biases = [layer.weight.squeeze(-1) for layer in layers], [layer.bias for layer in layers]
-        return HeadLayers(weights, biases, self.coarse_each_layer, self.coarse_first)
+        plain = plain_layers(self, self.layers())
+        return None if plain is None else HeadLayers(*plain, self.coarse_each_layer, self.coarse_first)
 
     def extra_repr(self) -> str:
         return f"coarse_each_layer={self.coarse_each_layer}, coarse_first={self.coarse_first}, init={self.init!r}"

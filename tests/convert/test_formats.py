@@ -61,6 +61,28 @@ mmseg deeplabv3plus 3
   backbone.downsample_layers.0.1.weight                   backbone.net.stem_1.weight
   backbone.downsample_layers.2.1.bias                     backbone.net.stages_2.downsample.1.bias
   backbone.stages.3.1.pointwise_conv2.weight              backbone.net.stages_3.blocks.1.mlp.fc2.weight
+mmdet pointrend_rcnn 1
+  neck.lateral_convs.3.conv.bias                          backbone.fpn.inner_blocks.3.0.bias
+  neck.fpn_convs.0.conv.weight                            backbone.fpn.layer_blocks.0.0.weight
+  rpn_head.rpn_conv.weight                                rpn.head.conv.0.0.weight
+  roi_head.bbox_head.shared_fcs.1.bias                    roi_heads.box_head.fc7.bias
+  roi_head.bbox_head.fc_cls.weight                        roi_heads.box_predictor.cls_score.weight
+  roi_head.mask_head.downsample_conv.conv.bias            roi_heads.mask_head.coarse_head.reduce_spatial_dim_conv.bias
+  roi_head.mask_head.fcs.1.weight                         roi_heads.mask_head.coarse_head.fc2.weight
+  roi_head.point_head.fcs.2.conv.weight                   roi_heads.mask_head.point_head.fc3.weight
+  backbone.layer4.2.bn3.running_var                       backbone.body.net.layer4.2.bn3.running_var
+detectron2 pointrend_rcnn 1
+  backbone.fpn_lateral5.bias                              backbone.fpn.inner_blocks.3.0.bias
+  proposal_generator.rpn_head.anchor_deltas.weight        rpn.head.bbox_pred.weight
+  roi_heads.box_predictor.bbox_pred.bias                  roi_heads.box_predictor.bbox_pred.bias
+  roi_heads.mask_coarse_head.coarse_mask_fc2.weight       roi_heads.mask_head.coarse_head.fc2.weight
+  roi_heads.mask_point_head.fc1.bias                      roi_heads.mask_head.point_head.fc1.bias
+  backbone.bottom_up.res5.2.conv3.norm.weight             backbone.body.net.layer4.2.bn3.weight
+torchvision maskrcnn 1
+  backbone.body.layer2.0.downsample.1.bias                backbone.body.layer2.0.downsample.1.bias
+  backbone.fpn.inner_blocks.2.weight                      backbone.fpn.inner_blocks.2.0.weight
+  rpn.head.conv.bias                                      rpn.head.conv.0.0.bias
+  roi_heads.box_predictor.cls_score.bias                  roi_heads.box_predictor.cls_score.bias
 detectron2 pointrend 1
   backbone.fpn_lateral4.weight                            decoder.fpn.fpn_lateral4.weight
   sem_seg_head.coarse_sem_seg_head.p5.4.norm.bias         decoder.p5.4.norm.bias

@@ -530,6 +530,19 @@ def test_bad_commands(checkpoint: Path, arguments: list[str], message: str, caps
 
 
 @pytest.mark.bad_input
+def test_a_detector_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"fpn_channels": 8, "box_hidden_channels": 8, "mask": {"hidden_channels": 8, "coarse_hidden_channels": 8}}
+    model = {"name": "pointrend_rcnn", "backbone": {"name": "test_resnet"}, **sizes}
+    config = build_config({"name": "x", "model": model, "data": {"name": "coco"}, "train": {"iterations": 1}})
+    state = build_model(config.model, 5).state_dict()
+    contents = {"config": config.to_dict(), "classes": CLASSES, "model": state}
+    save_checkpoint(tmp_path / "x.pt", {**contents, "training": {"progress": {"iteration": 0}}})
+    assert cli.main(["export", str(tmp_path / "x.pt"), "--format", "onnx"]) == 2
+    said = capsys.readouterr().err
+    assert "is a detector with masks: how many boxes it finds depends on the image" in said and said.count("\n") == 1
+
+
+@pytest.mark.bad_input
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.pt").write_text("text")
     assert cli.main(["export", str(tmp_path / "x.pt")]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rendseg import _backends
+from rendseg import _backends, reference
 from rendseg.nn import PointHead
 from rendseg.ops import refine
-from tests.emulation.test_refine import CASES, DTYPES, LOOSE, MIXED, Call, tolerance
+from tests.emulation.test_refine import CASES, DTYPES, LOOSE, MIXED, ROIS, Call, as_laid_out, tolerance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import cases_refine as cases  # noqa: E402
@@ -80,6 +81,52 @@ def test_shared_cases(name: str, made: dict, layers: dict, kwargs: dict, dtypes:
     results = [on_gpu(made, layers, kwargs, dtypes, how).check(tolerance(dtypes)) for how in LAYOUTS]
     if dtypes[2] != F64:
         assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
+def boxes_on_gpu(dtype: torch.dtype, how: str = "contiguous", **made: Any) -> tuple[Any, ...]:
+    """``roi_inputs`` on the GPU, and a head."""
+    coarse, features, rois, classes = cases.roi_inputs(**made)
+    head = cases.Head(sum(f.shape[1] for f in features), coarse.shape[1]).to("cuda", dtype).requires_grad_(False)
+    features = [as_laid_out(f.to("cuda", dtype), how) for f in features]
+    return coarse.to("cuda", dtype), features, [t.cuda() for t in rois], classes.cuda(), head
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("name, made, kwargs", ROIS, ids=[case[0] for case in ROIS])
+def test_boxes(name: str, made: dict, kwargs: dict, dtype: torch.dtype) -> None:
+    """The whole loop in float64, and a step of every cell, which no rounding can shift, in the types that are fused."""
+    kwargs = kwargs if dtype == F64 else kwargs | {"steps": 2, "num_points": 144}
+    within, results = tolerance((dtype,) * 3), []
+    for how in LAYOUTS:
+        coarse, features, rois, classes, head = boxes_on_gpu(dtype, how, **made)
+        results.append(refine(coarse, features, head, rois=rois, class_index=classes, **kwargs))
+        wanted = reference.refine(
+            coarse.double(), [f.double() for f in features], copy.deepcopy(head).double(), rois=rois,
+            class_index=classes, **kwargs,
+        )  # fmt: skip
+        torch.testing.assert_close(results[-1].double(), wanted, rtol=within, atol=within)
+        alone = refine(coarse, features, head, rois=rois, class_index=classes, output="class", **kwargs)
+        own = torch.arange(len(classes), device="cuda")
+        assert torch.equal(alone[:, 0], results[-1][own, classes])
+    assert dtype == F64 or all(torch.equal(other, results[0]) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_many_boxes(dtype: torch.dtype) -> None:
+    """100 masks, from 7 to 224 cells a side: no step waits for the host, runs are bit-equal, and so is a replay."""
+    coarse, features, rois, classes, head = boxes_on_gpu(dtype, n=100, images=2, side=7, channels=(64,))
+    options = {"steps": 5, "num_points": 784, "rois": rois, "class_index": classes, "output": "class"}
+    first = refine(coarse, features, head, **options)
+    assert first.shape == (100, 1, 224, 224) and torch.isfinite(first).all()
+    assert all(torch.equal(refine(coarse, features, head, **options), first) for _ in range(5))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = refine(coarse, features, head, **options)
+    rois[1].copy_(rois[1].flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, refine(coarse, features, head, **options)) and not torch.equal(out, first)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import rendseg
+from rendseg import ops
 from rendseg.integrations import TARGETS
 from tests.integrations.agreement import agree
 from tests.integrations.draws import Draws
@@ -152,7 +153,7 @@ def test_consumers_of_detectron2() -> None:
         with drawn.recorded():
             wanted.append(function(*args))
     report = rendseg.patch("detectron2")
-    assert sum("semantic_seg" in name or "mask_head" in name for name in replaced(report)) == 4
+    assert sum("semantic_seg" in name or "mask_head" in name for name in replaced(report)) == 5
     for (function, args), drawn, (coords, values) in zip(calls, draws, wanted, strict=True):
         with drawn.fed():
             got = function(*args)
@@ -170,6 +171,73 @@ def test_consumers_of_detectron2() -> None:
     torch.manual_seed(0)
     assert torch.equal(largest, masks.points_by_largest(logits))
     assert unchanged(before, semantic, masks)
+
+
+def mask_head_of_detectron2(count: int, **options: Any) -> tuple[Any, ...]:
+    """A mask head of 8 channels and 3 classes, and the arguments of its loop: boxes in two of three images."""
+    masks, points = (
+        importlib.import_module(f"detectron2.projects.point_rend.{n}") for n in ("mask_head", "point_head")
+    )
+    structures = importlib.import_module("detectron2.structures")
+    torch.manual_seed(3)
+    point_head = points.StandardPointHead(8, 3, 16, 2, **options)
+    torch.nn.init.normal_(point_head.predictor.weight, std=0.4)
+    head = masks.PointRendMaskHead(point_head, ["p2", "p3"], {"p2": 1 / 4, "p3": 1 / 8}).eval()
+    features = {"p2": torch.randn(3, 5, 24, 32), "p3": torch.randn(3, 3, 12, 16)}
+    corners = torch.rand(count, 2) * 60 - 5
+    boxes, classes = torch.cat((corners, corners + 4 + 60 * torch.rand(count, 2)), 1), torch.randint(3, (count,))
+    instances = [structures.Instances((96, 128)) for _ in range(3)]
+    for found, part in zip(instances, (slice(2, None), slice(0, 0), slice(0, 2)), strict=True):
+        found.pred_boxes, found.pred_classes = structures.Boxes(boxes[part]), classes[part]
+    return head, features, 2 * torch.randn(count, 3, 7, 7), instances
+
+
+def masks_of(head: Any, *arguments: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = head._subdivision_inference(*arguments)
+    return torch.cat([f.pred_masks for f in found])
+
+
+def test_masks_of_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 boxes, from 7 to 224 cells a side, 28 x 28 points a step."""
+    head, *arguments = mask_head_of_detectron2(100)
+    wanted = masks_of(head, *arguments)
+    calls = []
+    monkeypatch.setattr(ops, "refine", lambda *a, refine=ops.refine, **o: calls.append(a[2]) or refine(*a, **o))
+    with rendseg.patched("detectron2") as report:
+        assert "detectron2.projects.point_rend.mask_head.PointRendMaskHead._subdivision_inference" in replaced(report)
+        got = masks_of(head, *arguments)
+        hook = head.point_head.register_forward_hook(lambda *a: None)
+        hooked = masks_of(head, *arguments)
+        hook.remove()
+    assert calls[-2].refine_parameters() is not None and got.shape == (100, 1, 224, 224)
+    for masks in (got, hooked):
+        # A cell whose uncertainty ties with the last chosen to rounding may be chosen on one side alone.
+        assert ((masks - wanted).abs() > 1e-4).float().mean() < 1e-5
+        other = (masks > 0.5) != (wanted > 0.5)
+        print(f"\ndetectron2 (stand-in), masks of 100 boxes: {int(other.sum())} of {other.numel()} pixels differ")
+        assert not other[(wanted - 0.5).abs() > 1e-5].any()  # those that are left are rounded
+
+
+def test_mask_heads_of_detectron2_that_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, *_ = mask_head_of_detectron2(3, mask_classes=1)
+    fewer, *arguments = mask_head_of_detectron2(3)
+    fewer.mask_point_subdivision_num_points = 700
+
+    class Doubled(type(fewer)):
+        def _get_point_logits(self, *args: Any) -> Any:
+            return 2 * super()._get_point_logits(*args)
+
+    doubled = Doubled(fewer.point_head, fewer.mask_point_in_features, fewer._feature_scales).eval()
+    wanted = [masks_of(head, *arguments) for head in (one, fewer, doubled)]
+    with rendseg.patched("detectron2") as report:
+        monkeypatch.setattr(ops, "refine", None)
+        got = [masks_of(head, *arguments) for head in (one, fewer, doubled)]
+    torch.testing.assert_close(got, wanted)
+    reasons = " ".join(why for _, why in report.left)
+    assert "its point head has another number of classes than its coarse masks: its own code runs" in reasons
+    assert "700 points at a time do not predict every cell of 28 x 28 first" in reasons
+    assert "overrides _get_point_logits: its own code runs" in reasons
 
 
 def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,73 @@
 """detectron2 and its project PointRend: ``.pkl`` and ``.pth`` with ``model``; the configuration is a YAML file."""
 
+from typing import Any
+
 from ..registry import Format, Part, Read, only
 from ..rules import Rule
+from ._rcnn import ASKS, BOXES, SCORES, SETTINGS
 
 _FPN: tuple[Rule, ...] = (
     ("backbone.fpn_lateral{i}.*", "decoder.fpn.fpn_lateral{i}.*"),
     ("backbone.fpn_output{i}.*", "decoder.fpn.fpn_output{i}.*"),
+)
+_RCNN: tuple[Rule, ...] = (
+    ("backbone.fpn_lateral{i+2}.*", "backbone.fpn.inner_blocks.{i}.0.*"),
+    ("backbone.fpn_output{i+2}.*", "backbone.fpn.layer_blocks.{i}.0.*"),
+    ("proposal_generator.rpn_head.conv.*", "rpn.head.conv.0.0.*"),
+    ("proposal_generator.rpn_head.objectness_logits.*", "rpn.head.cls_logits.*"),
+    ("proposal_generator.rpn_head.anchor_deltas.*", "rpn.head.bbox_pred.*"),
+    ("roi_heads.box_head.fc{i+1}.*", "roi_heads.box_head.fc{i+6}.*"),
+    ("roi_heads.box_predictor.cls_score.*", "roi_heads.box_predictor.cls_score.*", SCORES),
+    ("roi_heads.box_predictor.bbox_pred.*", "roi_heads.box_predictor.bbox_pred.*", BOXES),
+)
+# The names of its first version.
+_OLD_MASKS: tuple[Rule, ...] = (
+    ("roi_heads.mask_coarse_head.coarse_mask_fc{i}.*", "roi_heads.mask_head.coarse_head.fc{i}.*"),
+    ("roi_heads.mask_coarse_head.*", "roi_heads.mask_head.coarse_head.*"),
+    ("roi_heads.mask_point_head.*", "roi_heads.mask_head.point_head.*"),
+)
+_MASKS: tuple[Rule, ...] = (
+    ("roi_heads.mask_head.coarse_head.*", "roi_heads.mask_head.coarse_head.*"),
+    ("roi_heads.mask_head.point_head.*", "roi_heads.mask_head.point_head.*"),
+)
+
+
+def _anchors(sizes: Any) -> list[int]:
+    return [int(side) for (side,) in sizes]
+
+
+def _data_set(names: Any) -> str | None:
+    known = {"coco": "coco", "cityscapes": "cityscapes_instances"}
+    return next((ours for name in names for start, ours in known.items() if str(name).startswith(start)), None)
+
+
+# What stands in no file that builds on Base-RCNN-FPN.yaml has detectron2's default.
+_READS = (
+    Read("MODEL.ANCHOR_GENERATOR.SIZES", "model.anchor_sizes", _anchors, ((32,), (64,), (128,), (256,), (512,))),
+    Read(
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+        "",
+        only([[0.5, 1.0, 2.0]], [[0.5, 1.0, 2.0]] * 5, what="MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"),
+    ),
+    Read("MODEL.ANCHOR_GENERATOR.OFFSET", "", only(0.0, what="MODEL.ANCHOR_GENERATOR.OFFSET")),
+    Read("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "", only("ROIAlignV2", what="MODEL.ROI_BOX_HEAD.POOLER_TYPE")),
+    Read("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "", only(7, what="MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION")),
+    Read("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "", only(0, what="MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO")),
+    Read("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "", only([10.0, 10.0, 5.0, 5.0], what="BBOX_REG_WEIGHTS")),
+    Read("MODEL.ROI_MASK_HEAD.IN_FEATURES", "", only(["p2"], what="MODEL.ROI_MASK_HEAD.IN_FEATURES")),
+    Read("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "", only(14, what="MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION")),
+    Read("MODEL.POINT_HEAD.IN_FEATURES", "", only(["p2"], what="MODEL.POINT_HEAD.IN_FEATURES")),
+    Read("MODEL.POINT_HEAD.SUBDIVISION_STEPS", "model.mask.steps", None, 5),
+    Read("MODEL.POINT_HEAD.SUBDIVISION_NUM_POINTS", "model.mask.subdivision_points", None, 784),
+    Read("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "model.box_score_thresh"),
+    Read("MODEL.ROI_HEADS.NMS_THRESH_TEST", "model.box_nms_thresh"),
+    Read("TEST.DETECTIONS_PER_IMAGE", "model.box_detections_per_img"),
+    Read("MODEL.RPN.PRE_NMS_TOPK_TEST", "model.rpn_pre_nms_top_n_test"),
+    Read("MODEL.RPN.POST_NMS_TOPK_TEST", "model.rpn_post_nms_top_n_test"),
+    Read("MODEL.RPN.NMS_THRESH", "model.rpn_nms_thresh"),
+    Read("INPUT.MIN_SIZE_TEST", "model.min_size", None, 800),
+    Read("INPUT.MAX_SIZE_TEST", "model.max_size", None, 1333),
+    Read("DATASETS.TEST", "data.name", _data_set),
 )
 _DEAD = ("stem.fc.*", "fc.*", "linear.*")
 _STRIDE = {"model.backbone.stride_in_1x1": "true or false"}
@@ -56,6 +118,22 @@ FORMAT = Format(
                 "model.pointrend.preset": "detectron2",
                 "model.decoder.name": "semantic_fpn",
             },
+        ),
+        *(
+            Part(
+                "pointrend_rcnn",
+                sign,
+                (*_RCNN, *masks),
+                ("proposal_generator.anchor_generator.cell_anchors.{i}",),
+                settings=SETTINGS,
+                asks=ASKS,
+                backbone="backbone.body.",
+                reads=_READS,
+            )
+            for sign, masks in (
+                ("roi_heads.mask_point_head.predictor.weight", _OLD_MASKS),
+                ("roi_heads.mask_head.point_head.predictor.weight", _MASKS),
+            )
         ),
     ),
     backbones=(
