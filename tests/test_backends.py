@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,14 @@ import torch
 
 import rendseg
 from rendseg import _backends, _extension
-from tests.limits import TIMEOUT
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RENDSEG_")}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**clean, "PYTHONPATH": str(ROOT), **env},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    return fresh.run(program, {**clean, "PYTHONPATH": str(ROOT), **env})
 
 
 @pytest.fixture(autouse=True)

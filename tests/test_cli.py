@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import yaml
 from PIL import Image
 
 from rendseg.cli import main
+from tests import fresh
 from tests.engine.tiny import tiny_content
-from tests.limits import TIMEOUT
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -188,6 +187,6 @@ def test_doctor_imports_no_package_of_the_trainer() -> None:
         "from rendseg.cli import main\n"
         "sys.exit(main(['doctor']))\n"
     )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO, timeout=TIMEOUT)
+    process = fresh.run(script, dict(os.environ), REPO)
     assert process.returncode == 0, process.stderr
     assert "torch" in process.stdout

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 
 from rendseg import _backends, _extension, _toolchain, doctor
 from rendseg.ops.schemas import SCHEMAS
-from tests.limits import TIMEOUT
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 # Refuses everything that the trainer, not the operators, needs.
@@ -30,9 +29,7 @@ for name in "typer pydantic yaml timm accelerate torchvision torchmetrics matplo
 def run(program: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RENDSEG_")}
     clean["PYTHONPATH"] = str(cwd)
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT
-    )
+    return fresh.run(program, {**clean, **env}, cwd)
 
 
 def test_report_has_every_part_and_every_operator() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import rendseg.ops  # noqa: F401
 from rendseg import _backends
 from rendseg.ops import _triton
 from rendseg.ops.schemas import SCHEMAS
-from tests.limits import TIMEOUT
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [schema.split("(", 1)[0] for schema in SCHEMAS]
@@ -24,14 +22,7 @@ NO_EXTENSION = {"RENDSEG_DISABLE_EXTENSION": "1"}
 
 def run(program: str, **env: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RENDSEG_", "TRITON_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**clean, "PYTHONPATH": str(ROOT), **env},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    done = fresh.run(program, {**clean, "PYTHONPATH": str(ROOT), **env})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -82,6 +82,8 @@ class RandomScaleCrop(v2.Transform):
             part = max(1, round(wanted / scale))
             window.append(min(side, part))
             size.append(wanted if part <= side else min(wanted, max(1, round(side * scale))))
+        if self.crop_size is None and (self.short_edge or self.base_size):  # objects: the whole image
+            window, size = [height, width], [max(1, round(side * scale)) for side in (height, width)]
         top = left = 0
         labels = mask.as_subclass(torch.Tensor).numpy()
         for _ in range(self.tries):

@@ -30,7 +30,8 @@ class Instances(NamedTuple):
 
 
 class InstanceOptions(DatasetOptions):
-    """What data sets of objects have in common. Images need not have one size, so that ``crop_size`` is optional."""
+    """What data sets of objects have in common. Images need not have one size, so that ``crop_size`` is optional:
+    without it ``short_edge`` and ``base_size`` give whole images."""
 
     one_size: ClassVar[bool] = False
     category_max_fraction: float = 1.0  # of a crop; there is no such limit with objects
@@ -45,10 +46,10 @@ class InstanceOptions(DatasetOptions):
 class InstanceDataset(SegmentationDataset):
     """Images with objects. Subclasses give ``__len__``, :meth:`read_all` and :meth:`sample_name`.
 
-    ``dataset[i]`` is ``{"image": float32 [C_in, H, W], "target": ..., "name": str}``; the target is what torchvision's
-    detection models take: ``boxes`` float32 [N, 4] (x0, y0, x1, y1, the sides of the outermost pixels), ``labels``
-    int64 [N] from 1, ``masks`` uint8 [N, H, W], ``iscrowd`` int64 [N], ``area`` float32 [N] (pixels) and ``image_id``
-    int64 []. Objects without a pixel in the image are left out, and in the split ``train`` crowds.
+    ``dataset[i]`` is ``{"image": float32 [C_in, H, W], "target": ..., "name": str, "index": i}``; the target is what
+    torchvision's detection models take: ``boxes`` float32 [N, 4] (x0, y0, x1, y1, the sides of the outermost pixels),
+    ``labels`` int64 [N] from 1, ``masks`` uint8 [N, H, W], ``iscrowd`` int64 [N], ``area`` float32 [N] (pixels) and
+    ``image_id`` int64 []. Objects without a pixel in the image are left out, and in the split ``train`` crowds.
 
     Images and augmentation are those of :class:`SegmentationDataset`. As a label map (``read``, ``label``) an image has
     the class of the smallest object at each pixel, and 255 where there is none or a crowd.
@@ -88,6 +89,11 @@ class InstanceDataset(SegmentationDataset):
         """The number of the class `label` (from 0) in detections."""
         return label + 1
 
+    @property
+    def category_ids(self) -> list[int]:
+        """The number of each class in detections."""
+        return [self.category_id(label) for label in range(self.num_classes)]
+
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width, as stored."""
         height, width = self.read_all(index)[0].shape[:2]
@@ -122,6 +128,7 @@ class InstanceDataset(SegmentationDataset):
             "image": values,
             "target": self._target(index, found, masks.contiguous()),
             "name": self.sample_name(index),
+            "index": index,
         }
 
     def _target(self, index: int, found: Instances, masks: Tensor) -> dict[str, Tensor]:

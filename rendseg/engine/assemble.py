@@ -12,16 +12,21 @@ from rendseg.data import DataError, InstanceDataset, build_dataset
 from rendseg.engine.checkpoint import load_checkpoint, load_weights
 from rendseg.engine.config import Config, ConfigError, build_config
 from rendseg.engine.eval_presets import without_conventions
+from rendseg.engine.instance_metrics import need_evaluation
 
 
 def build_data(config: Config, split: str) -> Any:
     """The data set of a split; ``DataError`` names what is wrong with it."""
     dataset = build_dataset(config.data, split, augment_seed=config.seed)  # type: ignore[arg-type]
-    if isinstance(dataset, InstanceDataset):
+    has_objects = isinstance(dataset, InstanceDataset)
+    if has_objects != config.learns_objects:
+        has, learn = ("objects", "label maps") if has_objects else ("label maps", "objects")
         raise DataError(
-            f"data.name {config.data['name']} has objects, and the networks of model.name {config.model['name']} learn "
-            "label maps; name another data set"
+            f"data.name {config.data['name']} has {has}, and the networks of model.name {config.model['name']} learn "
+            f"{learn}; name another data set or model"
         )
+    if has_objects:
+        need_evaluation()  # at the start, not after a training
     return dataset
 
 

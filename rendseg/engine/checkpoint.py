@@ -6,7 +6,8 @@ A checkpoint is one dictionary of tensors, numbers, strings and containers of th
 =============== =======================================================================================
 ``format``      ``"rendseg-checkpoint"``; ``version`` is the layout's number
 ``config``      the resolved configuration as a plain dictionary
-``classes``     ``{"names", "palette", "ignore_index"}`` of the data it was trained on
+``classes``     ``{"names", "palette", "ignore_index"}`` of the data it was trained on; of objects ``"ids"`` too, the
+                numbers of the classes in detections
 ``model``       the model's ``state_dict``
 ``training``    what resuming needs: iteration, optimizer, scaler, RNG states, history
 =============== =======================================================================================
@@ -194,7 +195,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _add_switches(model: Any) -> None:
     """To the configuration of a network of before there was ``model.pad``: what it computed without these switches,
     which presets would now set otherwise."""
-    if not isinstance(model, dict) or "pad" in model:
+    if not isinstance(model, dict) or "pad" in model or model.get("name") == "pointrend_rcnn":
         return
     model["pad"] = "stride"
     sections = {

@@ -53,6 +53,7 @@ _FIELDS: tuple[tuple[str, bool, str, Check], ...] = (
     ("classes.names", True, "a list of names", _texts),
     ("classes.palette", True, "a list of [red, green, blue] from 0 to 255", _palette),
     ("classes.ignore_index", True, "a whole number", _whole(-(2**62))),
+    ("classes.ids", False, "a list of whole numbers", lambda v: isinstance(v, list) and all(map(_whole(0), v))),
     ("model", True, "a mapping of tensors", _mapping),
     ("training", True, "a mapping", _mapping),
     ("training.progress", True, "a mapping", _mapping),
@@ -101,6 +102,8 @@ def _progress(contents: Mapping[str, Any]) -> str | None:
     classes, progress = contents["classes"], contents["training"]["progress"]
     if len(classes["palette"]) != len(classes["names"]):
         return f"classes.palette has {len(classes['palette'])} colours for {len(classes['names'])} names"
+    if len(classes.get("ids", classes["names"])) != len(classes["names"]):
+        return f"classes.ids has {len(classes['ids'])} numbers for {len(classes['names'])} names"
     unknown = sorted(set(progress) - PROGRESS)
     if unknown:
         return f"training.progress has the unknown entry {unknown[0]!r}"

@@ -144,7 +144,7 @@ def predict(
         typer.Option(help="What label maps hold: the numbers of the classes, or the data set's own values (see eval)."),
     ] = _Labels.classes,
 ) -> None:
-    """Write label map, colour overlay and a side-by-side picture of every image.
+    """Write label map, colour overlay and a side-by-side picture of every image; of objects their masks and a picture.
 
     Exit code 0: all images are done; 3: some could not be; 2: none could.
     """

@@ -249,8 +249,15 @@ class EvalConfig(Options):
         default=0.02,
         description="width of the band of boundary IoU, as a share of the image diagonal (at least one pixel)",
     )
-    best: Literal["miou", "boundary_iou", "pixel_accuracy"] = Field(
-        default="miou", description="the refined prediction's metric that chooses best.pt"
+    best: Literal["miou", "boundary_iou", "pixel_accuracy", "mask_ap", "boundary_ap"] = Field(
+        default="miou",
+        description="the refined prediction's metric that chooses best.pt; of objects mask_ap by default",
+    )
+    score_threshold: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="objects of a lower score are left out by `rendseg predict` and in pictures",
     )
     pictures: Whole = Field(
         default=4,
@@ -299,6 +306,13 @@ class EvalConfig(Options):
         return [max(1, 2 * side // 3) for side in self.window]
 
 
+# Keys of EvalConfig that objects have no use for.
+_LABEL_MAPS_ALONE = (
+    "preset scales flip flip_vertical window window_stride window_border merge rounding base_size max_size "
+    "scale_divisor chain_scales image_resize align_corners absent boundary_ratio"
+).split()
+
+
 class OutputConfig(Options):
     """Where a run is written."""
 
@@ -316,7 +330,9 @@ class Config(Options):
         description="auto: continue if the run folder holds a checkpoint of the same configuration; never: start "
         "again and replace what the run folder holds; or the path of a checkpoint to continue from",
     )
-    model: dict[str, Any] = Field(description="the network; its keys are the fields of rendseg.models.ModelOptions")
+    model: dict[str, Any] = Field(
+        description="the network; its keys are the fields of rendseg.models.ModelOptions, or PointRendRCNNOptions"
+    )
     data: dict[str, Any] = Field(description="the images; its keys are the fields of the options in rendseg.data")
     train: TrainConfig = Field(description="see TrainConfig")
     eval: EvalConfig = Field(default=EvalConfig(), description="see EvalConfig")
@@ -340,6 +356,27 @@ class Config(Options):
         from rendseg.data import parse_options
 
         return _plain(dataclasses.asdict(parse_options(value)))  # a DataError is a ValueError
+
+    def __post_init__(self) -> None:
+        of_objects = self.eval.best in ("mask_ap", "boundary_ap")
+        if of_objects != self.learns_objects:
+            wanted = "mask_ap or boundary_ap" if self.learns_objects else "miou, boundary_iou or pixel_accuracy"
+            raise ValueError(f"eval.best must be {wanted} with model.name {self.model['name']}, got {self.eval.best!r}")
+        if not self.learns_objects:
+            return
+        if self.train.fsdp.enabled:
+            raise ValueError(
+                "train.fsdp shards models of label maps alone: leave it out with model.name pointrend_rcnn"
+            )
+        usual = EvalConfig()
+        other = (key for key in _LABEL_MAPS_ALONE if getattr(self.eval, key) != getattr(usual, key))
+        if key := next(other, None):
+            raise ValueError(f"eval.{key} is for label maps: leave it out with model.name pointrend_rcnn")
+
+    @property
+    def learns_objects(self) -> bool:
+        """Whether the model finds objects with masks, not a label map."""
+        return self.model.get("name") == "pointrend_rcnn"
 
     @property
     def run_dir(self) -> Path:
@@ -468,6 +505,10 @@ def build_config(
             values["model"], values["data"] = linked(values["model"], data)
         except DataError as error:
             raise ConfigError(f"{error} (in {source})") from error
+    if isinstance(values.get("model"), dict) and values["model"].get("name") == "pointrend_rcnn":
+        given = values.get("eval")
+        if given is None or isinstance(given, dict):
+            values["eval"] = {"best": "mask_ap", **(given or {})}
     return validated(Config, values, source, overridden)
 
 

@@ -49,6 +49,10 @@ def check_labels(training: SegmentationDataset, validation: SegmentationDataset)
     Raises:
         DataError: training would learn a single class, since values in the files are ignored.
     """
+    if isinstance(training, InstanceDataset):  # which lists no image without an object
+        if training.class_names != validation.class_names:
+            raise DataError("train and val have different classes; correct data.annotations")
+        return []
     count = training.num_classes
     pixels, read = np.zeros(count, np.int64), []
     for index, label in _labels(training):

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rendseg._version import __version__
-from rendseg.data import DataError
+from rendseg.data import DataError, InstanceDataset
 from rendseg.engine.assemble import build_data, load_trained
 from rendseg.engine.checkpoint import CheckpointError, write_atomically, write_json
 from rendseg.engine.config import ConfigError, EvalConfig
 from rendseg.engine.inference import KINDS, black, predict_labels
 from rendseg.engine.loader import Sample, evaluation_samples
 from rendseg.engine.metrics import SegmentationMetrics, mean_iou
-from rendseg.engine.predict import file_stem, label_values, predict_image, save_labels, save_png
+from rendseg.engine.objects import ObjectMeter, object_summary, object_table
+from rendseg.engine.predict import file_stem, label_values, predict_image, save_labels, save_pictures, save_png
 from rendseg.engine.runtime import clock, gather, make_accelerator, move
 from rendseg.engine.tasks import task_lines, task_metrics
 from rendseg.engine.visualize import Comparison, comparison_grid, confusion_picture, to_uint8
@@ -82,6 +83,8 @@ class Details:
     images: list[dict[str, Any]] = field(default_factory=list)
     """``index``, ``name``, ``pixels`` (valid ones), ``coarse`` and ``refined`` (mIoU, None without a valid pixel) of
     each image, in order."""
+    detections: list[dict[str, Any]] = field(default_factory=list)
+    """Of objects: the refined ones in COCO's form of results."""
     left_out: list[str] = field(default_factory=list)
     """A line for each image that could not be read."""
     save: Callable[[str, np.ndarray], object] | None = None
@@ -111,45 +114,21 @@ def evaluate(
     count = min(len(dataset), options.limit or len(dataset))
     if count == 0:
         raise DataError("the validation split holds no images")
-    metrics = {
-        kind: SegmentationMetrics(
-            dataset.num_classes,
-            ignore_index=dataset.ignore_index,
-            boundary_ratio=options.boundary_ratio,
-            absent=options.absent,
-        ).to(accelerator.device)
-        for kind in KINDS
-    }
-    tasks = task_metrics(network, dataset, accelerator.device)
-    padding = black(dataset.mean, dataset.std) if options.window_border == "pad" else ()
+    meter: Any
+    if isinstance(dataset, InstanceDataset):
+        meter = ObjectMeter(network, dataset, accelerator)
+    else:
+        meter = _LabelMeter(network, dataset, options, accelerator, details)
     network.eval()
     started = time.perf_counter()
     times: list[float] = []
-    rows: list[dict[str, Any]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     left_out: list[str] = []
     samples = evaluation_samples(dataset if details is None else _Tolerant(dataset), options.num_workers, mine)
     for batch in _batches(_readable(samples, left_out), options.batch_size):
         if stop is not None and stop():
             return None
-        images, labels = move(
-            (torch.stack([s["image"] for s in batch]), torch.stack([s["label"] for s in batch])), accelerator.device
-        )
-        begun = clock(accelerator.device)
-        with accelerator.autocast():
-            predictions = predict_labels(network, images, labels.shape[-2:], options, padding)
-        times.append((clock(accelerator.device) - begun) / len(batch))
-        if tasks is not None:
-            with accelerator.autocast():
-                tasks.update(network, images, batch)
-        if details is None:
-            for kind, prediction in predictions.items():
-                metrics[kind].update(prediction, labels)
-        else:
-            for sample, *image in zip(batch, labels, *(predictions[kind] for kind in KINDS), strict=True):
-                rows.append({"index": sample["index"], "name": sample["name"], **_count(metrics, *image)})
-                if details.save is not None:
-                    details.save(sample["name"], image[-1].cpu().numpy())
+        times.append(meter.add(batch) / len(batch))
         if progress is not None:
             progress(len(batch))
     left_out = gather(left_out)
@@ -158,15 +137,68 @@ def evaluate(
     result: dict[str, Any] = {"images": count - len(left_out), "seconds": round(time.perf_counter() - started, 3)}
     times = gather(times[min(WARM_UP, len(times) - 1) :] if times else [])
     result["ms_per_image"] = round(1000 * statistics.median(times), 3)
-    for kind in KINDS:
-        result[kind] = _plain(metrics[kind].reduce(accelerator).compute(), dataset.class_names)
-    if tasks is not None:
-        result["tasks"] = tasks.reduce(accelerator).compute()
+    result |= meter.result(details)
     if details is not None:
-        details.confusion = {kind: metrics[kind].confusion.cpu().numpy() for kind in KINDS}
-        details.images = sorted(gather(rows), key=lambda row: row["index"])
         details.left_out = left_out
     return result
+
+
+class _LabelMeter:
+    """Predicts batches of images as ``options`` say and counts their pixels, for ``details`` image by image."""
+
+    def __init__(
+        self, network: nn.Module, dataset: Any, options: EvalConfig, accelerator: Accelerator, details: Details | None
+    ) -> None:
+        self.network, self.dataset, self.options, self.accelerator = network, dataset, options, accelerator
+        self.details = details
+        self.metrics = {
+            kind: SegmentationMetrics(
+                dataset.num_classes,
+                ignore_index=dataset.ignore_index,
+                boundary_ratio=options.boundary_ratio,
+                absent=options.absent,
+            ).to(accelerator.device)
+            for kind in KINDS
+        }
+        self.tasks = task_metrics(network, dataset, accelerator.device)
+        self.padding = black(dataset.mean, dataset.std) if options.window_border == "pad" else ()
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, batch: Sequence[Sample]) -> float:
+        """The seconds from images on the device to label maps."""
+        network, accelerator, details = self.network, self.accelerator, self.details
+        images, labels = move(
+            (torch.stack([s["image"] for s in batch]), torch.stack([s["label"] for s in batch])), accelerator.device
+        )
+        begun = clock(accelerator.device)
+        with accelerator.autocast():
+            predictions = predict_labels(network, images, labels.shape[-2:], self.options, self.padding)
+        seconds = clock(accelerator.device) - begun
+        if self.tasks is not None:
+            with accelerator.autocast():
+                self.tasks.update(network, images, batch)
+        if details is None:
+            for kind, prediction in predictions.items():
+                self.metrics[kind].update(prediction, labels)
+        else:
+            for sample, *image in zip(batch, labels, *(predictions[kind] for kind in KINDS), strict=True):
+                row = {"index": sample["index"], "name": sample["name"], **_count(self.metrics, *image)}
+                self.rows.append(row)
+                if details.save is not None:
+                    details.save(sample["name"], image[-1].cpu().numpy())
+        return seconds
+
+    def result(self, details: Details | None) -> dict[str, Any]:
+        """The metrics of each kind over all processes."""
+        metrics, result = self.metrics, {}
+        for kind in KINDS:
+            result[kind] = _plain(metrics[kind].reduce(self.accelerator).compute(), self.dataset.class_names)
+        if self.tasks is not None:
+            result["tasks"] = self.tasks.reduce(self.accelerator).compute()
+        if details is not None:
+            details.confusion = {kind: metrics[kind].confusion.cpu().numpy() for kind in KINDS}
+            details.images = sorted(gather(self.rows), key=lambda row: row["index"])
+        return result
 
 
 def _count(metrics: Mapping[str, SegmentationMetrics], label: Tensor, *predictions: Tensor) -> dict[str, Any]:
@@ -196,7 +228,10 @@ def _plain(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """One line: mIoU, boundary IoU and pixel accuracy, coarse -> refined, in percent."""
+    """One line: mIoU, boundary IoU and pixel accuracy (of objects: mask AP and boundary AP), coarse -> refined, in
+    percent."""
+    if "objects" in result:
+        return object_summary(result)
     titles = (("mIoU", "miou"), ("boundary IoU", "boundary_iou"), ("pixel accuracy", "pixel_accuracy"))
     return ", ".join(
         f"{title} {_percent(result['coarse'][key])} -> {_percent(result['refined'][key])}" for title, key in titles
@@ -212,7 +247,10 @@ _COLUMNS = (
 
 def format_table(result: Mapping[str, Any]) -> str:
     """The table that is printed, in percent: IoU, accuracy (recall) and boundary IoU of the coarse and the refined
-    prediction and the gain, as the mean over classes and for each class, and the accuracy over all pixels."""
+    prediction and the gain, as the mean over classes and for each class, and the accuracy over all pixels; of objects
+    average precision."""
+    if "objects" in result:
+        return object_table(result)
     parts = result["coarse"], result["refined"]
     means, columns = zip(*((mean, each) for _, mean, each in _COLUMNS), strict=True)
     none: list[float | None] = [None, None]
@@ -263,6 +301,9 @@ def evaluate_checkpoint(
     ``labels`` the predicted label map of every image goes to ``labels/NAME.png``: the numbers of the classes
     ("classes"), or the values that the data set's own label maps have for them ("dataset").
 
+    Of objects: ``metrics.json``, ``detections.json`` (COCO's form of results, which ``rendseg data score`` and servers
+    read) and ``pictures``, of ``eval.pictures`` images.
+
     Images that cannot be read are named, left out, and listed in ``metrics.json`` under ``left_out``.
     """
     config, classes, network, contents = load_trained(path, overrides)
@@ -277,6 +318,8 @@ def evaluate_checkpoint(
     out = out or Path(path).parent / f"{Path(path).stem}_eval"
     details = Details()
     if labels is not None:
+        if config.learns_objects:
+            raise ConfigError("--labels is for label maps: leave it out with model.name pointrend_rcnn")
         values = label_values(config, dataset.num_classes, labels == "dataset")
         details.save = lambda name, found: save_labels(out / "labels" / f"{file_stem(name)}.png", found, values)
     with tqdm(total=total, desc="eval", unit="image", disable=not accelerator.is_main_process) as bar:
@@ -290,7 +333,7 @@ def evaluate_checkpoint(
         print(f"{result['ms_per_image']:.1f} ms per image ({_device_name(accelerator.device)})")
         for line in details.left_out:
             print(f"rendseg: {line}", file=sys.stderr)
-        if not any(row["pixels"] for row in details.images):
+        if not config.learns_objects and not any(row["pixels"] for row in details.images):
             print("note: no image has a labelled pixel, so that nothing could be measured", file=sys.stderr)
         report = {
             "checkpoint": str(path),
@@ -312,8 +355,13 @@ def evaluate_checkpoint(
             },
         }
         write_json(out / "metrics.json", report)
-        _write_details(out, details, dataset.class_names)
-        if config.eval.pictures:
+        if config.learns_objects:
+            write_json(out / "detections.json", details.detections)
+            folder, options = out / "pictures", config.eval
+            save_pictures(network, dataset, options.pictures, folder, accelerator, options.score_threshold)
+        else:
+            _write_details(out, details, dataset.class_names)
+        if config.eval.pictures and not config.learns_objects:
             worst = [row for row in details.images if row["refined"] is not None]
             worst = sorted(worst, key=lambda row: row["refined"])[: config.eval.pictures]
             _write_worst(out, network, dataset, worst, config.eval, accelerator)

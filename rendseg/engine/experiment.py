@@ -113,7 +113,12 @@ def load_experiment(
         for seed in experiment.seeds:
             values = merge(experiment.base, changes or {})
             values |= {"name": f"{variant}-seed{seed}", "seed": seed, "output": {"dir": str(experiment.folder)}}
-            runs[variant, seed] = build_config(values, source=f"{path} (variant {variant})", folder=folder)
+            config = build_config(values, source=f"{path} (variant {variant})", folder=folder)
+            if config.learns_objects:
+                raise ConfigError(
+                    f"{path} (variant {variant}): experiments are of models of label maps; use rendseg train"
+                )
+            runs[variant, seed] = config
     return experiment, runs
 
 

@@ -43,11 +43,11 @@ def detections(
     ]
 
 
-def ground_truth(dataset: InstanceDataset) -> dict[str, Any]:
-    """The objects of a whole data set in COCO's format."""
+def ground_truth(dataset: InstanceDataset, indices: Iterable[int] | None = None) -> dict[str, Any]:
+    """The objects of a whole data set, or of the images ``indices``, in COCO's format."""
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
-    for index in range(len(dataset)):
+    for index in range(len(dataset)) if indices is None else indices:
         height, width = dataset.image_size(index)
         images.append({"id": dataset.image_id(index), "height": height, "width": width})
         objects += dataset.annotations(index)
@@ -57,21 +57,21 @@ def ground_truth(dataset: InstanceDataset) -> dict[str, Any]:
     return {"images": images, "annotations": numbered, "categories": categories}
 
 
-def evaluate_instances(dataset: InstanceDataset, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """AP of detections in COCO's form of results over all images of `dataset`, which are those without any, too.
+def evaluate_instances(
+    dataset: InstanceDataset, found: Sequence[dict[str, Any]], truth: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """AP of detections in COCO's form of results over all images of `dataset` (or of `truth`, some of its
+    :func:`ground_truth`), which are those without any, too.
 
     Returns:
         ``{"mask": ..., "boundary": ..., "images", "objects", "detections"}``; each of the first two has ``ap``,
         ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and ``per_class`` in [0, 1], None where there is
         no object to find.
     """
-    if importlib.util.find_spec("faster_coco_eval") is None:
-        raise DataError(
-            "average precision needs faster-coco-eval, not installed here: pip install 'rendseg[instances]'"
-        )
+    need_evaluation()
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth = ground_truth(dataset)
+    truth = ground_truth(dataset) if truth is None else truth
     _check(found, truth)
     wanted = COCO(truth)
     result: dict[str, Any] = {}
@@ -89,10 +89,18 @@ def evaluate_instances(dataset: InstanceDataset, found: Sequence[dict[str, Any]]
         }
     return {
         **result,
-        "images": len(dataset),
+        "images": len(truth["images"]),
         "objects": sum(not entry["iscrowd"] for entry in truth["annotations"]),
         "detections": len(found),
     }
+
+
+def need_evaluation() -> None:
+    """``DataError`` where the library that computes average precision is not installed."""
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise DataError(
+            "average precision needs faster-coco-eval, not installed here: pip install 'rendseg[instances]'"
+        )
 
 
 def _nothing(*_: object) -> None:

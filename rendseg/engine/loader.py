@@ -29,7 +29,7 @@ from rendseg.engine.order import BatchPositions, sample_order
 from rendseg.engine.runtime import interruptible
 
 Sample = dict[str, Any]
-Labels = Tensor | dict[str, Tensor]  # of one task, or by task
+Labels = Tensor | dict[str, Tensor] | list[dict[str, Tensor]]  # of one task, by task, or the objects of each image
 
 
 SHARED = "/dev/shm"
@@ -60,11 +60,13 @@ class _Samples(Dataset[Any]):
             return _Problem(message, traceback.format_exc())
 
 
-def _stack(samples: Sequence[Sample | _Problem]) -> tuple[Tensor, Labels] | _Problem:
+def _stack(samples: Sequence[Sample | _Problem]) -> tuple[Any, Labels] | _Problem:
     for sample in samples:
         if isinstance(sample, _Problem):
             return sample
     images = [sample["image"] for sample in samples]  # type: ignore[index]
+    if "target" in samples[0]:  # type: ignore[operator]
+        return images, [sample["target"] for sample in samples]  # type: ignore[index]
     labels = [sample["label"] for sample in samples]  # type: ignore[index]
     if len({image.shape for image in images}) > 1:
         names = ", ".join(f"{s['name']} {list(s['image'].shape[1:])}" for s in samples)  # type: ignore[index]
@@ -235,9 +237,10 @@ def _kill(processes: Sequence[Any]) -> None:
 
 def training_batches(
     dataset: Any, seed: int, start: int, batches: float, batch_size: int, workers: int, rank: int = 0, world: int = 1
-) -> Generator[tuple[Tensor, Labels]]:
+) -> Generator[tuple[Any, Labels]]:
     """``batches`` (maybe infinitely many) pairs of images [B, 3, H, W] and labels [B, H, W] (or a dictionary of them,
-    by task) from stream position ``start`` on."""
+    by task) from stream position ``start`` on; of objects, pairs of a list of images [3, H, W], which may differ in
+    size, and a list of their targets."""
     order = sample_order(dataset, seed, batch_size * world)
     positions = BatchPositions(order, start, batches, batch_size, rank, world)
     return _received("train.num_workers", dataset, workers, _stack, batch_sampler=positions)

@@ -16,22 +16,24 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from rendseg.data import DataError, DatasetOptions, file_values, parse_options
+from rendseg.data import DataError, DatasetOptions, InstanceDataset, file_values, parse_options
 from rendseg.data.augment import to_sample
 from rendseg.data.images import as_rgb, find_images, read_image
 from rendseg.engine.assemble import load_trained
 from rendseg.engine.checkpoint import CheckpointError, write_atomically
-from rendseg.engine.config import Config, EvalConfig
+from rendseg.engine.config import Config, ConfigError, EvalConfig
 from rendseg.engine.inference import black, is_plain, predict_labels
+from rendseg.engine.objects import object_pictures, predict_objects, shown_objects, write_objects
 from rendseg.engine.runtime import make_accelerator
-from rendseg.engine.visualize import boundary_zoom, overlay, side_by_side, to_uint8
+from rendseg.engine.visualize import boundary_zoom, objects_side_by_side, overlay, side_by_side, to_uint8
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MARK = "rendseg"  # in the PNG files that are written, so that they are not predicted in their turn
 LONGEST = 200  # bytes of a file name before its ending; file systems take 255 altogether
-PARTS = ("labels", "overlay", "side_by_side")  # what is written of each image: NAME_labels.png ...
+PARTS = ("labels.png", "overlay.png", "side_by_side.png")  # what is written of each image: NAME_labels.png ...
+OBJECT_PARTS = ("objects.json", "side_by_side.png")
 BAND = 256  # rows that are normalised at a time
 
 
@@ -70,12 +72,22 @@ def predict_image(
 
 
 def make_pictures(
-    network: nn.Module, dataset: Any, count: int, accelerator: Accelerator, zoom: bool = False
+    network: nn.Module,
+    dataset: Any,
+    count: int,
+    accelerator: Accelerator,
+    zoom: bool = False,
+    threshold: float = 0.5,
 ) -> Iterator[tuple[str, Image.Image]]:
     """Names and pictures (image, coarse, refined, points, label) of ``count`` images spread over a data set; with
-    ``zoom`` each is followed by the window in which refinement changed most, enlarged."""
+    ``zoom`` each is followed by the window in which refinement changed most, enlarged. Objects are shown from the score
+    ``threshold`` on."""
     count = min(count, len(dataset))
-    for index in (len(dataset) * i // count for i in range(count)):
+    indices = [len(dataset) * i // count for i in range(count)]
+    if isinstance(dataset, InstanceDataset):
+        yield from object_pictures(network, dataset, indices, accelerator, threshold, zoom)
+        return
+    for index in indices:
         sample = dataset[index]
         pixels = to_uint8(sample["image"], dataset.mean, dataset.std, dataset.channel_order)
         found = predict_image(network, sample["image"], accelerator)
@@ -93,9 +105,11 @@ def make_pictures(
             )
 
 
-def save_pictures(network: nn.Module, dataset: Any, count: int, folder: Path, accelerator: Accelerator) -> None:
+def save_pictures(
+    network: nn.Module, dataset: Any, count: int, folder: Path, accelerator: Accelerator, threshold: float = 0.5
+) -> None:
     """Write ``make_pictures`` as ``folder/<name>.png`` and ``folder/<name>_zoom.png``."""
-    for name, picture in make_pictures(network, dataset, count, accelerator, zoom=True):
+    for name, picture in make_pictures(network, dataset, count, accelerator, zoom=True, threshold=threshold):
         save_png(folder / f"{file_stem(name)}.png", picture)
 
 
@@ -165,13 +179,17 @@ def predict_files(
 ) -> tuple[int, int]:
     """``rendseg predict``: for every image NAME write ``NAME_labels.png`` (class numbers; ``own_values``: the values of
     the data set's own label maps), ``NAME_overlay.png`` and ``NAME_side_by_side.png`` (image, coarse, refined, points)
-    to ``out``.
+    to ``out``. Of objects: ``NAME_objects.json`` (COCO's form of results, of ``eval.score_threshold`` on; images are
+    numbered from 0) and ``NAME_side_by_side.png``.
 
     Windows, scales and flip are those of the section ``eval``; with several views no points are shown. What goes wrong
     with one image is reported and the others are still done. Returns how many were done, how many failed.
     """
     config, classes, network, _ = load_trained(checkpoint, overrides)
+    if config.learns_objects and own_values:
+        raise ConfigError("--labels is for label maps: leave it out with model.name pointrend_rcnn")
     values = label_values(config, len(classes["names"]), own_values)
+    parts = OBJECT_PARTS if config.learns_objects else PARTS
     accelerator = make_accelerator(config)
     network.to(accelerator.device)
     try:
@@ -182,14 +200,19 @@ def predict_files(
     for problem in problems:
         print(f"rendseg: {problem}", file=sys.stderr)
     done, failed = 0, len(problems)
+    ending = ".png" if parts is PARTS else ""
+    written = f"{{{','.join(part.removesuffix(ending) for part in parts)}}}{ending}"
     taken = {path.name for path in paths if _same(path.parent, out)}  # files that must not be written: images
-    for path in paths:
+    for number, path in enumerate(paths):
         name, n = file_stem(path.stem), 1
-        while any(f"{name}_{kind}.png" in taken for kind in PARTS):  # and images of one name from several folders
+        while any(f"{name}_{part}" in taken for part in parts):  # and images of one name from several folders
             n += 1
             name = f"{file_stem(path.stem)}_{n}"
         try:
-            _predict_file(path, out / name, network, accelerator, config, classes, values)
+            if config.learns_objects:
+                _predict_objects(path, out / name, number, network, accelerator, config, classes)
+            else:
+                _predict_file(path, out / name, network, accelerator, config, classes, values)
         except Exception as error:  # one of many: the others must not suffer for it
             if os.environ.get("RENDSEG_DEBUG") == "1":
                 raise
@@ -198,8 +221,8 @@ def predict_files(
             print(f"rendseg: {reason if known else f'{path}: could not be predicted: {reason}'}", file=sys.stderr)
             failed += 1
             continue
-        taken.add(f"{name}_{PARTS[0]}.png")
-        print(f"{path} -> {out / name}_{{{','.join(PARTS)}}}.png")
+        taken.add(f"{name}_{parts[0]}")
+        print(f"{path} -> {out / name}_{written}")
         done += 1
     return done, failed
 
@@ -222,6 +245,26 @@ def _predict_file(
     save_png(target.with_name(f"{target.name}_overlay.png"), overlay(pixels, found.refined, palette))
     points = found.points or None
     picture = side_by_side(pixels, found.coarse, found.refined, points, palette=palette, class_names=classes["names"])
+    save_png(target.with_name(f"{target.name}_side_by_side.png"), picture)
+
+
+def _predict_objects(
+    path: Path,
+    target: Path,
+    number: int,
+    network: nn.Module,
+    accelerator: Accelerator,
+    config: Config,
+    classes: Mapping[str, Any],
+) -> None:
+    """Predict the objects of one image, the one of this ``number``."""
+    data, threshold = parse_options(config.data), config.eval.score_threshold
+    pixels = read_image(path, data)
+    found = predict_objects(network, [_normalised(pixels, data).to(accelerator.device)], accelerator)[0]
+    write_objects(target.with_name(f"{target.name}_objects.json"), found, number, path.name, classes, threshold)
+    kinds = {kind: shown_objects(found, kind, threshold) for kind in ("coarse", "refined")}
+    palette = np.array(classes["palette"], np.uint8)
+    picture = objects_side_by_side(as_rgb(pixels), kinds, palette, classes["names"])
     save_png(target.with_name(f"{target.name}_side_by_side.png"), picture)
 
 

@@ -114,15 +114,14 @@ def interruptible() -> Iterator[None]:
         signals.waiting = False
 
 
-def move(batch: tuple[Tensor, Any], device: torch.device) -> tuple[Tensor, Any]:
-    """Images and labels (or a dictionary of them) on the device; the copy overlaps with computation where memory is
-    pinned."""
-    images, labels = batch
-    if isinstance(labels, Mapping):
-        moved: Any = {task: label.to(device, non_blocking=True) for task, label in labels.items()}
-    else:
-        moved = labels.to(device, non_blocking=True)
-    return images.to(device, non_blocking=True), moved
+def move(batch: Any, device: torch.device) -> Any:
+    """A tensor, or all of a tuple, list or dictionary, on the device; the copy overlaps with computation where memory
+    is pinned."""
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move(value, device) for value in batch)
+    return batch.to(device, non_blocking=True)
 
 
 def clock(device: torch.device) -> float:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from rendseg._float64 import widest
 from rendseg._version import __version__
-from rendseg.data import DataError
+from rendseg.data import DataError, InstanceDataset
 from rendseg.engine import checkpoint as checkpoints
 from rendseg.engine.assemble import build_data, build_network
 from rendseg.engine.automatic import Pace, adopt, faster_precision, with_choice
@@ -400,7 +400,8 @@ class Run:
                 result = None
             if result is not None and self.writer is not None:
                 _write_evaluation(self.writer, result, progress.iteration)
-                for _, picture in make_pictures(network, data, 1, accelerator):
+                threshold = self.config.eval.score_threshold
+                for _, picture in make_pictures(network, data, 1, accelerator, threshold=threshold):
                     self.writer.add_image("val/prediction", np.asarray(picture), progress.iteration, dataformats="HWC")
             self.network.train_again()
         return result
@@ -429,6 +430,7 @@ class Run:
                 "names": list(data.class_names),
                 "palette": [[int(v) for v in color] for color in data.palette],
                 "ignore_index": int(data.ignore_index),
+                **({"ids": data.category_ids} if isinstance(data, InstanceDataset) else {}),
             },
             "model": weights,
             "training": {
@@ -487,7 +489,14 @@ class Run:
             print(format_table(self.progress.evaluations[-1]))
             pictures = config.run_dir / "pictures"
             with unchanged_rng():
-                save_pictures(network, self.validation_data, config.eval.pictures, pictures, self.accelerator)
+                save_pictures(
+                    network,
+                    self.validation_data,
+                    config.eval.pictures,
+                    pictures,
+                    self.accelerator,
+                    config.eval.score_threshold,
+                )
             checkpoints.write_json(config.run_dir / "metrics.json", self.metrics())
             if self.writer is not None:
                 self.writer.close()
@@ -649,7 +658,8 @@ def _tensorboard(config: Config, iteration: int) -> Any:
 
 
 def _write_evaluation(writer: Any, result: Mapping[str, Any], iteration: int) -> None:
-    for which in ("coarse", "refined"):
-        for name in ("miou", "pixel_accuracy", "boundary_iou"):
-            if result[which][name] is not None:
-                writer.add_scalar(f"val/{name}/{which}", result[which][name], iteration)
+    for which in ("coarse", "grid", "refined"):
+        for name in ("miou", "pixel_accuracy", "boundary_iou", "mask_ap", "boundary_ap"):
+            value = result.get(which, {}).get(name)
+            if value is not None:
+                writer.add_scalar(f"val/{name}/{which}", value, iteration)

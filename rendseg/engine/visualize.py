@@ -9,9 +9,9 @@ everywhere in rendseg.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -274,6 +274,57 @@ def side_by_side(
         names = [class_names[c] if c < len(class_names) else f"class {c}" for c in present]
         legend = _legend(names, colors[present], width, max(12, min(22, big.shape[1] // 20)))
     return panels(shown, captions, columns, legend)
+
+
+class Objects(NamedTuple):
+    """Objects of an image, later ones on top."""
+
+    classes: np.ndarray
+    """int [N], from 0."""
+    masks: np.ndarray
+    """bool [N, H, W]."""
+    scores: np.ndarray | None = None
+    """[N]."""
+
+
+def numbered(objects: Objects) -> np.ndarray:
+    """int [H, W]: the number of the object on top at each pixel, -1 where there is none."""
+    result = np.full(objects.masks.shape[1:], -1)
+    for number, mask in enumerate(objects.masks):
+        result[mask] = number
+    return result
+
+
+def objects_side_by_side(
+    image: ImageLike,
+    found: Mapping[str, Objects],
+    palette: Any,
+    class_names: Sequence[str],
+    alpha: float = 0.35,
+    min_size: int = 384,
+) -> Image.Image:
+    """The image, and beside it the objects of each entry of `found` with their contours and scores, in the colours of
+    their classes; below it a legend of the classes that occur."""
+    pixels, colors = _pixels(image), _palette(palette)
+    factor = _factor(pixels.shape[0], pixels.shape[1], min_size)
+    big = _enlarge(pixels, factor)
+    shown: list[ImageLike] = [big]
+    size = max(10, min(18, big.shape[0] // 28))
+    for objects in found.values():
+        own = colors[np.append(objects.classes, 0)]  # a palette has at least one colour
+        panel = overlay(big, _enlarge(numbered(objects), factor), own, alpha, contour=True)
+        draw = ImageDraw.Draw(panel)
+        for mask, score in zip(objects.masks, () if objects.scores is None else objects.scores, strict=False):
+            if mask.any():
+                row, column = np.argwhere(mask)[0] * factor  # the topmost pixel
+                text, wide = f"{score:.2f}", 1.3 * size
+                row, column = np.clip([row, column], [size, wide], [big.shape[0] - size, big.shape[1] - wide])
+                draw.text((column, row), text, _PAPER, _font(size), anchor="mm", stroke_width=2, stroke_fill=_INK)
+        shown.append(panel)
+    present = sorted({int(c) for objects in found.values() for c in objects.classes})
+    names, width = [class_names[c] for c in present], len(shown) * big.shape[1]
+    legend = _legend(names, colors[present], width, max(12, min(22, big.shape[1] // 20))) if present else None
+    return panels(shown, ["image", *found], None, legend)
 
 
 def heat(values: LabelsLike) -> np.ndarray:

@@ -8,20 +8,24 @@ from typing import Any
 from torch import nn
 
 from .backbones import create_backbone
+from .detectors import PointRendRCNNOptions, build_detector
 from .parse import ModelOptions, parse_options
 from .pointrend import PointRend
 from .registry import build_decoder, model_classes
 from .segmenter import Segmenter
 
 
-def build_model(config: Mapping[str, Any] | ModelOptions, num_classes: int) -> Segmenter:
-    """The model that the ``model`` section of a configuration describes; see ``rendseg.models.options`` and the
-    decoders for keys and defaults.
+def build_model(config: Mapping[str, Any] | ModelOptions | PointRendRCNNOptions, num_classes: int) -> Any:
+    """The model that the ``model`` section of a configuration describes: a :class:`Segmenter`, or with the name
+    ``pointrend_rcnn`` a :class:`PointRendRCNN`. See ``rendseg.models.options``, the decoders and ``detectors`` for keys
+    and defaults.
 
     Errors: ``ValueError`` for unknown keys (naming the nearest), values and combinations; ``TypeError`` for values of
     the wrong type; those of ``create_backbone``.
     """
     options = parse_options(config)
+    if isinstance(options, PointRendRCNNOptions):
+        return build_detector(options, num_classes)
     backbone = create_backbone(options.backbone)
     decoder = build_decoder(options.decoder, backbone, num_classes)
     kind = {"segmenter": Segmenter, "pointrend": PointRend, **model_classes(options.decoder.name)}[options.name]

@@ -2,15 +2,140 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .backbones import create_backbone
+from .._options import AtLeastOne, Count, Field, Options, Share, Whole, field_names
+from .backbones import create_backbone, load_backbone_weights
 from .instances import PointRendMaskHead
 from .options import BackboneOptions
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .rcnn import PointRendRCNN
+
+_TORCHVISION = ("resnet50_fpn", "resnet50_fpn_v2")
+
+
+class MaskOptions(Options):
+    """The arguments of :class:`PointRendMaskHead`."""
+
+    hidden_channels: Count = 256
+    coarse_hidden_channels: Count = 1024
+    coarse_size: Count = 7
+    """Cells of a side of the coarse masks."""
+    train_points: Count = 14**2
+    oversample_ratio: AtLeastOne = 3.0
+    importance_ratio: Share = 0.75
+    steps: Whole = 5
+    """Doublings of the coarse mask: five lead from 7 to 224."""
+    subdivision_points: Count = 28**2
+    """Cells of each step that are predicted again."""
+
+
+class PointRendRCNNOptions(Options):
+    """The ``model`` section of a detector with masks. Keys from ``box_score_thresh`` on are torchvision's."""
+
+    name: Literal["pointrend_rcnn"] = "pointrend_rcnn"
+    backbone: BackboneOptions = BackboneOptions()
+    """A timm network with stages of strides 4 to 32, or torchvision's ``resnet50_fpn`` or ``resnet50_fpn_v2``."""
+    mask: MaskOptions = MaskOptions()
+    normalize: Literal["process", "global"] = "process"
+    """With several processes: losses are means over what each one has, or over that of all processes."""
+    min_size: Count | None = None
+    """At inference the shorter side becomes so long. In training images have the size that ``data`` gives them.
+    ``None``: images are taken as they are."""
+    max_size: Count = 1333
+    """With ``min_size``: the longer side is at most so long."""
+    anchor_sizes: tuple[Count, Count, Count, Count, Count] = (32, 64, 128, 256, 512)
+    """Sides of the anchors on the maps of strides 4, 8, 16, 32 and 64, in shapes 1:2, 1:1 and 2:1."""
+    fpn_channels: Count = 256
+    """Of the maps of the pyramid; torchvision's detectors have 256."""
+    box_hidden_channels: Count = 1024
+    """Of the two layers that classify boxes; torchvision's detectors have 1024."""
+    checkpoint: str | None = None
+    """A checkpoint whose weights training starts from, as of the other models."""
+    box_score_thresh: Share = 0.05
+    box_nms_thresh: Share = 0.5
+    box_detections_per_img: Count = 100
+    box_batch_size_per_image: Count = 512
+    box_positive_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    rpn_pre_nms_top_n_train: Count = 2000
+    rpn_pre_nms_top_n_test: Count = 1000
+    rpn_post_nms_top_n_train: Count = 2000
+    rpn_post_nms_top_n_test: Count = 1000
+    rpn_nms_thresh: Share = 0.7
+    rpn_batch_size_per_image: Count = 256
+
+
+def build_detector(options: PointRendRCNNOptions, num_classes: int) -> PointRendRCNN:
+    """The model of a configuration, for images that are normalised already; ``num_classes`` without background."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+    backbone, hidden = options.backbone, options.box_hidden_channels
+    named = backbone.name in _TORCHVISION
+    if named and (other := _not_torchvision(options)):
+        raise ValueError(f"{other} is not for torchvision's {backbone.name!r}: leave it out, or name a network of timm")
+    sizes = {
+        key: getattr(options, key)
+        for key in field_names(options)
+        if key.startswith(("box_", "rpn_", "max_")) and key != "box_hidden_channels"
+    }
+    model = pointrend_rcnn(
+        backbone.name if named else backbone,
+        num_classes + 1,
+        mask_options=dataclasses.asdict(options.mask),  # type: ignore[call-overload]
+        image_mean=[0.0] * backbone.in_chans,
+        image_std=[1.0] * backbone.in_chans,
+        fpn_channels=options.fpn_channels,
+        min_size=options.min_size or 0,
+        **sizes,
+    )
+    if hidden != 1024:
+        model.roi_heads.box_head = TwoMLPHead(options.fpn_channels * 7**2, hidden)
+        model.roi_heads.box_predictor = FastRCNNPredictor(hidden, num_classes + 1)
+    shapes = ((0.5, 1.0, 2.0),) * len(options.anchor_sizes)
+    model.rpn.anchor_generator = AnchorGenerator(tuple((side,) for side in options.anchor_sizes), shapes)
+    model.transform.resizes_in_training = False
+    model.normalize = options.normalize
+    if named:
+        _load_torchvision(model.backbone.body, backbone)
+    return model
+
+
+def _not_torchvision(options: PointRendRCNNOptions) -> str | None:
+    """The first key that torchvision's detectors have no choice of and that is not as they have it."""
+    usual = PointRendRCNNOptions()
+    if other := [k for k in ("fpn_channels", "box_hidden_channels") if getattr(options, k) != getattr(usual, k)]:
+        return other[0]
+    backbone, fixed = options.backbone, {"output_stride": 32, "output_norm": False, "pad_before_shift": False}
+    chosen = {k: getattr(backbone, k) for k in ("name", "pretrained", "checkpoint", "freeze_norm")}
+    plain = BackboneOptions(**chosen, **fixed, stride_in_1x1=False)  # type: ignore[arg-type]
+    other = [k for k in field_names(plain) if getattr(plain, k) != getattr(backbone, k)]
+    return f"backbone.{other[0]}" if other else None
+
+
+def _load_torchvision(body: nn.Module, options: BackboneOptions) -> None:
+    """Weights of ImageNet, and their norms fixed, in the ResNet of one of torchvision's detectors."""
+    from timm.layers import freeze_batch_norm_2d
+    from torchvision.models import get_model
+
+    if options.pretrained:
+        try:
+            weights = get_model("resnet50", weights="DEFAULT").state_dict()
+        except Exception as error:  # noqa: BLE001 - the hub raises many kinds
+            raise RuntimeError(
+                f"torchvision's weights of ResNet-50 could not be loaded: {type(error).__name__}: {error}. Without a "
+                "network, set backbone.checkpoint to a local file of weights, or backbone.pretrained to false"
+            ) from error
+        body.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})
+    if options.checkpoint is not None:
+        load_backbone_weights(body, options.checkpoint)
+    if options.freeze_norm:
+        freeze_batch_norm_2d(body)
 
 
 def pointrend_rcnn(
@@ -18,14 +143,16 @@ def pointrend_rcnn(
     num_classes: int = 91,
     *,
     mask_options: Mapping[str, Any] | None = None,
+    fpn_channels: int = 256,
     **options: Any,
 ) -> PointRendRCNN:
     """torchvision's Mask R-CNN with the mask head of PointRend.
 
     ``backbone`` is ``"resnet50_fpn"`` or ``"resnet50_fpn_v2"`` (torchvision's detectors of these names), or a timm
-    network, by name or options, with four stages of strides 4 to 32, to which torchvision's pyramid is added.
-    ``num_classes`` counts the background, as in torchvision; ``mask_options`` go to :class:`PointRendMaskHead`, all
-    other options to torchvision's function or class (``weights_backbone``, ``min_size``, ``box_detections_per_img``).
+    network, by name or options, with four stages of strides 4 to 32, to which torchvision's pyramid of
+    ``fpn_channels`` is added. ``num_classes`` counts the background, as in torchvision; ``mask_options`` go to
+    :class:`PointRendMaskHead`, all other options to torchvision's function or class (``weights_backbone``,
+    ``min_size``, ``box_detections_per_img``).
 
     The model is called as torchvision's: in training with images and targets (``boxes``, ``labels``, ``masks``) for a
     dictionary of losses, else for a dictionary per image of ``boxes``, ``labels``, ``scores`` and ``masks``, which are
@@ -37,15 +164,12 @@ def pointrend_rcnn(
 
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, background and a class, got {num_classes}")
-    named = {
-        "resnet50_fpn": detection.fasterrcnn_resnet50_fpn,
-        "resnet50_fpn_v2": detection.fasterrcnn_resnet50_fpn_v2,
-    }
-    if isinstance(backbone, str) and backbone in named:
-        detector = named[backbone](num_classes=num_classes, **{"weights_backbone": None} | options)
+    if isinstance(backbone, str) and backbone in _TORCHVISION:
+        create = getattr(detection, f"fasterrcnn_{backbone}")
+        detector = create(num_classes=num_classes, **{"weights_backbone": None} | options)
     else:
         body = create_backbone(BackboneOptions(name=backbone) if isinstance(backbone, str) else backbone)
         sizes = {"size_divisible": max(32, body.size_divisor)}
-        detector = detection.FasterRCNN(TimmFPN(body), num_classes, **sizes | options)
+        detector = detection.FasterRCNN(TimmFPN(body, fpn_channels), num_classes, **sizes | options)
     head = PointRendMaskHead(detector.backbone.out_channels, num_classes - 1, **dict(mask_options or {}))
     return PointRendRCNN(detector, head)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import CoarseMaskHead, PointHead, grid_points, mask_labels, place_in_boxes, roi_point_sample
+from .pointrend import draws_of_keys
 
 
 class PointRendMaskHead(nn.Module):
@@ -23,6 +24,11 @@ class PointRendMaskHead(nn.Module):
     learns at ``train_points`` uncertain points of each box; at inference ``steps`` steps predict
     ``subdivision_points`` cells each (with the defaults, masks of 224 x 224).
     """
+
+    keys: Tensor | None = None
+    """int64 of each image: the points of :meth:`losses` are a function of them alone."""
+    count = 0
+    """Boxes of the last :meth:`losses`."""
 
     def __init__(
         self,
@@ -56,6 +62,12 @@ class PointRendMaskHead(nn.Module):
         )
         self.point_head = PointHead(in_channels, num_classes, hidden_channels)
 
+    @property
+    def stages(self) -> dict[str, int]:
+        """By name the steps to the masks that are compared: the ``coarse`` ones; those of a ``grid`` (with the defaults
+        28 x 28, whose every cell is predicted); and the ``refined`` ones."""
+        return {"coarse": 0, "grid": min(2, self.steps), "refined": self.steps}
+
     def _boxes_of_map(self, map_: Tensor, boxes: Sequence[Tensor]) -> list[Tensor]:
         """Boxes in pixels to boxes in [0, 1] of the map, which covers the padded images."""
         height, width = map_.shape[2:]
@@ -69,10 +81,14 @@ class PointRendMaskHead(nn.Module):
         return self.coarse_head(roi_point_sample(map_, boxes, grid).unflatten(2, (side, side)))
 
     def forward(
-        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+        self,
+        features: Mapping[str, Tensor],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        steps: int | None = None,
     ) -> list[Tensor]:
         """For each image logits ``[N_b, H, W]`` of the masks of its ``boxes [N_b, 4]`` (pixels of the padded images),
-        of the classes ``labels [N_b]``, which begin at 1."""
+        of the classes ``labels [N_b]``, which begin at 1; after all ``steps``, or so many."""
         map_ = features[self.feature]
         counts = [len(b) for b in boxes]
         placed = self._boxes_of_map(map_, boxes)
@@ -83,7 +99,7 @@ class PointRendMaskHead(nn.Module):
             coarse,
             map_,
             self.point_head,
-            steps=self.steps,
+            steps=self.steps if steps is None else steps,
             num_points=self.subdivision_points,
             output="class",
             rois=(image_index, torch.cat(placed)),
@@ -107,6 +123,7 @@ class PointRendMaskHead(nn.Module):
         placed = self._boxes_of_map(map_, boxes)
         coarse = self._coarse(map_, placed)
         classes = torch.cat([label - 1 for label in labels])
+        self.count = len(classes)
         if len(classes) == 0:  # both heads still get a gradient, of zeros
             nothing = coarse.sum() + sum(p.sum() for p in self.point_head.parameters()) * 0
             return {"loss_mask": nothing, "loss_mask_point": nothing}
@@ -116,7 +133,12 @@ class PointRendMaskHead(nn.Module):
                 [project_masks_on_boxes(*of, side) for of in zip(masks, boxes, mask_index, strict=True) if len(of[1])]
             )
             coords = ops.sample_uncertain_points(
-                coarse, self.train_points, self.oversample_ratio, self.importance_ratio, class_index=classes
+                coarse,
+                self.train_points,
+                self.oversample_ratio,
+                self.importance_ratio,
+                class_index=classes,
+                random_coords=self._draws([len(b) for b in boxes]),
             )
             per_image = zip(masks, mask_index, boxes, coords.split([len(b) for b in boxes]), strict=True)
             at_points = torch.cat([mask_labels(m, i, place_in_boxes(b.float(), p)) for m, i, b, p in per_image])
@@ -127,6 +149,15 @@ class PointRendMaskHead(nn.Module):
             "loss_mask": F.binary_cross_entropy_with_logits(coarse[own, classes].float(), wanted),
             "loss_mask_point": F.binary_cross_entropy_with_logits(points[own, classes].float(), at_points),
         }
+
+    def _draws(self, counts: Sequence[int]) -> Tensor | None:
+        """What ``sample_uncertain_points`` draws for so many boxes of each image; ``None`` without keys."""
+        if self.keys is None:
+            return None
+        points = self.train_points
+        each = int(self.oversample_ratio * points) + points - int(self.importance_ratio * points)
+        of_images = zip(self.keys.split(1), counts, strict=True)
+        return torch.cat([draws_of_keys(key, n * each).view(n, each, 2) for key, n in of_images])
 
 
 def paste_masks(logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:

@@ -75,7 +75,7 @@ def ohem_loss(
     with torch.no_grad():
         ranked = torch.where(valid, nll, -1.0).flatten()  # ignored pixels come last
         ranked = ranked.topk(min(min_kept, ranked.numel()), sorted=False).values
-        if normalize == "global" and _processes() > 1:
+        if normalize == "global" and process_count() > 1:
             ranked = _gather(ranked, min_kept).topk(min_kept, sorted=False).values
         hardest = ranked.amin() if ranked.numel() else nll.new_zeros(())
         kept = valid & ((nll > -math.log(threshold)) | (nll >= hardest))
@@ -144,7 +144,7 @@ def dice_loss(
     predicted = (probabilities if exponent == 1 else probabilities**exponent).sum(dims)
     count = truth.sum(dims).to(both.dtype)
     if normalize == "global" and not per_image:
-        both, predicted, count = _over_processes(both, predicted, count)
+        both, predicted, count = over_processes(both, predicted, count)
     size = predicted + count + smooth
     dice = torch.where(size > 0, (2 * both + smooth) / torch.where(size > 0, size, 1.0), 1.0)
     return _mean_over_classes(1 - dice, count > 0, classes, class_weights)
@@ -291,7 +291,7 @@ def _mean(total: Tensor, weights: Tensor, mean: str, normalize: str, every: Tens
     else:
         count = (every if mean == "all" and every is not None else weights).sum().to(total.dtype)
     if normalize == "global":
-        total, count = _over_processes(total, count)
+        total, count = over_processes(total, count)
     return total / torch.where(count > 0, count, torch.ones_like(count))
 
 
@@ -305,17 +305,17 @@ def _mean_over_classes(losses: Tensor, present: Tensor, classes: str, class_weig
     return values.sum() / max(1, values.numel())
 
 
-def _processes() -> int:
+def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _over_processes(*values: Tensor) -> tuple[Tensor, ...]:
+def over_processes(*values: Tensor) -> tuple[Tensor, ...]:
     """Each of the (equally many) ``values`` summed over all processes.
 
     DDP and FSDP average gradients over the processes, where the gradient of a function of the sums is their sum: each
     process's own share is therefore counted as often as there are processes.
     """
-    world = _processes()
+    world = process_count()
     if world == 1:
         return values
     flat = torch.cat([value.detach().reshape(-1) for value in values])
@@ -330,6 +330,6 @@ def _over_processes(*values: Tensor) -> tuple[Tensor, ...]:
 def _gather(values: Tensor, size: int) -> Tensor:
     """``values`` (at most ``size``, none below -1) of all processes, padded with -1."""
     own = F.pad(values, (0, size - values.numel()), value=-1.0)
-    whole = own.new_empty(size * _processes())
+    whole = own.new_empty(size * process_count())
     dist.all_gather_into_tensor(whole, own)
     return whole

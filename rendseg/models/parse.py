@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from .._nearest import did_you_mean
 from .._options import Count, Field, Flag, Options, field_names, filled, mapping, read
+from .detectors import MaskOptions, PointRendRCNNOptions
 from .options import (
     LOSS_TERMS,
     PRESET_PARTS,
@@ -28,7 +29,7 @@ from .resnet_stride4 import STRIDE4
 class ModelOptions(Options):
     """The ``model`` section."""
 
-    name: Literal["pointrend", "segmenter"] = "pointrend"
+    name: Literal["pointrend", "segmenter", "pointrend_rcnn"] = "pointrend"
     backbone: BackboneOptions = BackboneOptions()
     decoder: DecoderOptions = dataclasses.field(default_factory=lambda: decoder_options_class("semantic_fpn")())
     pointrend: PointRendOptions = PointRendOptions()
@@ -46,8 +47,11 @@ class ModelOptions(Options):
     channels_last: Flag = True
 
 
-def parse_options(config: Mapping[str, Any] | ModelOptions) -> ModelOptions:
-    """The ``model`` section (or a mapping whose only key is ``model``) as resolved :class:`ModelOptions`.
+def parse_options(
+    config: Mapping[str, Any] | ModelOptions | PointRendRCNNOptions,
+) -> ModelOptions | PointRendRCNNOptions:
+    """The ``model`` section (or a mapping whose only key is ``model``) as resolved :class:`ModelOptions`, or, with the
+    name ``pointrend_rcnn``, :class:`PointRendRCNNOptions`.
 
     Values left ``None`` are filled in from the preset. Parsing ``dataclasses.asdict`` of the result gives an equal
     result. Errors: ``ValueError`` for an unknown key (naming the nearest) or value, ``TypeError`` for a value of the
@@ -56,16 +60,28 @@ def parse_options(config: Mapping[str, Any] | ModelOptions) -> ModelOptions:
     plain = mapping(config, "model")
     if set(plain) == {"model"}:
         plain = mapping(plain["model"], "model")
+    if plain.get("name") == "pointrend_rcnn":
+        return _fill_detector(
+            read(PointRendRCNNOptions, _parsed(plain, {"backbone": _backbone, "mask": _mask}), "model")
+        )
     sections = {"backbone": _backbone, "decoder": _decoder, "pointrend": _pointrend, "loss": _loss, "auxiliary": _heads}
-    # an empty section in YAML is None
-    values = {key: value for key, value in plain.items() if key not in sections or value is not None}
-    values |= {key: parse(values[key], f"model.{key}") for key, parse in sections.items() if key in values}
-    options = read(ModelOptions, values, "model")
+    options = read(ModelOptions, _parsed(plain, sections), "model")
     if options.loss.normalize == "global":
         _check_global(options.loss.terms, "model.loss")
         for i, head in enumerate(options.auxiliary):
             _check_global(head.terms, f"model.auxiliary[{i}]")
     return _fill(options)
+
+
+def _parsed(plain: Mapping[str, Any], sections: Mapping[str, Callable[[Any, str], Any]]) -> dict[str, Any]:
+    """``plain`` with its sections read."""
+    # an empty section in YAML is None
+    values = {key: value for key, value in plain.items() if key not in sections or value is not None}
+    return values | {key: parse(values[key], f"model.{key}") for key, parse in sections.items() if key in values}
+
+
+def _mask(value: Any, where: str) -> MaskOptions:
+    return read(MaskOptions, value, where)
 
 
 def _backbone(value: Any, where: str) -> BackboneOptions:
@@ -124,6 +140,14 @@ def _check_global(terms: Sequence[LossTerm], where: str) -> None:
                 f"{where}.terms[{i}]: lovasz sorts the pixels of one process, so that model.loss.normalize: global "
                 "needs per_image: true"
             )
+
+
+def _fill_detector(options: PointRendRCNNOptions) -> PointRendRCNNOptions:
+    """Norms are fixed where weights are loaded, as in detectron2 and torchvision."""
+    backbone = options.backbone
+    weights = backbone.pretrained or backbone.checkpoint is not None
+    switches = {"output_stride": 32, "freeze_norm": weights, **around("rendseg", backbone)[1]}
+    return dataclasses.replace(options, backbone=filled(backbone, switches))
 
 
 def _fill(options: ModelOptions) -> ModelOptions:

@@ -214,7 +214,7 @@ def draws_of_keys(keys: Tensor, count: int) -> Tensor:
     position = torch.arange(2 * count, device=keys.device)
     start = _mix(keys.long())[:, None]
     mixed = _mix(start + position * -7046029254386353131)  # 0x9E3779B97F4A7C15, the golden ratio
-    return ((mixed >> 40) & 0xFFFFFF).float().mul_(2.0**-24).view(-1, count, 2)
+    return ((mixed >> 40) & 0xFFFFFF).float().mul_(2.0**-24).view(len(keys), count, 2)
 
 
 def _mix(z: Tensor) -> Tensor:

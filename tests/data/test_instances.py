@@ -211,6 +211,8 @@ def test_short_edge_needs_no_crop():
     options = {**SHAPES, "short_edge": [24, 36], "max_size": 40}
     sizes = {tuple(build_dataset(options, "train").sample(0, epoch)["image"].shape[1:]) for epoch in range(8)}
     assert sizes == {(24, 32), (30, 40)}
+    enlarged = build_dataset({**SHAPES, "short_edge": [96]}, "train").sample(0, 0)
+    assert enlarged["image"].shape[1:] == enlarged["target"]["masks"].shape[1:] == (96, 128)  # not a crop of 48 x 64
     with pytest.raises(DataError, match="short_edge needs crop_size"):
         build_dataset({"name": "shapes", "short_edge": [24]}, "train")
     with pytest.raises(DataError, match="category_max_fraction"):

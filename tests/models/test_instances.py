@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import roi_align
 
 from rendseg.models import BackboneOptions, PointRendMaskHead, paste_masks, pointrend_rcnn
-from rendseg.nn import mask_labels
+from rendseg.models.rcnn import KeyedSampler
+from rendseg.nn import mask_labels, roi_point_sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import cases_refine  # noqa: E402
@@ -63,6 +65,50 @@ def test_masks_are_those_of_detectron2() -> None:
         assert torch.equal(here, there) and (not len(boxes) or here.any())
 
 
+def test_fewer_steps() -> None:
+    """None: the coarse masks. Two: every cell of 28 x 28 as the point head has it."""
+    head, features = make_head()
+    own, classes = torch.arange(4), torch.cat(LABELS) - 1
+    with torch.no_grad():
+        coarse, grid = (torch.cat(head(features, BOXES, LABELS, steps)) for steps in (0, 2))
+        placed = [box / torch.tensor([80.0, 96.0, 80.0, 96.0]) for box in BOXES]
+        logits = head.coarse_head(roi_point_sample(features["0"], placed, points(14)).unflatten(2, (14, 14)))
+        torch.testing.assert_close(coarse, logits[own, classes])
+        fine = roi_point_sample(features["0"], placed, points(28))
+        values = F.grid_sample(logits, 2 * points(28)[:, :, None] - 1, align_corners=False)[..., 0]
+        torch.testing.assert_close(grid.flatten(1), head.point_head(fine, values)[own, classes], rtol=1e-4, atol=1e-4)
+    assert head.stages == {"coarse": 0, "grid": 2, "refined": 5}
+
+
+def points(side: int) -> Tensor:
+    """The centres of a grid, for four boxes."""
+    centres = (torch.arange(side) + 0.5) / side
+    return torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(1, -1, 2).expand(4, -1, -1)
+
+
+def test_what_is_drawn_is_a_function_of_the_keys() -> None:
+    """Anchors and boxes in torchvision's shares, of each image by itself; and the points of each image's boxes."""
+    matched = [torch.randint(-1, 2, (300,)), torch.tensor([-1, 0, 0, 1]), torch.zeros(0, dtype=torch.int64)]
+    keys = torch.tensor([5, 2**62, 7])
+    sampler = KeyedSampler(64, 0.25)
+    sampler.keys = keys
+    chosen = sampler(matched)
+    torchvisions = BalancedPositiveNegativeSampler(64, 0.25)(matched)
+    for of, theirs, kind in zip(chosen, torchvisions, (1, 0), strict=True):
+        for image, (mask, other) in enumerate(zip(of, theirs, strict=True)):
+            assert mask.sum() == other.sum() and (matched[image][mask > 0] == kind).all()
+            sampler.keys = keys[image : image + 1]
+            assert torch.equal(sampler(matched[image : image + 1])[1 - kind][0], mask)
+    sampler.keys = keys
+    sampler(matched)
+    assert sampler.count == 67 and not torch.equal(chosen[0][0], torchvisions[0][0])
+    head, _ = make_head(train_points=8)
+    head.keys = keys
+    draws = head._draws([3, 0, 1])
+    head.keys = keys[2:]
+    assert draws is not None and draws.shape == (4, 26, 2) and torch.equal(head._draws([1]), draws[3:])
+
+
 def test_pasting() -> None:
     """Against the mask sampled at every pixel of the image; half of a box is inside it, and one is nowhere."""
     torch.manual_seed(1)
@@ -97,7 +143,7 @@ def test_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     own, boxes, classes = torch.arange(4), torch.cat(BOXES), torch.cat(LABELS) - 1
     coords, asked = torch.rand(4, 20, 2), {}
 
-    def given(coarse: Tensor, *numbers: float, class_index: Tensor) -> Tensor:
+    def given(coarse: Tensor, *numbers: float, class_index: Tensor, random_coords: None) -> Tensor:
         asked.update(coarse=coarse, numbers=numbers, class_index=class_index)
         return coords
 

@@ -255,7 +255,7 @@ def head(**values):
         (
             {"name": "pointrent"},
             ValueError,
-            r"model.name must be one of pointrend, segmenter, got 'pointrent'; did you mean",
+            r"model.name must be one of pointrend, segmenter, pointrend_rcnn, got 'pointrent'; did you mean",
         ),
         (
             {"decoder": {"norm": "batch"}},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rendseg import nn, ops
+from tests import fresh
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -94,7 +93,7 @@ assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 2
 def test_a_second_import(disabled: str) -> None:
     """Notebooks and test runners forget modules; the operators are then registered again."""
     environment = {**os.environ, "RENDSEG_DISABLE_EXTENSION": disabled, "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", AGAIN], env=environment, capture_output=True, text=True, timeout=300)
+    done = fresh.run(AGAIN, environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,8 +6,6 @@ import importlib
 import inspect
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 import rendseg.ops
 from rendseg import _extension, reference
 from rendseg.ops.schemas import SCHEMAS
-from tests.limits import TIMEOUT
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +106,6 @@ def test_registered_as_declared_without_the_extension() -> None:
         "print('checked', len(SCHEMAS))\n"
     )
     env = {**os.environ, "RENDSEG_DISABLE_EXTENSION": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    done = fresh.run(program, env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"checked {len(SCHEMAS)}"

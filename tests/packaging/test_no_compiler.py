@@ -7,13 +7,11 @@ whatever is started by another path.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.limits import TIMEOUT
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "ptxas", "ninja", "cmake", "make", "ld")
@@ -67,14 +65,7 @@ def run(program: str, log: Path, **env: str) -> str:
     clean |= {"PATH": str(log.parent / "bin"), "PYTHONPATH": str(ROOT), "RENDSEG_DISABLE_EXTENSION": "1"}
     # Caches of what was compiled before, by another process, must not hide an attempt.
     clean |= {name: str(log.parent / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-    done = subprocess.run(
-        [sys.executable, "-c", HEAD + program],
-        env={**clean, **env},
-        cwd=log.parent,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    done = fresh.run(HEAD + program, {**clean, **env}, log.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
