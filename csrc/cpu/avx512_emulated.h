@@ -10,6 +10,8 @@ namespace {
 #undef _mm512_i32gather_ps
 #undef _mm512_mask_i32gather_ps
 #undef _mm512_mask_i64gather_pd
+#undef _mm512_roundscale_ps
+#undef _mm512_roundscale_pd
 
 template <typename To, typename From>
 inline __attribute__((always_inline)) To reinterpret(const From& from) {
@@ -45,6 +47,29 @@ RENDSEG_EMULATED __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b
 RENDSEG_EMULATED __m512 _mm512_min_ps(__m512 a, __m512 b) { return a < b ? a : b; }
 RENDSEG_EMULATED __m512i _mm512_max_epi32(__m512i a, __m512i b) {
   return reinterpret<__m512i>((Ints512)a > (Ints512)b ? (Ints512)a : (Ints512)b);
+}
+RENDSEG_EMULATED __m512 _mm512_roundscale_ps(__m512 a, int) {  // down
+  FloatHalves x = reinterpret<FloatHalves>(a);
+  for (int h = 0; h < 2; ++h) x.half[h] = _mm256_floor_ps(x.half[h]);
+  return reinterpret<__m512>(x);
+}
+RENDSEG_EMULATED __m512d _mm512_roundscale_pd(__m512d a, int) {
+  DoubleHalves x = reinterpret<DoubleHalves>(a);
+  for (int h = 0; h < 2; ++h) x.half[h] = _mm256_floor_pd(x.half[h]);
+  return reinterpret<__m512d>(x);
+}
+RENDSEG_EMULATED __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {
+  Ints512 out = {};
+  int count = 0;
+  for (int i = 0; i < 16; ++i) {
+    if ((mask >> i) & 1) out[count++] = ((Ints512)a)[i];
+  }
+  return reinterpret<__m512i>(out);
+}
+RENDSEG_EMULATED __mmask16 _mm512_movepi32_mask(__m512i a) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(((Ints512)a)[i] < 0) << i;
+  return static_cast<__mmask16>(mask);
 }
 RENDSEG_EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {  // _CMP_GT_OQ
   unsigned mask = 0;

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -77,6 +78,47 @@ struct Codebook {
   }
   int64_t codes, channels, padded;
   std::vector<T> codewords, scale;  // [D][padded], [padded]
+};
+
+// What the centred form of encode needs.
+template <typename T>
+class Centred {
+ public:
+  Centred(const Codebook<T>& book, EncodeTask<T>& task)
+      : centre_(book.channels), codewords_(book.codewords), squares_(book.padded) {
+    for (int64_t d = 0; d < book.channels; ++d) {
+      T* row = codewords_.data() + d * book.padded;
+      for (int64_t k = 0; k < book.codes; ++k) centre_[d] += row[k] / static_cast<T>(book.codes);
+      for (int64_t k = 0; k < book.codes; ++k) row[k] -= centre_[d], squares_[k] += row[k] * row[k];
+    }
+    task.centre = centre_.data();
+    task.centred = codewords_.data();
+    task.centred_squares = squares_.data();
+  }
+  // grad[B][D][padded]
+  void add_grad(const Codebook<T>& book, const std::vector<T>& grad, EncodeTask<T>& task) {
+    products_.resize(task.batch * book.padded);
+    rows_.resize(task.batch * 2 * book.padded * book.channels);
+    for (int64_t b = 0; b < task.batch; ++b) {
+      const T* from = grad.data() + b * book.channels * book.padded;
+      T* rows = rows_.data() + b * 2 * book.padded * book.channels;
+      for (int64_t d = 0; d < book.channels; ++d) {
+        for (int64_t k = 0; k < book.padded; ++k) {
+          const T g = from[d * book.padded + k], c = codewords_[d * book.padded + k];
+          products_[b * book.padded + k] += g * c;
+          rows[k * book.channels + d] = g;
+          rows[(book.padded + k) * book.channels + d] = -c;
+        }
+      }
+    }
+    task.centred_grad = products_.data();
+    task.code_rows = rows_.data();
+    // An infinite gradient times a residual is not the difference of two products.
+    if (!std::all_of(products_.begin(), products_.end(), [](T v) { return std::isfinite(v); })) task.centre = nullptr;
+  }
+
+ private:
+  std::vector<T> centre_, codewords_, squares_, products_, rows_;
 };
 
 // ---- The run over chunks
@@ -309,6 +351,7 @@ template <typename T>
 Tensor encode_impl(const Tensor& x, const Tensor& codewords, const Tensor& scale) {
   const Codebook<T> book(codewords, &scale);
   EncodeTask<T> task = plan(x.size(0), positions_of(x), book);
+  const Centred<T> centred(book, task);
   Partials<T> residual(task, book.channels * book.padded);
   task.x = view_of_map(x);
   task.sum_residual = residual.data();
@@ -336,6 +379,8 @@ std::tuple<Tensor, Tensor> encode_backward_impl(const Tensor& grad, const Tensor
   const Codebook<T> book(codewords, &scale);
   const std::vector<T> packed_grad = pack<T>(grad, book.padded);
   EncodeTask<T> task = plan(x.size(0), positions_of(x), book);
+  Centred<T> centred(book, task);
+  centred.add_grad(book, packed_grad, task);
   Partials<T> residual(task, book.channels * book.padded), assigned(task, book.padded), scale_sum(task, book.padded);
   task.x = view_of_map(x);
   task.x_grad = view_of_map(x_grad);

@@ -12,12 +12,16 @@
 //   contract_positions  tile, assignment -> sums [D][padded]: sum over positions of a (x - c)
 //   contract_codes      tile, weights [padded][96] -> gradient of the tile, in place
 //
-// Each product keeps a block of sums in registers (see "Register blocks"). Everything is summed over the residuals x -
-// c themselves: no ||x||^2 - 2 x c + ||c||^2, no sum a x - c sum a, hence nothing that cancels where features or
-// codewords lie far from zero or from each other; the subtraction is nearly free beside the multiplication. Every sum
-// is in two levels (block, then whole), which keeps rounding errors small. Tiles are grouped in chunks that depend on
-// the shape alone; each has its own partial sums, which encode.cpp adds in order, so that results do not depend on the
-// number of threads. Scratch of a thread: the tile and five arrays of [96][padded] values.
+// Each product keeps a block of sums in registers (see "Register blocks"). These sum over the residuals x - c
+// themselves, so nothing cancels where features or codewords lie far from zero or from each other. encode has a second
+// form, `Centred`: products of x - m and c - m alone, m the mean codeword, with ||x||^2 - 2 x c + ||c||^2 and sum a x -
+// c sum a. It has half the instructions, and loses at most four bits as long as every squared distance is at least a
+// sixteenth of ||x - m||^2 + ||c - m||^2; a tile where one is not (or is NaN or infinite) takes the residuals, as do
+// the tiles after it in the same chunk.
+//
+// Every sum is in two levels (block, then whole), which keeps rounding errors small. Tiles are grouped in chunks that
+// depend on the shape alone; each has its own partial sums, which encode.cpp adds in order, so that results do not
+// depend on the number of threads. Scratch of a thread: the tile and five arrays of [96][padded] values.
 #ifndef RENDSEG_ISA
 
 #include <algorithm>
@@ -39,6 +43,12 @@ struct EncodeTask {
   const T* codewords = nullptr;  // [D][padded]
   const T* scale = nullptr;      // [padded]
   const T* grad = nullptr;       // [B][D][padded]: of the result [B,K,D]
+
+  // For the centred form, null where it is not to be taken: the mean codeword [D], the codewords minus it [D][padded],
+  // their squares [padded]; the products of the gradient with them [B][padded], and rows [B][2 padded][D]: the
+  // gradient, then minus the centred codewords
+  const T *centre = nullptr, *centred = nullptr, *centred_squares = nullptr;
+  const T *centred_grad = nullptr, *code_rows = nullptr;
 
   PointsView map;      // [B,M,K]: assignment, or gradient of scaled_l2
   PointsView map_out;  // [B,M,K]: scaled_l2, or gradient of the assignment
@@ -64,11 +74,13 @@ constexpr int kRows = 12;        // of one sum of two vectors a row
 constexpr int kPairVectors = 2;  // vectors of a row of kPairRows, with two things to hold of each
 constexpr int kAcrossRows = 4;   // channels by kAcross vectors of positions, likewise
 constexpr int kAcross = 3;
+constexpr int kWideRows = 8;  // by three vectors, with one thing to hold
 #else
 constexpr int kRows = 6;
 constexpr int kPairVectors = 1;
 constexpr int kAcrossRows = 3;
 constexpr int kAcross = 2;
+constexpr int kWideRows = 4;
 #endif
 constexpr int kPairRows = 6;
 constexpr int64_t kTile = kEncodeTile;
@@ -101,8 +113,12 @@ void read_rows(const X* source, int64_t row, int64_t column, int64_t rows, int64
                int64_t out_stride) {
   constexpr int n = kLanes<T>;
   if (column == 1) {
+    constexpr int64_t kAhead = 16;  // rows: they lie far apart, where the hardware sees no pattern
     for (int64_t i = 0; i < rows; ++i) {
       const X* from = source + i * row;
+      if (i + kAhead < rows) {
+        for (int64_t j = 0; j < columns; j += 64 / sizeof(X)) __builtin_prefetch(from + kAhead * row + j);
+      }
       T* to = out + i * out_stride;
       int64_t j = 0;
       for (; j + n <= columns; j += n) store<T>(to + j, load_as<T, X>(from + j));
@@ -204,33 +220,6 @@ void transpose_rows(const T* rows, int64_t padded, T* columns) {
   read_rows<T, T>(rows, 1, padded, padded, kTile, columns, kTile);
 }
 
-// Fetches the tile that comes next into the second-level cache, a few lines at a time between the register blocks: its
-// rows lie far apart in memory, where the hardware sees no pattern.
-class Ahead {
- public:
-  Ahead() = default;
-  Ahead(const void* first, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int64_t calls)
-      : at_(static_cast<const char*>(first)),
-        rows_(rows),
-        lines_((row_bytes + 63) / 64),
-        stride_(stride_bytes),
-        each_((rows_ * lines_ + calls - 1) / std::max<int64_t>(1, calls)) {}
-  RENDSEG_INLINE void step() {
-    for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
-      __builtin_prefetch(at_ + line_ * 64, 0, 2);
-      if (++line_ == lines_) {
-        line_ = 0;
-        at_ += stride_;
-        --rows_;
-      }
-    }
-  }
-
- private:
-  const char* at_ = nullptr;
-  int64_t rows_ = 0, lines_ = 0, stride_ = 0, each_ = 0, line_ = 0;
-};
-
 // ---- Products of a tile; register blocks first
 
 template <typename T>
@@ -277,7 +266,7 @@ RENDSEG_INLINE void over_channels(const T* tile, const T* codes, const T* grad, 
 // gradient.
 template <typename T, bool kSquare, bool kDot>
 void contract_channels(const T* tile, const T* codes, const T* grad, int64_t padded, int64_t channels, int64_t count,
-                       T* squares, T* dots, Ahead& ahead) {
+                       T* squares, T* dots) {
   constexpr int n = kLanes<T>, rows = kDot ? kPairRows : kRows, vectors = kDot ? kPairVectors : 2;
   static_assert(kTile % rows == 0);
   if (channels == 0) {
@@ -292,7 +281,6 @@ void contract_channels(const T* tile, const T* codes, const T* grad, int64_t pad
         over_channels<T, rows, vectors, kSquare, kDot>(
             tile + d * kTile + t, codes + d * padded + k, kDot ? grad + d * padded + k : nullptr, padded, block,
             kSquare ? squares + t * padded + k : nullptr, kDot ? dots + t * padded + k : nullptr, d == 0);
-        ahead.step();
       }
     }
     for (; k < padded; k += n) {
@@ -300,7 +288,6 @@ void contract_channels(const T* tile, const T* codes, const T* grad, int64_t pad
         over_channels<T, rows, 1, kSquare, kDot>(
             tile + d * kTile + t, codes + d * padded + k, kDot ? grad + d * padded + k : nullptr, padded, block,
             kSquare ? squares + t * padded + k : nullptr, kDot ? dots + t * padded + k : nullptr, d == 0);
-        ahead.step();
       }
     }
   }
@@ -349,11 +336,10 @@ RENDSEG_INLINE void over_positions(const T* tile, const T* codes, const T* weigh
 // out[channels][padded] (+)= sum over positions of (tile[d][t] - codes[d][k]) * weights[t][k].
 template <typename T>
 void contract_positions(const T* tile, const T* codes, const T* weights, int64_t padded, int64_t channels,
-                        int64_t count, T* out, bool first, Ahead& ahead) {
+                        int64_t count, T* out, bool first) {
   int64_t d = 0;
   for (; d + kPairRows <= channels; d += kPairRows) {
     over_positions<T, kPairRows>(tile + d * kTile, codes + d * padded, weights, padded, count, out + d * padded, first);
-    ahead.step();
   }
   for (; d + 2 <= channels; d += 2) {
     over_positions<T, 2>(tile + d * kTile, codes + d * padded, weights, padded, count, out + d * padded, first);
@@ -411,7 +397,7 @@ RENDSEG_INLINE void over_codes(T* tile, const T* grad, const T* assigned, const 
 
 template <typename T>
 void contract_codes(T* tile, const T* grad, const T* assigned, const T* code, const T* weight, int64_t padded,
-                    int64_t codes, int64_t channels, Ahead& ahead) {
+                    int64_t codes, int64_t channels) {
   constexpr int step = kAcross * kLanes<T>;
   static_assert(kTile % step == 0);
   int64_t d = 0;
@@ -421,7 +407,6 @@ void contract_codes(T* tile, const T* grad, const T* assigned, const T* code, co
       over_codes<T, kAcrossRows>(tile + d * kTile + t, from(grad, d * padded), from(assigned, t),
                                  from(code, d * padded), from(weight, t), padded, codes);
     }
-    ahead.step();
   }
   for (; d < channels; ++d) {
     for (int64_t t = 0; t < kTile; t += step) {
@@ -429,6 +414,162 @@ void contract_codes(T* tile, const T* grad, const T* assigned, const T* code, co
                        from(weight, t), padded, codes);
     }
   }
+}
+
+// ---- Products of the centred form
+
+// f.operator()<R>(first), R rows at a time, and what is left by halves of R.
+template <int R, typename F>
+RENDSEG_INLINE void in_rows(int64_t count, const F& f, int64_t first = 0) {
+  for (; first + R <= count; first += R) f.template operator()<R>(first);
+  if constexpr (R > 1) in_rows<R / 2>(count, f, first);
+}
+
+// sum[r][v] += sum over i < count of a[i * a_step + r * kRow] * b[i * b_step + v * lanes].
+template <int kRow, typename T, int NR, int NV>
+RENDSEG_INLINE void multiply(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count,
+                             Vec<T> (&sum)[NR][NV]) {
+  for (int64_t i = 0; i < count; ++i, a += a_step, b += b_step) {
+    Vec<T> w[NV];
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) w[v] = load<T>(b + v * kLanes<T>);
+#pragma GCC unroll 12
+    for (int r = 0; r < NR; ++r) {
+      const Vec<T> x = splat<T>(a[r * kRow]);
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) sum[r][v] = fused(x, w[v], sum[r][v]);
+    }
+  }
+}
+
+// f.operator()<V>(first) over the vectors of [padded], two at a time.
+template <typename T, typename F>
+RENDSEG_INLINE void in_vectors(int64_t padded, const F& f) {
+  constexpr int n = kLanes<T>;
+  int64_t k = 0;
+  for (; k + 2 * n <= padded; k += 2 * n) f.template operator()<2>(k);
+  for (; k < padded; k += n) f.template operator()<1>(k);
+}
+
+// out[kTile][padded] = sum over channels of tile[d][t] * codes[d][k].
+template <typename T>
+void multiply_channels(const T* tile, const T* codes, int64_t padded, int64_t channels, int64_t count, T* out) {
+  static_assert(kTile % kRows == 0);
+  for (int64_t d = 0; d < channels; d += kChannelBlock) {
+    in_vectors<T>(padded, [&]<int NV>(int64_t k) {
+      for (int64_t t = 0; t < count; t += kRows) {
+        Vec<T> sum[kRows][NV] = {};
+        multiply<1>(tile + d * kTile + t, kTile, codes + d * padded + k, padded, std::min(kChannelBlock, channels - d),
+                    sum);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; ++v) put<T>(out + (t + r) * padded + k + v * kLanes<T>, sum[r][v], d == 0);
+        }
+      }
+    });
+  }
+}
+
+// out[channels][padded] (+)= sum over positions of tile[d][t] * weights[t][k], minus codes[d][k] * totals[k].
+template <typename T>
+void multiply_positions(const T* tile, const T* codes, const T* weights, const T* totals, int64_t padded,
+                        int64_t channels, int64_t count, T* out, bool first) {
+  constexpr int n = kLanes<T>;
+  in_rows<kRows>(channels, [&]<int NR>(int64_t d) {
+    in_vectors<T>(padded, [&]<int NV>(int64_t k) {
+      Vec<T> sum[NR][NV];
+#pragma GCC unroll 12
+      for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+          sum[r][v] = -load<T>(codes + (d + r) * padded + k + v * n) * load<T>(totals + k + v * n);
+        }
+      }
+      multiply<kTile>(tile + d * kTile, 1, weights + k, padded, count, sum);
+#pragma GCC unroll 12
+      for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) put<T>(out + (d + r) * padded + k + v * n, sum[r][v], first);
+      }
+    });
+  });
+}
+
+// tile[d][t] = tile[d][t] * sum over k of weights[k][t] + sum over both * padded of rows[k][d] * columns[k][t], where
+// `columns` are those of the assignment and then the weights, `rows` the gradient and then minus the codewords.
+template <typename T>
+void multiply_codes(T* tile, const T* rows, const T* columns, int64_t padded, int64_t channels) {
+  constexpr int n = kLanes<T>, NV = 3;
+  static_assert(kTile % (NV * n) == 0);
+  for (int64_t t = 0; t < kTile; t += NV * n) {
+    Vec<T> total[NV] = {};
+    for (int64_t k = padded; k < 2 * padded; ++k) {
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) total[v] += load<T>(columns + k * kTile + t + v * n);
+    }
+    in_rows<kWideRows>(channels, [&]<int NR>(int64_t d) {
+      Vec<T> sum[NR][NV];
+#pragma GCC unroll 8
+      for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) sum[r][v] = load<T>(tile + (d + r) * kTile + t + v * n) * total[v];
+      }
+      multiply<1>(rows + d, channels, columns + t, kTile, 2 * padded, sum);
+#pragma GCC unroll 8
+      for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) store<T>(tile + (d + r) * kTile + t + v * n, sum[r][v]);
+      }
+    });
+  }
+}
+
+// The tile minus the centre, and the squares of its positions, [kTile].
+template <typename T>
+void centre_tile(const T* centre, int64_t channels, T* tile, T* squares) {
+  constexpr int n = kLanes<T>;
+  std::fill(squares, squares + kTile, T(0));
+  for (int64_t first = 0; first < channels; first += kChannelBlock) {
+    const int64_t last = std::min(first + kChannelBlock, channels);
+    for (int64_t t = 0; t < kTile; t += 2 * n) {
+      Vec<T> sum[2] = {};
+      for (int64_t d = first; d < last; ++d) {
+        const Vec<T> m = splat<T>(centre[d]);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          T* at = tile + d * kTile + t + v * n;
+          const Vec<T> x = load<T>(at) - m;
+          store<T>(at, x);
+          sum[v] = fused(x, x, sum[v]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) put<T>(squares + t + v * n, sum[v], false);
+    }
+  }
+}
+
+// products -> distances, in place: squares - 2 products + code_squares. Whether each of the first `codes` is finite and
+// at least a sixteenth of the two squares.
+template <typename T>
+bool distances_of(const T* squares, const T* code_squares, int64_t padded, int64_t codes, int64_t count, T* rows) {
+  constexpr int n = kLanes<T>;
+  Ints<T> wrong = {};
+  for (int64_t k = 0; k < padded; k += n) {
+    const Vec<T> code = load<T>(code_squares + k);
+    const Ints<T> real = lanes<T>() < static_cast<Lane<T>>(std::min<int64_t>(codes - k, n));
+    for (int64_t t = 0; t < count; ++t) {
+      T* at = rows + t * padded + k;
+      const Vec<T> both = splat<T>(squares[t]) + code, distance = fused(load<T>(at), splat(T(-2)), both);
+      wrong |= real & ~((distance * T(16) >= both) & (distance < std::numeric_limits<T>::infinity()));
+      store<T>(at, distance);
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    if (wrong[i] != 0) return false;
+  }
+  return true;
 }
 
 // ---- Rows of codes
@@ -516,7 +657,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   T* tile() { return memory_; }
-  T* rows(int which) { return memory_ + tile_ + which * rows_; }  // five of [kTile][padded]
+  T* rows(int which) { return memory_ + tile_ + which * rows_; }  // five of [kTile][padded], side by side
 
  private:
   int64_t rows_, tile_;
@@ -537,18 +678,6 @@ class Tiles {
   }
   int64_t count() const { return std::min(kTile, task_.positions - first); }
   bool opening() const { return first == chunk_first_; }
-  // What fetches the next tile in `calls` steps.
-  Ahead ahead(int64_t calls) const {
-    Tiles after = *this;
-    after.next();
-    if (!after.more()) return {};
-    const PointsView& x = task_.x;
-    const int64_t size = element_size(x.dtype);
-    const char* from = static_cast<const char*>(x.data) + (after.image * x.stride_n + after.first * x.stride_p) * size;
-    if (x.stride_p == 1) return {from, task_.channels, after.count() * size, x.stride_c * size, calls};
-    if (x.stride_c == 1) return {from, after.count(), task_.channels * size, x.stride_p * size, calls};
-    return {};
-  }
   int64_t chunk, image = 0, first = 0;
 
  private:
@@ -561,56 +690,87 @@ class Tiles {
   int64_t end_, chunk_first_ = 0, chunk_end_ = 0;
 };
 
-// Register blocks of each kind in a full tile: how often Ahead::step is called.
+// Reads a tile: where the centred form is wanted and accurate enough in that form, with its distances [kTile][padded],
+// else as it is. Whether it is centred.
 template <typename T>
-int64_t steps_over_channels(const EncodeTask<T>& task, bool dot) {
-  const int64_t vectors = task.padded / kLanes<T>, wide = dot ? kPairVectors : 2, rows = dot ? kPairRows : kRows;
-  return (task.channels + kChannelBlock - 1) / kChannelBlock * (vectors / wide + vectors % wide) * (kTile / rows);
+bool read_centred(const EncodeTask<T>& task, const Tiles<T>& at, bool wanted, T* tile, T* distance) {
+  read_tile(task, at.image, at.first, at.count(), tile);
+  if (!wanted || task.centre == nullptr) return false;
+  alignas(64) T squares[kTile];
+  centre_tile(task.centre, task.channels, tile, squares);
+  multiply_channels(tile, task.centred, task.padded, task.channels, at.count(), distance);
+  if (distances_of(squares, task.centred_squares, task.padded, task.codes, at.count(), distance)) return true;
+  read_tile(task, at.image, at.first, at.count(), tile);
+  return false;
 }
 
 template <typename T>
 void encode(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  const int64_t steps = steps_over_channels(task, false) + channels / kPairRows;
+  T *tile = scratch.tile(), *rows = scratch.rows(0), *totals = scratch.rows(1);
+  bool centred = true;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
-    T *tile = scratch.tile(), *rows = scratch.rows(0);
     const int64_t count = at.count();
-    Ahead ahead = at.ahead(steps);
-    read_tile(task, at.image, at.first, count, tile);
-    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, channels, count, rows, nullptr, ahead);
-    softmax_rows(rows, task.scale, padded, task.codes, count, rows);
-    contract_positions(tile, task.codewords, rows, padded, channels, count,
-                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
+    T* sums = task.sum_residual + at.chunk * channels * padded;
+    centred = read_centred(task, at, centred || at.opening(), tile, rows);
+    if (centred) {
+      softmax_rows(rows, task.scale, padded, task.codes, count, rows);
+      sum_rows<T>(rows, nullptr, padded, count, totals, true);
+      multiply_positions(tile, task.centred, rows, totals, padded, channels, count, sums, at.opening());
+    } else {
+      contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, channels, count, rows, nullptr);
+      softmax_rows(rows, task.scale, padded, task.codes, count, rows);
+      contract_positions(tile, task.codewords, rows, padded, channels, count, sums, at.opening());
+    }
   }
 }
 
 template <typename T>
 void encode_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
+  constexpr int n = kLanes<T>;
   Scratch<T> scratch(task);
   const int64_t padded = task.padded, channels = task.channels;
-  const int64_t steps = steps_over_channels(task, true) + channels / kPairRows + channels / kAcrossRows;
+  T *tile = scratch.tile(), *distance = scratch.rows(0), *assigned = scratch.rows(1), *weight = scratch.rows(2);
+  T *assigned_columns = scratch.rows(3), *weight_columns = scratch.rows(4);
+  bool centred = true;
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
-    T *tile = scratch.tile(), *distance = scratch.rows(0), *assigned = scratch.rows(1), *weight = scratch.rows(2);
-    T *assigned_columns = scratch.rows(3), *weight_columns = scratch.rows(4);
     const int64_t count = at.count();
     const T* grad = task.grad + at.image * channels * padded;
-    Ahead ahead = at.ahead(steps);
-    read_tile(task, at.image, at.first, count, tile);
-    contract_channels<T, true, true>(tile, task.codewords, grad, padded, channels, count, distance, weight, ahead);
+    T* sums = task.sum_residual + at.chunk * channels * padded;
+    centred = read_centred(task, at, centred || at.opening(), tile, distance);
+    if (centred) {
+      multiply_channels(tile, grad, padded, channels, count, weight);
+      for (int64_t t = 0; t < count; ++t) {
+        for (int64_t k = 0; k < padded; k += n) {
+          T* to = weight + t * padded + k;
+          store<T>(to, load<T>(to) - load<T>(task.centred_grad + at.image * padded + k));
+        }
+      }
+    } else {
+      contract_channels<T, true, true>(tile, task.codewords, grad, padded, channels, count, distance, weight);
+    }
     softmax_rows(distance, task.scale, padded, task.codes, count, assigned);
     softmax_rows_backward(assigned, padded, count, weight);
     sum_rows<T>(assigned, nullptr, padded, count, task.sum_assigned + at.chunk * padded, at.opening());
     sum_rows<T>(weight, distance, padded, count, task.sum_scale + at.chunk * padded, at.opening());
-    contract_positions(tile, task.codewords, weight, padded, channels, count,
-                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
+    if (centred) {
+      T* totals = weight_columns;  // for now
+      sum_rows<T>(weight, nullptr, padded, count, totals, true);
+      multiply_positions(tile, task.centred, weight, totals, padded, channels, count, sums, at.opening());
+    } else {
+      contract_positions(tile, task.codewords, weight, padded, channels, count, sums, at.opening());
+    }
     distance_weights(task.scale, padded, count, weight);
     std::fill(assigned + count * padded, assigned + kTile * padded, T(0));
     std::fill(weight + count * padded, weight + kTile * padded, T(0));
     transpose_rows(assigned, padded, assigned_columns);
     transpose_rows(weight, padded, weight_columns);
-    contract_codes<T>(tile, grad, assigned_columns, task.codewords, weight_columns, padded, task.codes, channels,
-                      ahead);
+    if (centred) {
+      multiply_codes(tile, task.code_rows + at.image * 2 * padded * channels, assigned_columns, padded, channels);
+    } else {
+      contract_codes<T>(tile, grad, assigned_columns, task.codewords, weight_columns, padded, task.codes, channels);
+    }
     write_tile(task, at.image, at.first, count, tile);
   }
 }
@@ -622,10 +782,8 @@ void scaled_l2(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
     T *tile = scratch.tile(), *rows = scratch.rows(0);
     const int64_t count = at.count();
-    Ahead ahead = at.ahead(steps_over_channels(task, false));
     read_tile(task, at.image, at.first, count, tile);
-    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, task.channels, count, rows, nullptr,
-                                      ahead);
+    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, task.channels, count, rows, nullptr);
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t k = 0; k < padded; ++k) rows[t * padded + k] *= task.scale[k];
     }
@@ -640,16 +798,15 @@ void scaled_l2_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
     T *tile = scratch.tile(), *distance = scratch.rows(0), *weight = scratch.rows(1), *columns = scratch.rows(2);
     const int64_t count = at.count();
-    Ahead ahead = at.ahead(steps_over_channels(task, false) + channels / kPairRows);
     read_tile(task, at.image, at.first, count, tile);
-    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, channels, count, distance, nullptr, ahead);
+    contract_channels<T, true, false>(tile, task.codewords, nullptr, padded, channels, count, distance, nullptr);
     read_map(task, at.image, at.first, count, weight);
     sum_rows<T>(weight, distance, padded, count, task.sum_scale + at.chunk * padded, at.opening());
     contract_positions(tile, task.codewords, weight, padded, channels, count,
-                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
+                       task.sum_residual + at.chunk * channels * padded, at.opening());
     distance_weights(task.scale, padded, count, weight);
     transpose_rows(weight, padded, columns);
-    contract_codes<T>(tile, nullptr, nullptr, task.codewords, columns, padded, task.codes, channels, ahead);
+    contract_codes<T>(tile, nullptr, nullptr, task.codewords, columns, padded, task.codes, channels);
     write_tile(task, at.image, at.first, count, tile);
   }
 }
@@ -661,11 +818,10 @@ void aggregate(const EncodeTask<T>& task, int64_t begin, int64_t end) {
   for (Tiles<T> at(task, begin, end); at.more(); at.next()) {
     T *tile = scratch.tile(), *rows = scratch.rows(0);
     const int64_t count = at.count();
-    Ahead ahead = at.ahead(channels / kPairRows);
     read_tile(task, at.image, at.first, count, tile);
     read_map(task, at.image, at.first, count, rows);
     contract_positions(tile, task.codewords, rows, padded, channels, count,
-                       task.sum_residual + at.chunk * channels * padded, at.opening(), ahead);
+                       task.sum_residual + at.chunk * channels * padded, at.opening());
   }
 }
 
@@ -677,14 +833,13 @@ void aggregate_backward(const EncodeTask<T>& task, int64_t begin, int64_t end) {
     T *tile = scratch.tile(), *rows = scratch.rows(0), *columns = scratch.rows(1), *product = scratch.rows(2);
     const int64_t count = at.count();
     const T* grad = task.grad + at.image * channels * padded;
-    Ahead ahead = at.ahead(steps_over_channels(task, true));
     read_tile(task, at.image, at.first, count, tile);
-    contract_channels<T, false, true>(tile, task.codewords, grad, padded, channels, count, nullptr, product, ahead);
+    contract_channels<T, false, true>(tile, task.codewords, grad, padded, channels, count, nullptr, product);
     write_map(task, at.image, at.first, count, product);
     read_map(task, at.image, at.first, count, rows);
     sum_rows<T>(rows, nullptr, padded, count, task.sum_assigned + at.chunk * padded, at.opening());
     transpose_rows(rows, padded, columns);
-    contract_codes<T>(tile, grad, columns, nullptr, nullptr, padded, task.codes, channels, ahead);
+    contract_codes<T>(tile, grad, columns, nullptr, nullptr, padded, task.codes, channels);
     write_tile(task, at.image, at.first, count, tile);
   }
 }

@@ -33,11 +33,10 @@
 namespace rendseg {
 namespace {
 
-constexpr int64_t kManyChannels = 8;                   // from here on the taps of an image are worth sorting
-constexpr int64_t kPointBlock = 512;                   // points located at a time where they are not sorted
-constexpr int64_t kCachedBytes = int64_t{8} << 20;     // an image below this stays in cache: order does not matter
-constexpr int64_t kPrivateBytes = int64_t{512} << 10;  // fits the cache of one core
-constexpr int64_t kTaskWork = 1 << 15;                 // taps worth a thread
+constexpr int64_t kManyChannels = 8;                // from here on the taps of an image are worth sorting
+constexpr int64_t kPointBlock = 512;                // points located at a time where they are not sorted
+constexpr int64_t kCachedBytes = int64_t{8} << 20;  // an image below this stays in cache: order does not matter
+constexpr int64_t kTaskWork = 1 << 15;              // taps worth a thread
 
 // Scratch for the taps of up to `capacity` points.
 template <typename A>
@@ -129,12 +128,6 @@ class SortedTaps {
   std::vector<Keyed> order_, spare_;
 };
 
-// Brings a block of memory into cache.
-void read_lines(const void* data, int64_t bytes) {
-  const volatile char* p = static_cast<const volatile char*>(data);
-  for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(p[i]);
-}
-
 // map[N,C,H,W] at coords[N,P,2] into out[N,:,P], which points at the first channel of the map.
 template <typename T>
 void sample_kernel(const at::Tensor& map, const Wide<T>* coords, const SampleCall& call, T* out, int64_t out_stride_n) {
@@ -164,10 +157,8 @@ void sample_kernel(const at::Tensor& map, const Wide<T>* coords, const SampleCal
     });
     return;
   }
-  // Points in no order that will touch most of a small image: read it in order first, which the hardware does faster.
   const int64_t image_bytes = channels * map.size(2) * map.size(3) * int64_t{sizeof(T)};
-  const bool touch =
-      image_bytes <= kPrivateBytes && points * channels * 32 >= image_bytes && map[0].is_non_overlapping_and_dense();
+  const bool touch = worth_reading(image_bytes, points * channels) && map[0].is_non_overlapping_and_dense();
   const bool by_vectors = stride_c == 1 && channels >= kManyChannels;
   const bool by_spots = !by_vectors && !call.nearest && map.stride(3) == 1;
   const auto locate = RENDSEG_PICK(locate<A>);

@@ -63,51 +63,29 @@ inline const Wide<T>* widened(const T* source, Wide<T>* buffer, int64_t count) {
 // Taps of coords[2 * count], with point = first, first + 1, ...
 template <typename A>
 void locate(const A* coords, int64_t first, const SampleGrid& grid, const Taps<A>& taps) {
-  const int64_t count = taps.count;
-  const int64_t stride_y = grid.stride_y, stride_x = grid.stride_x;
-  for (int64_t i = 0; i < count; ++i) taps.point[i] = first + i;
-  if (grid.nearest) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t x = nearest_cell(coords[2 * i], grid.width, grid.border, grid.align_corners);
-      const int32_t y = nearest_cell(coords[2 * i + 1], grid.height, grid.border, grid.align_corners);
-      taps.weight[0][i] = A(1);
-      taps.weight[1][i] = taps.weight[2][i] = taps.weight[3][i] = A(0);
-      taps.offset[i] = y * stride_y + x * stride_x;
-      taps.inside[i] = static_cast<uint8_t>((x >= 0) & (y >= 0));
-    }
-    return;
-  }
-  const LocateAxis<A> axis = axis_locator<A>(grid.border, grid.align_corners);
-  A cx[kLocate] = {}, cy[kLocate] = {};
-  AxisBlock<A> x, y;
-  for (int64_t start = 0; start < count; start += kLocate) {
-    const int64_t n = count - start < kLocate ? count - start : kLocate;
-    const A* __restrict xy = coords + 2 * start;
-    for (int64_t i = 0; i < n; ++i) {
-      cx[i] = xy[2 * i];
-      cy[i] = xy[2 * i + 1];
-    }
-    axis(cx, grid.width, x);
-    axis(cy, grid.height, y);
-    A* __restrict nw = taps.weight[0] + start;
-    A* __restrict ne = taps.weight[1] + start;
-    A* __restrict sw = taps.weight[2] + start;
-    A* __restrict se = taps.weight[3] + start;
-    for (int64_t i = 0; i < n; ++i) {
-      nw[i] = x.near[i] * y.near[i];
-      ne[i] = x.far[i] * y.near[i];
-      sw[i] = x.near[i] * y.far[i];
-      se[i] = x.far[i] * y.far[i];
-    }
+  const auto height = static_cast<int32_t>(grid.height), width = static_cast<int32_t>(grid.width);
+  int32_t x[kLocate], y[kLocate], mask[kLocate] = {};
+  for (int64_t start = 0; start < taps.count; start += kLocate) {
+    const int64_t n = taps.count - start < kLocate ? taps.count - start : kLocate;
+    A* const* w = taps.weight;
+    find_spots<A>(coords + 2 * start, n, height, width, {grid.nearest, grid.border, grid.align_corners},
+                  {x, y, {w[0] + start, w[1] + start, w[2] + start, w[3] + start}});
     int64_t* __restrict offset = taps.offset + start;
-    for (int64_t i = 0; i < n; ++i) offset[i] = y.cell[i] * stride_y + x.cell[i] * stride_x;
-    int32_t mask[kLocate];
-    for (int64_t i = 0; i < kLocate; ++i) {
-      mask[i] = (x.has_near[i] & y.has_near[i]) | (x.has_far[i] & y.has_near[i]) << 1 |
-                (x.has_near[i] & y.has_far[i]) << 2 | (x.has_far[i] & y.has_far[i]) << 3;
+    for (int64_t i = 0; i < n; ++i) offset[i] = y[i] * grid.stride_y + x[i] * grid.stride_x;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t west = (x[i] >= 0) & (x[i] < width), east = x[i] + 1 < width;
+      const int32_t north = (y[i] >= 0) & (y[i] < height), south = y[i] + 1 < height;
+      mask[i] = (west & north) | (east & north) << 1 | (west & south) << 2 | (east & south) << 3;
     }
     uint8_t* __restrict inside = taps.inside + start;
     for (int64_t i = 0; i < n; ++i) inside[i] = static_cast<uint8_t>(mask[i]);
+    for (int64_t i = 0; i < n; ++i) taps.point[start + i] = first + start + i;
+    if (!grid.nearest) continue;
+    for (int64_t i = 0; i < n; ++i) {
+      w[0][start + i] = A(1);
+      w[1][start + i] = w[2][start + i] = w[3][start + i] = A(0);
+      inside[i] &= 1;
+    }
   }
 }
 

@@ -9,10 +9,14 @@
 #include <numeric>
 #include <vector>
 
+#define RENDSEG_KERNELS "select_kernels.h"
+#include "compile_kernels.h"
+
 namespace rendseg {
 namespace {
 
-constexpr int64_t kBlock = 64;            // keys looked at together: most blocks hold nothing and are skipped whole
+constexpr int64_t kBlock = 64;            // keys looked at together where most blocks hold nothing
+constexpr int64_t kSegment = 1024;        // and where most hold something
 constexpr int64_t kChunk = 256 * kBlock;  // unit of work, fixed so that the result does not depend on the thread count
 constexpr int64_t kGrain = 4 * kChunk;    // fewest keys worth a thread
 
@@ -87,7 +91,9 @@ Threshold refine_threshold(const Cut& first, int64_t k, const Count& count) {
   std::memset(histogram, 0, sizeof(histogram));
   count(Digit{0, 512, 9, prefix}, histogram);
   const Cut third = find_cut(histogram, 512, k);
-  return {(prefix << 9) | third.bin, k - third.below};
+  const uint32_t key = (prefix << 9) | third.bin;
+  if (third.inside == k - third.below) return {key + 1, 0};  // all ties
+  return {key, k - third.below};
 }
 
 // Whether any of kBlock keys is <= bound; keys are below 2^31, so signed comparison is right and vectorises everywhere.
@@ -97,11 +103,6 @@ inline bool any_at_most(const uint32_t* keys, int32_t bound) {
   return any != 0;
 }
 
-// key <= bound as 0 or 1, by arithmetic: compilers turn a comparison here into a branch, which noise mispredicts.
-inline int64_t at_most(uint32_t key, uint32_t bound) {
-  return static_cast<int64_t>((static_cast<uint64_t>(key) - bound - 1) >> 63);
-}
-
 // Keys and indices of one chunk that may still be selected, in index order.
 struct Candidates {
   std::vector<uint32_t> keys;
@@ -109,6 +110,7 @@ struct Candidates {
 };
 
 void collect(const uint32_t* keys, int64_t begin, int64_t end, uint32_t bound, Candidates& out) {
+  const auto offsets_of = RENDSEG_PICK(offsets_at_most);
   size_t count = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t length = std::min(kBlock, end - block);
@@ -118,12 +120,11 @@ void collect(const uint32_t* keys, int64_t begin, int64_t end, uint32_t bound, C
       out.keys.resize(capacity);
       out.indices.resize(capacity);
     }
-    uint32_t* key_out = out.keys.data();
-    uint32_t* index_out = out.indices.data();
-    for (int64_t i = block; i < block + length; ++i) {
-      key_out[count] = keys[i];
-      index_out[count] = static_cast<uint32_t>(i);
-      count += static_cast<size_t>(at_most(keys[i], bound));
+    uint32_t offsets[kBlock + kSelectRoom];
+    const int64_t found = offsets_of(keys + block, length, bound, offsets);
+    for (int64_t i = 0; i < found; ++i) {
+      out.keys[count] = keys[block + offsets[i]];
+      out.indices[count++] = static_cast<uint32_t>(block) + offsets[i];
     }
   }
   out.keys.resize(count);
@@ -134,33 +135,28 @@ void collect(const uint32_t* keys, int64_t begin, int64_t end, uint32_t bound, C
 template <typename IndexOf>
 int64_t emit(const uint32_t* keys, int64_t begin, int64_t end, Threshold threshold, const IndexOf& index_of,
              int64_t* indices) {
+  const auto offsets_of = RENDSEG_PICK(offsets_at_most);
   int64_t written = 0;
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int64_t length = std::min(kBlock, end - block);
+  for (int64_t segment = begin; segment < end; segment += kSegment) {
+    const uint32_t* at = keys + segment;
+    const int64_t length = std::min(kSegment, end - segment);
     const bool closed = threshold.ties == 0;  // no more ties are wanted: below the threshold only
     if (closed && threshold.key == 0) break;
-    const uint32_t bound = closed ? threshold.key - 1 : threshold.key;
-    if (length == kBlock && !any_at_most(keys + block, static_cast<int32_t>(bound))) continue;
-    // Through a small buffer, since appending without a branch writes one place beyond the last.
-    int64_t buffer[kBlock + 1];
+    const int64_t ties = closed ? 0 : std::count(at, at + length, threshold.key);
+    uint32_t offsets[kSegment + kSelectRoom];
     int64_t count = 0;
-    if (closed || threshold.ties >= length) {
-      int64_t ties = 0;
-      for (int64_t i = block; i < block + length; ++i) {
-        buffer[count] = index_of(i);
-        count += at_most(keys[i], bound);
-        ties += static_cast<int64_t>(keys[i] == threshold.key);
-      }
-      if (!closed) threshold.ties -= ties;
-    } else {  // the ties may run out within this block
-      for (int64_t i = block; i < block + length; ++i) {
-        const bool tie = keys[i] == threshold.key && threshold.ties > 0;
+    if (ties <= threshold.ties) {
+      count = offsets_of(at, length, closed ? threshold.key - 1 : threshold.key, offsets);
+      threshold.ties -= ties;
+    } else {
+      for (int64_t i = 0; i < length; ++i) {
+        const bool tie = at[i] == threshold.key && threshold.ties > 0;
         threshold.ties -= tie;
-        buffer[count] = index_of(i);
-        count += static_cast<int64_t>(tie || keys[i] < threshold.key);
+        offsets[count] = static_cast<uint32_t>(i);
+        count += static_cast<int64_t>(tie || at[i] < threshold.key);
       }
     }
-    std::memcpy(indices + written, buffer, static_cast<size_t>(count) * sizeof(int64_t));
+    for (int64_t i = 0; i < count; ++i) indices[written + i] = index_of(segment + offsets[i]);
     written += count;
   }
   return written;
@@ -198,10 +194,39 @@ void select_from_candidates(const uint32_t* keys, int64_t size, int64_t k, int64
   TORCH_INTERNAL_ASSERT(written == k);
 }
 
-// Many keys lie there (flat maps, many ties, large k): every pass reads the map.
+// The keys of one bin.
+std::vector<uint32_t> inside_of(const uint32_t* keys, int64_t size, const Cut& cut) {
+  const auto keys_of = RENDSEG_PICK(keys_of_bin);
+  std::vector<uint32_t> inside(static_cast<size_t>(cut.inside));
+  std::mutex mutex;  // only their counts matter, not their order
+  int64_t count = 0;
+  at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    uint32_t part[kSegment + kSelectRoom];
+    for (int64_t first = begin; first < end; first += kSegment) {
+      const int64_t found = keys_of(keys + first, std::min(kSegment, end - first), cut.bin, part);
+      const std::lock_guard<std::mutex> lock(mutex);
+      TORCH_INTERNAL_ASSERT(count + found <= cut.inside);
+      std::copy(part, part + found, inside.begin() + count);
+      count += found;
+    }
+  });
+  inside.resize(static_cast<size_t>(count));
+  return inside;
+}
+
+// Many keys lie there (many ties, large k): every pass reads the map.
 void select_from_map(const uint32_t* keys, int64_t size, int64_t k, int64_t* indices, const Cut& first) {
-  const Threshold threshold = refine_threshold(
-      first, k, [&](const Digit& digit, uint32_t* histogram) { count_digit_threaded(keys, size, digit, histogram); });
+  const bool few = first.inside <= size / 8;  // else flat maps
+  const std::vector<uint32_t> inside = few ? inside_of(keys, size, first) : std::vector<uint32_t>();
+  const Threshold threshold = refine_threshold(first, k, [&](const Digit& digit, uint32_t* histogram) {
+    count_digit_threaded(few ? inside.data() : keys, few ? static_cast<int64_t>(inside.size()) : size, digit,
+                         histogram);
+  });
+  if (size <= kGrain) {
+    const int64_t written = emit(keys, 0, size, threshold, [](int64_t i) { return i; }, indices);
+    TORCH_INTERNAL_ASSERT(written == k);
+    return;
+  }
   const int64_t chunks = (size + kChunk - 1) / kChunk;
   std::vector<int64_t> below(static_cast<size_t>(chunks));
   std::vector<int64_t> equal(static_cast<size_t>(chunks));
@@ -252,7 +277,7 @@ void select_smallest(const uint32_t* keys, int64_t size, int64_t k, int64_t* ind
     return;
   }
   const Cut first = find_cut(histogram, kHistogramBins, k);
-  if (first.below + first.inside <= std::max(size / 8, kGrain)) {
+  if (first.below + first.inside <= size / 8) {
     select_from_candidates(keys, size, k, indices, first);
   } else {
     select_from_map(keys, size, k, indices, first);

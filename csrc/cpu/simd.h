@@ -297,6 +297,28 @@ RENDSEG_INLINE Ints<A> select_greater(Vec<A> a, Vec<A> b, Ints<A> yes, Ints<A> n
   return a > b ? yes : no;
 }
 
+// The largest integers that are no larger.
+template <typename A>
+RENDSEG_INLINE Vec<A> round_down(Vec<A> v) {
+#if RENDSEG_ISA == 2
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  if constexpr (std::is_same_v<A, float>) {
+    return (Vec<A>)_mm512_roundscale_ps((__m512)v, kDown);
+  } else {
+    return (Vec<A>)_mm512_roundscale_pd((__m512d)v, kDown);
+  }
+#elif RENDSEG_ISA == 1
+  if constexpr (std::is_same_v<A, float>) {
+    return (Vec<A>)_mm256_floor_ps((__m256)v);
+  } else {
+    return (Vec<A>)_mm256_floor_pd((__m256d)v);
+  }
+#else
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = std::floor(v[i]);
+  return v;
+#endif
+}
+
 // The lower 32 bits of each lane times `factor`, in 64 bits.
 RENDSEG_INLINE Bits<double> wide_product(Bits<double> v, uint32_t factor) {
   const Bits<double> factors = Bits<double>{} + factor;
@@ -389,6 +411,14 @@ RENDSEG_INLINE void store_interleaved(Vec<double> a, Vec<double> b, float* out, 
   store_bits(out + 2 * n, __builtin_shufflevector(a, b, (n / 2 + Lane / 2 + Lane % 2 * n)...));
 }
 
+// first[i], second[i] = p[2 * i], p[2 * i + 1]
+template <typename A, int... Lane>
+RENDSEG_INLINE void load_interleaved(const A* p, Vec<A>& first, Vec<A>& second, std::integer_sequence<int, Lane...>) {
+  const Vec<A> a = load(p), b = load(p + kLanes<A>);
+  first = __builtin_shufflevector(a, b, (2 * Lane)...);
+  second = __builtin_shufflevector(a, b, (2 * Lane + 1)...);
+}
+
 // In place: v[i][j] becomes v[j][i], for a square of kLanes vectors. Each step swaps the off-diagonal blocks of size
 // Step.
 template <typename A, int Step, int... Lane>
@@ -408,6 +438,42 @@ RENDSEG_INLINE void transpose(Vec<A>* v) {
     }
     transpose<A, Step / 2>(v);
   }
+}
+
+#if RENDSEG_ISA == 1
+// The lanes whose bits are set in `mask`, in order.
+struct LanesOf {
+  uint8_t lane[256][8] = {};
+  constexpr LanesOf() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int bit = 0, count = 0; bit < 8; ++bit) {
+        if ((mask >> bit) & 1) lane[mask][count++] = static_cast<uint8_t>(bit);
+      }
+    }
+  }
+};
+inline constexpr LanesOf kLanesOf;
+#endif
+
+// Stores the chosen lanes (-1, the others 0) side by side. Writes kLanes; returns how many were chosen.
+RENDSEG_INLINE int store_chosen(uint32_t* p, Bits<float> v, Ints<float> chosen) {
+#if RENDSEG_ISA == 2
+  const __mmask16 mask = _mm512_movepi32_mask((__m512i)chosen);
+  store_bits(p, (Bits<float>)_mm512_maskz_compress_epi32(mask, (__m512i)v));
+  return __builtin_popcount(mask);
+#elif RENDSEG_ISA == 1
+  const int mask = _mm256_movemask_ps((__m256)chosen);
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLanesOf.lane[mask])));
+  store_bits(p, (Bits<float>)_mm256_permutevar8x32_epi32((__m256i)v, order));
+  return __builtin_popcount(static_cast<unsigned>(mask));
+#else
+  int count = 0;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    p[count] = v[i];
+    count -= chosen[i];
+  }
+  return count;
+#endif
 }
 
 // ---- Gather

@@ -250,14 +250,40 @@ class SampledSpots {
   Buffer<A> weight_, xy_;
 };
 
+// A single plane: its margin is its magnitude.
+template <typename T>
+void sampled_plane(const MarginMap& map, const float* xy, int64_t count, SampleOptions options, uint32_t* keys,
+                   Counter& counter) {
+  using A = Wide<T>;
+  const SpotPlane plane{static_cast<int32_t>(map.height), static_cast<int32_t>(map.width), map.width, 1};
+  const int64_t bytes = map.height * map.width * int64_t{sizeof(T)};
+  if (worth_reading(bytes, count)) read_lines(map.data, bytes);
+  SampledSpots<A> located(kFewSpots);
+  A values[kFewSpots] = {};
+  float margin[kFewSpots];
+  for (int64_t first = 0; first < count; first += kFewSpots) {
+    const int64_t size = count - first < kFewSpots ? count - first : kFewSpots;
+    located.find(xy + 2 * first, size, map, options);
+    spot_values(static_cast<const T*>(map.data), plane, located.spots, size, values);
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
+      const auto magnitude = (Vec<A>)magnitude_bits<A>(round_to<T>(load(values + i)));
+      if constexpr (std::is_same_v<A, float>) {
+        store(margin + i, magnitude);
+      } else {
+        for (int lane = 0; lane < kLanes<A>; ++lane) margin[i + lane] = static_cast<float>(magnitude[lane]);
+      }
+    }
+    counter.keys(margin, size, keys + first);
+  }
+}
+
 template <typename T>
 void sampled_planar(const MarginMap& map, const float* xy, int64_t count, SampleOptions options, uint32_t* keys,
                     Counter& counter) {
   using A = Wide<T>;
   const T* base = static_cast<const T*>(map.data);
   const SpotPlane plane{static_cast<int32_t>(map.height), static_cast<int32_t>(map.width), map.width, 1};
-  // Channels outside, so that one plane at a time is in cache, unless there is a single one.
-  const int64_t group = map.channels == 1 ? kFewSpots : 4 * kBlock;
+  constexpr int64_t group = 4 * kBlock;  // channels outside, so that one plane at a time is in cache
   SampledSpots<A> located(group);
   const Buffer<Running<A>> state(group / kLanes<A>);
   A values[kBlock];
@@ -279,7 +305,7 @@ void sampled_planar(const MarginMap& map, const float* xy, int64_t count, Sample
     for (int64_t b = 0; b < in_group; b += kBlock) {
       const int64_t size = in_group - b < kBlock ? in_group - b : kBlock;
       for (int64_t i = 0; i < size; i += kLanes<A>) {
-        state.data[(b + i) / kLanes<A>].store_margin(map.channels == 1, margin + i);
+        state.data[(b + i) / kLanes<A>].store_margin(false, margin + i);
       }
       counter.keys(margin, size, keys + first + b);
     }
@@ -339,25 +365,40 @@ RENDSEG_INLINE Vec<double> uniform_of_words(Bits<double> x, Bits<double> y) {
   return (Vec<double>)(__builtin_convertvector((Ints<float>)(bits >> 8), Vec<float>) * 0x1p-24f);
 }
 
+// Pairs of points of N vectors of counters from `first` on, philox_4x32(key, 0, counter) each, out[4 * N * lanes]. N
+// breaks the dependency of one round on the one before.
+template <int N>
+RENDSEG_INLINE void uniform_vectors(uint64_t key, int64_t first, float* out) {
+  constexpr int n = kLanes<double>;
+  auto key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
+  Bits<double> x[N] = {}, y[N] = {}, z[N], w[N];
+  for (int v = 0; v < N; ++v) {
+    z[v] = (Bits<double>)(lanes<double>() + (first + v * n));
+    w[v] = z[v] >> 32;
+  }
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 2
+    for (int v = 0; v < N; ++v) {
+      const Bits<double> product_0 = wide_product(x[v], kPhiloxFactor0), product_1 = wide_product(z[v], kPhiloxFactor1);
+      x[v] = (product_1 >> 32) ^ y[v] ^ key_0;
+      z[v] = (product_0 >> 32) ^ w[v] ^ key_1;
+      y[v] = product_1;  // what is above 32 bits does not count
+      w[v] = product_0;
+    }
+    key_0 += kPhiloxStep0;
+    key_1 += kPhiloxStep1;
+  }
+  for (int v = 0; v < N; ++v) {
+    store_interleaved(uniform_of_words(x[v], y[v]), uniform_of_words(z[v], w[v]), out + 4 * n * v,
+                      std::make_integer_sequence<int, n>{});
+  }
+}
+
 // Points 2 * first to 2 * (first + count) of a stream, out[4 * count]: those of pair i are philox_4x32(key, 0, i).
 void uniform_pairs(uint64_t key, int64_t first, int64_t count, float* out) {
   constexpr int n = kLanes<double>;
   int64_t i = 0;
-  for (; i + n <= count; i += n) {
-    auto key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
-    Bits<double> x{}, y{}, z = (Bits<double>)(lanes<double>() + (first + i)), w = z >> 32;
-    for (int round = 0; round < 10; ++round) {
-      const Bits<double> product_0 = wide_product(x, kPhiloxFactor0), product_1 = wide_product(z, kPhiloxFactor1);
-      x = (product_1 >> 32) ^ y ^ key_0;
-      z = (product_0 >> 32) ^ w ^ key_1;
-      y = product_1;  // what is above 32 bits does not count
-      w = product_0;
-      key_0 += kPhiloxStep0;
-      key_1 += kPhiloxStep1;
-    }
-    store_interleaved(uniform_of_words(x, y), uniform_of_words(z, w), out + 4 * i,
-                      std::make_integer_sequence<int, n>{});
-  }
+  for (; i + 2 * n <= count; i += 2 * n) uniform_vectors<2>(key, first + i, out + 4 * i);
   for (; i < count; ++i) {
     const PhiloxWords words = philox_4x32(key, 0, static_cast<uint64_t>(first + i));
     const uint32_t bits[4] = {words.x, words.y, words.z, words.w};
@@ -390,7 +431,9 @@ void sampled_margin_keys_kernel(const MarginMap& map, const float* xy, int64_t c
                                 uint32_t* keys, uint32_t* histogram) {
   Counter counter;
   with_element(map.dtype, [&]<typename T>() {
-    if (map.planar()) {
+    if (map.planar() && map.channels == 1) {
+      sampled_plane<T>(map, xy, count, options, keys, counter);
+    } else if (map.planar()) {
       sampled_planar<T>(map, xy, count, options, keys, counter);
     } else {
       sampled_interleaved<T>(map, xy, count, options, keys, counter);

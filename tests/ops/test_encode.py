@@ -193,6 +193,13 @@ def test_features_on_the_codewords(isa: str) -> None:
     check_op("encode", (x, c, s))
 
 
+def test_a_few_features_on_the_codewords(isa: str) -> None:
+    """In the middle of images whose other positions lie far from them, so that a kernel may change its form there."""
+    x, c, s = make(32, 8, (400,), 8)
+    x[:, :, 150:158] = c.t() + 1e-3 * x[:, :, 150:158]
+    check_op("encode", (5 * x, 5 * c, s))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_spread_as_in_the_reference(value: float, isa: str) -> None:
     x, c, s = make(2, 20, (12, 12), 6)
@@ -223,10 +230,14 @@ def test_nan_and_infinity_spread_as_in_the_reference(value: float, isa: str) -> 
     assert ops.encode(x, c, scale).isnan().all()
 
 
-def test_nan_gradients_spread_as_in_the_reference(isa: str) -> None:
+@pytest.mark.parametrize("where", ["x", "grad"])
+def test_nan_gradients_spread_as_in_the_reference(where: str, isa: str) -> None:
     x, c, s = make(2, 20, (12, 12), 6)
-    x[1, 7, 3, 4] = math.nan
     grad = torch.randn(2, 6, 20)
+    if where == "x":
+        x[1, 7, 3, 4] = math.nan
+    else:
+        grad[1, 3, 7] = math.inf
     got = torch.ops.rendseg._encode_backward(grad, x, c, s)
     wanted = _encode_backward(grad, x, c, s)
     for g, w in zip(got, wanted, strict=True):
