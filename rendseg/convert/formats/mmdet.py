@@ -6,7 +6,7 @@ from typing import Any
 
 from ..registry import Format, Part, Read, only
 from ..rules import Rule
-from . import mmseg
+from ._openmmlab import BACKBONES
 from ._rcnn import ASKS, BOXES, SCORES, SETTINGS
 
 _HEAD = "roi_heads.mask_head."
@@ -63,7 +63,7 @@ FORMAT = Format(
             backbone="backbone.body.",
         ),
     ),
-    backbones=mmseg.BACKBONES,
+    backbones=BACKBONES,
     prefix="backbone.",
     asks={"data.mean": "--normalize"},
     reads=(
