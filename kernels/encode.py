@@ -26,6 +26,7 @@ float64 runs the reference where Triton is older than 3.5, which has no products
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,7 @@ FLOAT64 = INTERPRETED.value or VERSION >= (3, 5)  # before, tl.dot refuses float
 
 
 def _where_it_compiles(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
     def run(*args: Tensor) -> Any:
         wide = not FLOAT64 and any(tensor.dtype == torch.float64 for tensor in args)
         return (reference if wide else kernel)(*args)

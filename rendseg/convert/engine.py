@@ -166,7 +166,7 @@ def _wanted(key: str, fields: Sequence[str], asks: Mapping[str, str], refined: b
 def _of_objects(key: str) -> bool:
     """Whether a detector has a key."""
     from rendseg._options import field_names
-    from rendseg.models.detectors import PointRendRCNNOptions
+    from rendseg.models.options import PointRendRCNNOptions
 
     section, _, rest = key.partition(".")
     return section in ("", "data") or (

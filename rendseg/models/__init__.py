@@ -4,7 +4,7 @@ from .backbones import Backbone, create_backbone
 from .build import build_model
 from .decoder import Decoder, DecoderOutput
 from .deeplab import DeepLabV3, DeepLabV3Options, DeepLabV3Plus, DeepLabV3PlusOptions
-from .detectors import MaskOptions, PointRendRCNNOptions, pointrend_rcnn
+from .detectors import pointrend_rcnn
 from .encnet import ENCNET_PRESETS, ENCNet, ENCNetOptions
 from .fcn import FCN, FCNOptions
 from .instances import PointRendMaskHead, paste_masks
@@ -15,7 +15,9 @@ from .options import (
     BackboneOptions,
     DecoderOptions,
     LossOptions,
+    MaskOptions,
     PointRendOptions,
+    PointRendRCNNOptions,
     pointrend_options,
 )
 from .parse import ModelOptions, parse_options

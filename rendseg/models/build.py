@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from .backbones import create_backbone
-from .detectors import PointRendRCNNOptions, build_detector
+from .detectors import build_detector
+from .options import PointRendRCNNOptions
 from .parse import ModelOptions, parse_options
 from .pointrend import PointRend
 from .registry import build_decoder, model_classes

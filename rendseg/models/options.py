@@ -337,3 +337,58 @@ def num_points(rule: PointRule, height: int, width: int) -> int:
     if rule == "(width/16)^2":
         return max(1, (width // 16) ** 2)
     raise ValueError(f"a rule for the number of points must be one of {', '.join(POINT_RULES)}, got {rule!r}")
+
+
+class MaskOptions(Options):
+    """The arguments of :class:`rendseg.models.PointRendMaskHead`."""
+
+    hidden_channels: Count = 256
+    coarse_hidden_channels: Count = 1024
+    coarse_size: Count = 7
+    """Cells of a side of the coarse masks."""
+    train_points: Count = 14**2
+    oversample_ratio: AtLeastOne = 3.0
+    importance_ratio: Share = 0.75
+    steps: Whole = 5
+    """Doublings of the coarse mask: five lead from 7 to 224."""
+    subdivision_points: Count = 28**2
+    """Cells of each step that are predicted again."""
+
+
+class PointRendRCNNOptions(Options):
+    """The ``model`` section of a detector with masks. Keys from ``box_score_thresh`` on are torchvision's."""
+
+    name: Literal["pointrend_rcnn"] = "pointrend_rcnn"
+    backbone: BackboneOptions = BackboneOptions()
+    """A timm network with stages of strides 4 to 32, or torchvision's ``resnet50_fpn`` or ``resnet50_fpn_v2``."""
+    mask: MaskOptions = MaskOptions()
+    normalize: Literal["process", "global"] = "process"
+    """With several processes: losses are means over what each one has, or over that of all processes."""
+    min_size: Count | None = None
+    """At inference the shorter side becomes so long. In training images have the size that ``data`` gives them.
+    ``None``: images are taken as they are."""
+    max_size: Count = 1333
+    """With ``min_size``: the longer side is at most so long."""
+    anchor_sizes: tuple[Count, Count, Count, Count, Count] = (32, 64, 128, 256, 512)
+    """Sides of the anchors on the maps of strides 4, 8, 16, 32 and 64, in shapes 1:2, 1:1 and 2:1."""
+    boxes: Literal["torchvision", "detectron2"] = "torchvision"
+    """How features of boxes are read and where anchors lie. ``detectron2`` (mmdetection does the same): RoIAlign that
+    is aligned, with a sample for each cell of the map; anchors of unrounded sides, the last of which are 64 pixels
+    apart."""
+    fpn_channels: Count = 256
+    """Of the maps of the pyramid; torchvision's detectors have 256."""
+    box_hidden_channels: Count = 1024
+    """Of the two layers that classify boxes; torchvision's detectors have 1024."""
+    checkpoint: str | None = None
+    """A checkpoint whose weights training starts from, as of the other models."""
+    box_score_thresh: Share = 0.05
+    box_nms_thresh: Share = 0.5
+    box_detections_per_img: Count = 100
+    box_batch_size_per_image: Count = 512
+    box_positive_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    rpn_pre_nms_top_n_train: Count = 2000
+    rpn_pre_nms_top_n_test: Count = 1000
+    rpn_post_nms_top_n_train: Count = 2000
+    rpn_post_nms_top_n_test: Count = 1000
+    rpn_nms_thresh: Share = 0.7
+    rpn_batch_size_per_image: Count = 256

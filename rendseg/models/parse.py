@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from .._nearest import did_you_mean
 from .._options import Count, Field, Flag, Options, field_names, filled, mapping, read
-from .detectors import MaskOptions, PointRendRCNNOptions
 from .options import (
     LOSS_TERMS,
     PRESET_PARTS,
@@ -18,7 +17,9 @@ from .options import (
     LossOptions,
     LossTerm,
     LovaszTerm,
+    MaskOptions,
     PointRendOptions,
+    PointRendRCNNOptions,
     around,
     preset_switches,
 )
