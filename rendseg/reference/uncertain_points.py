@@ -73,6 +73,7 @@ def uncertain_points(logits: Tensor, num_points: int, class_index: Tensor | None
 def draw_counts(num_points: int, oversample_ratio: float, importance_ratio: float) -> tuple[int, int, int]:
     """``(candidates, kept, random)`` of section 3.2, checked."""
     check.num_points(num_points)
+    num_points, oversample_ratio = int(num_points), float(oversample_ratio)  # NumPy's integers overflow
     if not 1 <= oversample_ratio < float("inf"):
         raise ValueError(f"oversample_ratio must be at least 1 and finite, got {oversample_ratio}")
     if not 0 <= importance_ratio <= 1:
