@@ -286,7 +286,7 @@ class Plan:
                 sys.exit(f"rendseg: RENDSEG_CUDA=1 asks for the CUDA kernels, but {cause}")
         # It warns of a missing CUDA runtime; none is needed to build.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import include_paths, library_paths
 
         # Not CppExtension: the module uses no symbol of libtorch_python, and so loads in any process that has libtorch.
         flags = build_flags(clang)
@@ -301,8 +301,8 @@ class Plan:
             self.facts["CPU_ISAS"] = ("default", "avx2", "avx512 (emulated)" if emulated else "avx512")
         else:
             self.facts["CPU_ISAS"] = ("default",)
-        include_dirs = cpp_extension.include_paths()
-        library_dirs = cpp_extension.library_paths()
+        include_dirs = include_paths()
+        library_dirs = library_paths()
         libraries = ["c10", "torch_cpu", "torch"]
         if self.cuda:
             include_dirs.append(os.path.join(cuda["home"], "include"))

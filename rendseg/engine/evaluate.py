@@ -33,7 +33,7 @@ from rendseg.engine.config import ConfigError, EvalConfig
 from rendseg.engine.inference import KINDS, black, predict_labels
 from rendseg.engine.loader import Sample, evaluation_samples
 from rendseg.engine.metrics import SegmentationMetrics, mean_iou
-from rendseg.engine.objects import ObjectMeter, object_summary, object_table
+from rendseg.engine.objects import ObjectMeter, object_summary, object_table, percent
 from rendseg.engine.predict import file_stem, label_values, predict_image, save_labels, save_pictures, save_png
 from rendseg.engine.runtime import clock, gather, make_accelerator, move
 from rendseg.engine.tasks import task_lines, task_metrics
@@ -234,7 +234,7 @@ def summary(result: Mapping[str, Any]) -> str:
         return object_summary(result)
     titles = (("mIoU", "miou"), ("boundary IoU", "boundary_iou"), ("pixel accuracy", "pixel_accuracy"))
     return ", ".join(
-        f"{title} {_percent(result['coarse'][key])} -> {_percent(result['refined'][key])}" for title, key in titles
+        f"{title} {percent(result['coarse'][key])} -> {percent(result['refined'][key])}" for title, key in titles
     )
 
 
@@ -279,11 +279,7 @@ def format_table(result: Mapping[str, Any]) -> str:
 
 def _pair(coarse: float | None, refined: float | None) -> str:
     gain = "-" if coarse is None or refined is None else f"{100 * (refined - coarse):+.2f}"
-    return f"{_percent(coarse):>9}{_percent(refined):>9}{gain:>8}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
+    return f"{percent(coarse):>9}{percent(refined):>9}{gain:>8}"
 
 
 # ------------------------------------------------------------------------------------------------------- command
@@ -361,10 +357,10 @@ def evaluate_checkpoint(
             save_pictures(network, dataset, options.pictures, folder, accelerator, options.score_threshold)
         else:
             _write_details(out, details, dataset.class_names)
-        if config.eval.pictures and not config.learns_objects:
-            worst = [row for row in details.images if row["refined"] is not None]
-            worst = sorted(worst, key=lambda row: row["refined"])[: config.eval.pictures]
-            _write_worst(out, network, dataset, worst, config.eval, accelerator)
+            if config.eval.pictures:
+                worst = [row for row in details.images if row["refined"] is not None]
+                worst = sorted(worst, key=lambda row: row["refined"])[: config.eval.pictures]
+                _write_worst(out, network, dataset, worst, config.eval, accelerator)
         print(f"written to {out}")
     accelerator.wait_for_everyone()
     return {**result, "left_out": details.left_out}
@@ -428,7 +424,7 @@ def _write_worst(
     for row in rows:
         sample = dataset[row["index"]]
         found = predict_image(network, sample["image"], accelerator, options, dataset.mean, dataset.std)
-        title = f"{row['name']}: mIoU {_percent(row['coarse'])} -> {_percent(row['refined'])}"
+        title = f"{row['name']}: mIoU {percent(row['coarse'])} -> {percent(row['refined'])}"
         pixels = to_uint8(sample["image"], dataset.mean, dataset.std, dataset.channel_order)
         shown.append(Comparison(title, pixels, found.coarse, found.refined, sample["label"]))
     save_png(out / "worst.png", comparison_grid(shown, dataset.palette, dataset.class_names, dataset.ignore_index))

@@ -90,8 +90,7 @@ class ObjectMeter:
 def object_summary(result: Mapping[str, Any]) -> str:
     """One line: mask AP and boundary AP, coarse -> grid -> refined, in percent."""
     return ", ".join(
-        f"{measure} AP {' -> '.join(_percent(result[kind][f'{measure}_ap']) for kind in STAGES)}"
-        for measure in MEASURES
+        f"{measure} AP {' -> '.join(percent(result[kind][f'{measure}_ap']) for kind in STAGES)}" for measure in MEASURES
     )
 
 
@@ -119,7 +118,7 @@ def object_table(result: Mapping[str, Any]) -> str:
         for measure in MEASURES:
             values = [_at(result[kind][measure], path) for kind in STAGES]
             gain = "-" if None in values[1:] else f"{100 * (values[2] - values[1]):+.2f}"
-            parts.append("".join(f"{_percent(value):>9}" for value in values) + f"{gain:>8}")
+            parts.append("".join(f"{percent(value):>9}" for value in values) + f"{gain:>8}")
         lines.append(f"{name:<{width}}" + "   ".join(parts))
     return "\n".join(lines)
 
@@ -130,7 +129,8 @@ def _at(values: Any, path: Sequence[str]) -> Any:
     return values
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent, ``-`` where there is none."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import CoarseMaskHead, PointHead, grid_points, mask_labels, place_in_boxes, roi_point_sample
+from ..reference.uncertain_points import draw_counts
 from .pointrend import draws_of_keys
 
 
@@ -154,8 +155,8 @@ class PointRendMaskHead(nn.Module):
         """What ``sample_uncertain_points`` draws for so many boxes of each image; ``None`` without keys."""
         if self.keys is None:
             return None
-        points = self.train_points
-        each = int(self.oversample_ratio * points) + points - int(self.importance_ratio * points)
+        candidates, _, uniform = draw_counts(self.train_points, self.oversample_ratio, self.importance_ratio)
+        each = candidates + uniform
         of_images = zip(self.keys.split(1), counts, strict=True)
         return torch.cat([draws_of_keys(key, n * each).view(n, each, 2) for key, n in of_images])
 

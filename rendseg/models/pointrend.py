@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._options import read
 from ..nn.point_head import PointHead
+from ..reference.uncertain_points import draw_counts
 from .backbones import Backbone
 from .decoder import Decoder, DecoderOutput, Targets
 from .losses import segmentation_loss
@@ -114,8 +115,8 @@ class PointRend(Segmenter):
         if keys is not None:
             if keys.shape != labels.shape[:1]:
                 raise ValueError(f"keys must have shape [B] = {[len(labels)]}, got {list(keys.shape)}")
-            uniform = count - int(options.importance_ratio * count)
-            draws = draws_of_keys(keys, int(options.oversample_ratio * count) + uniform)
+            candidates, _, uniform = draw_counts(count, options.oversample_ratio, options.importance_ratio)
+            draws = draws_of_keys(keys, candidates + uniform)
         coords = ops.sample_uncertain_points(
             coarse.detach(),
             count,

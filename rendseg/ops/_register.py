@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
-from torch.library import Library, register_autograd, register_fake
 
 from .. import _backends, _extension
 from . import _triton
@@ -19,7 +18,7 @@ from .schemas import SCHEMAS, with_defaults
 _previous = vars(torch.ops.rendseg).get("_library")
 if _previous is not None:
     _previous._destroy()
-_LIBRARY = Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
+_LIBRARY = library.Library("rendseg", "FRAGMENT" if _extension.LOADED else "DEF")
 torch.ops.rendseg._library = _LIBRARY  # type: ignore[attr-defined]
 
 if not _extension.LOADED:
@@ -50,9 +49,9 @@ def register(
     """
     reference, fake = with_defaults(name, reference), with_defaults(name, fake)
     _LIBRARY.impl(name, _announced(reference), "CompositeExplicitAutograd")
-    register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
+    library.register_fake(f"rendseg::{name}", fake, lib=_LIBRARY)
     if backward is not None:
-        register_autograd(f"rendseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        library.register_autograd(f"rendseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in ("cpu", "cuda"):
         if _backends.has_kernel(name, device_type):
             _COMPILED.add((name, device_type))
@@ -131,7 +130,7 @@ class _Route:
 
     def __call__(self, chosen: str) -> None:
         if chosen == "triton" and self.overrides is None:
-            self.overrides = Library("rendseg", "IMPL")
+            self.overrides = library.Library("rendseg", "IMPL")
             for schema in SCHEMAS:
                 name = schema.split("(", 1)[0]
                 for device_type in _backends.backends["triton"].devices:

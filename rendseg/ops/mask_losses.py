@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import reference
 from ..reference._types import explained
@@ -202,4 +202,4 @@ _registry.register(
 _registry.register("_mask_losses_backward", reference=_mask_losses_backward, fake=_fake_backward, backward=_refuse)
 _registry.register("mask_costs", reference=reference.mask_costs, fake=_fake_costs)
 # Costs only serve the matching: autograd is passed by, so that they never require grad.
-_registry.impl("mask_costs", torch.library.fallthrough_kernel, "Autograd")
+_registry.impl("mask_costs", library.fallthrough_kernel, "Autograd")

@@ -121,7 +121,7 @@ register(
 
 
 class _ScatterInPlace(torch.autograd.Function):
-    """The in-place form under autograd; ``torch.library.register_autograd`` takes no mutation."""
+    """The in-place form under autograd; PyTorch's ``register_autograd`` takes no mutation."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, library
 
 from .. import reference
 from ..reference import _checks as check
@@ -193,4 +193,4 @@ for _name, _reference, _fake in (
 ):
     _registry.register(_name, reference=_reference, fake=_fake)
     # Nothing here is differentiable: autograd is passed by, so that outputs never require grad.
-    _registry.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _registry.impl(_name, library.fallthrough_kernel, "Autograd")

@@ -11,12 +11,13 @@ import os
 from typing import Any
 
 import torch
+from torch import library
 
 import rendseg.ops  # noqa: F401  (registers the operators first)
 from rendseg.ops.schemas import SCHEMAS
 from tests.emulation import build
 
-_LIBRARY = torch.library.Library("rendseg", "IMPL")
+_LIBRARY = library.Library("rendseg", "IMPL")
 _EMULATED = build.Emulated()
 
 

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
+from torch import library
+from torch.utils.cpp_extension import include_paths, library_paths
 
 from rendseg import _toolchain
 from rendseg.ops.schemas import SCHEMAS
@@ -117,8 +118,8 @@ def build(target: str, sanitize: bool = SANITIZE) -> Path:
 
 def _rules(sanitize: bool) -> list[str]:
     """What ninja is to know. A torch of another version has other headers; ninja sees a change of the command line."""
-    torch_flags = [f"-isystem {path}" for path in cpp_extension.include_paths() if "cuda" not in path.lower()]
-    torch_libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
+    torch_flags = [f"-isystem {path}" for path in include_paths() if "cuda" not in path.lower()]
+    torch_libraries = [f"-L{path} -Wl,-rpath,{path}" for path in library_paths()]
     command = " ".join([shlex.quote(part) if " " in part else part for part in shlex.split(compiler())])
     lines = [
         "ninja_required_version = 1.5",
@@ -174,7 +175,7 @@ class Emulated:
 
     def __init__(self) -> None:
         # The library that declares the operators lives as long as this object.
-        self._declared = torch.library.Library("rendseg_emulated", "DEF")
+        self._declared = library.Library("rendseg_emulated", "DEF")
         for schema in SCHEMAS:
             self._declared.define(schema)
         path = str(build_library())

@@ -1,6 +1,6 @@
-"""The backbones of mmsegmentation and mmdetection."""
+"""What mmsegmentation and mmdetection have in common: backbones, and where a configuration has the normalisation."""
 
-from ..registry import Part
+from ..registry import Part, Read
 from ..rules import MERGE
 from ._resnet import DILATED, PLAIN, STAGES
 
@@ -43,4 +43,14 @@ BACKBONES = (
         ),
         settings={"model.backbone.output_norm": True},
     ),
+)
+
+# By the newer key, then by that of the older versions.
+NORMALIZATION = (
+    Read("model.data_preprocessor.mean", "data.mean", list),
+    Read("model.data_preprocessor.std", "data.std", list),
+    Read("model.data_preprocessor.bgr_to_rgb", "data.channel_order", {True: "rgb", False: "bgr"}),
+    Read("img_norm_cfg.mean", "data.mean", list),
+    Read("img_norm_cfg.std", "data.std", list),
+    Read("img_norm_cfg.to_rgb", "data.channel_order", {True: "rgb", False: "bgr"}),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..registry import Format, Part, Read, only
 from ..rules import Rule
-from ._openmmlab import BACKBONES
+from ._openmmlab import BACKBONES, NORMALIZATION
 from ._rcnn import ASKS, BOXES, SCORES, SETTINGS
 
 _HEAD = "roi_heads.mask_head."
@@ -94,11 +94,6 @@ FORMAT = Format(
         Read("model.test_cfg.rpn.nms.iou_threshold", "model.rpn_nms_thresh"),
         Read("test_pipeline", "model.min_size", _sides(0)),
         Read("test_pipeline", "model.max_size", _sides(1)),
-        Read("model.data_preprocessor.mean", "data.mean", list),
-        Read("model.data_preprocessor.std", "data.std", list),
-        Read("model.data_preprocessor.bgr_to_rgb", "data.channel_order", {True: "rgb", False: "bgr"}),
-        Read("img_norm_cfg.mean", "data.mean", list),
-        Read("img_norm_cfg.std", "data.std", list),
-        Read("img_norm_cfg.to_rgb", "data.channel_order", {True: "rgb", False: "bgr"}),
+        *NORMALIZATION,
     ),
 )

@@ -4,7 +4,7 @@ import math
 
 from ..registry import Format, Part, Read, only, pair, separable
 from ..rules import POOL_LAST, Rule
-from ._openmmlab import BACKBONES
+from ._openmmlab import BACKBONES, NORMALIZATION
 
 _AUXILIARY: tuple[Rule, ...] = (
     *pair("auxiliary_head.convs.{i}", "auxiliary.0.convs.{i}"),
@@ -148,11 +148,6 @@ FORMAT = Format(
         Read("model.test_cfg.scale_factor", "", only(2, what="test_cfg.scale_factor")),
         Read("model.test_cfg.crop_size", "eval.window", list),
         Read("model.test_cfg.stride", "eval.window_stride", list),
-        Read("model.data_preprocessor.mean", "data.mean", list),
-        Read("model.data_preprocessor.std", "data.std", list),
-        Read("model.data_preprocessor.bgr_to_rgb", "data.channel_order", {True: "rgb", False: "bgr"}),
-        Read("img_norm_cfg.mean", "data.mean", list),
-        Read("img_norm_cfg.std", "data.std", list),
-        Read("img_norm_cfg.to_rgb", "data.channel_order", {True: "rgb", False: "bgr"}),
+        *NORMALIZATION,
     ),
 )
