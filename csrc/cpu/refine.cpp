@@ -144,17 +144,19 @@ struct PackedHead {
   }
 };
 
-// Where the points of one step go: logits[N,C,H,W] or labels[N,H,W].
+// Where the points of one step go: logits[N,C,H,W] or labels[N,H,W], by cell; or values[N,k,C], by point.
 struct Target {
   PointsView map;       // its dtype is that of the logits, also when labels are written
   int64_t label_bytes;  // 0 for logits, else 1 (uint8) or 2 (int16)
+  bool by_point;
 
-  Target(const at::Tensor& next, Dtype logits, bool labels) : label_bytes(labels ? next.element_size() : 0) {
+  Target(const at::Tensor& next, Dtype logits, bool labels)
+      : label_bytes(labels ? next.element_size() : 0), by_point(!labels && next.dim() == 3) {
     map.data = next.mutable_data_ptr();
     map.dtype = logits;
     map.stride_n = next.stride(0);
-    map.stride_c = labels ? 0 : next.stride(1);
-    map.stride_p = labels ? 1 : cell_stride(next);
+    map.stride_c = labels ? 0 : by_point ? 1 : next.stride(1);
+    map.stride_p = labels ? 1 : by_point ? next.stride(1) : cell_stride(next);
   }
   // From image `n` on.
   Target from(int64_t n) const {
@@ -168,6 +170,13 @@ struct Target {
 template <typename T, typename A>
 void write_logits(const PointsView& map, int64_t image, const int64_t* cells, int64_t points, const A* values,
                   int64_t stride, int64_t classes) {
+  if (map.stride_c == 1) {
+    for (int64_t p = 0; p < points; ++p) {
+      T* out = map.at<T>(image) + cells[p] * map.stride_p;
+      for (int64_t c = 0; c < classes; ++c) out[c] = static_cast<T>(values[p * stride + c]);
+    }
+    return;
+  }
   for (int64_t c = 0; c < classes; ++c) {
     T* out = map.at<T>(image, c);
     for (int64_t p = 0; p < points; ++p) out[cells[p] * map.stride_p] = static_cast<T>(values[p * stride + c]);
@@ -202,17 +211,46 @@ void write_values(const Target& target, int64_t image, const int64_t* cells, int
   });
 }
 
-// rows[p * row_stride + c] = planes[c * plane_stride + p]
-template <typename T, typename A>
-void transpose_into(const T* planes, int64_t plane_stride, int64_t channels, int64_t points, A* rows,
-                    int64_t row_stride) {
-  constexpr int64_t kGroup = 16;  // one cache line of a row
-  for (int64_t c0 = 0; c0 < channels; c0 += kGroup) {
-    const int64_t c1 = std::min(c0 + kGroup, channels);
-    for (int64_t p = 0; p < points; ++p) {
-      for (int64_t c = c0; c < c1; ++c) rows[p * row_stride + c] = static_cast<A>(planes[c * plane_stride + p]);
+// rows[p * row_stride + c] = points `first` to `first + count` of one image of from[N,C,P].
+template <typename A>
+void read_points(const PointsView& from, int64_t image, int64_t first, int64_t count, A* rows, int64_t row_stride) {
+  with_element(from.dtype, [&]<typename T>() {
+    const T* at = from.at<const T>(image, 0, first);
+    if constexpr (std::is_same_v<A, Wide<T>>) {
+      if (from.stride_p == 1) {
+        return RENDSEG_PICK(planes_to_rows<T>)(at, from.stride_c, from.channels, count, rows, row_stride);
+      }
     }
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t c = 0; c < from.channels; ++c) {
+        rows[p * row_stride + c] = static_cast<A>(at[p * from.stride_p + c * from.stride_c]);
+      }
+    }
+  });
+}
+
+// map[N,C,H,W] with channels side by side.
+template <typename A>
+at::Tensor channels_last(const at::Tensor& map) {
+  constexpr int64_t kCells = 64;  // whose rows stay in the second-level cache while they are written
+  const Dtype dtype = dtype_of(map.scalar_type());
+  if (map.stride(1) == 1 || dtype != (sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat)) {
+    return map.contiguous(at::MemoryFormat::ChannelsLast);
   }
+  const at::Tensor planes = map.flatten(2);
+  at::Tensor rows = at::empty({planes.size(0), planes.size(2), planes.size(1)}, map.options());
+  prefer_huge_pages(rows.mutable_data_ptr(), rows.nbytes());
+  const PointsView from = points_view(planes);
+  const int64_t cells = planes.size(2), channels = planes.size(1), blocks = (cells + kCells - 1) / kCells;
+  A* to = rows.mutable_data_ptr<A>();
+  at::parallel_for(0, planes.size(0) * blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / blocks, first = task % blocks * kCells;
+      read_points<A>(from, image, first, std::min(kCells, cells - first), to + (image * cells + first) * channels,
+                     channels);
+    }
+  });
+  return rows.view({map.size(0), map.size(2), map.size(3), channels}).permute({0, 3, 1, 2});
 }
 
 // A map to gather from. Where channels are apart, a plane is best read once for all points, so the points are sampled
@@ -230,10 +268,7 @@ void gather_block(const Gatherable& from, int64_t image, int64_t first, const fl
                     sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat, row_stride);
     return;
   }
-  const PointsView values = points_view(from.values);
-  with_element(values.dtype, [&]<typename T>() {
-    transpose_into(values.at<const T>(image, 0, first), values.stride_c, values.channels, points, rows, row_stride);
-  });
+  read_points<A>(points_view(from.values), image, first, points, rows, row_stride);
 }
 
 // rows[p * row_stride + c] = cell `cells[p]` of the map[C,h,w] upsampled as subdivide does it: its bits, before they
@@ -311,17 +346,18 @@ template <typename A>
 at::Tensor products_of(const at::Tensor& map, const PackedLayer<A>& packed, Gemm gemm) {
   const MlpLayer& layer = packed.layer();
   const int64_t cells = map.size(2) * map.size(3), blocks = (cells + kMlpPoints - 1) / kMlpPoints;
-  const at::Tensor rows = map.permute({0, 2, 3, 1}).to(sizeof(A) == 8 ? at::kDouble : at::kFloat).contiguous();
-  at::Tensor out = at::empty({map.size(0), map.size(2), map.size(3), layer.out}, rows.options());
+  const at::Tensor planes = map.flatten(2);
+  const PointsView from = points_view(planes);
+  at::Tensor out = at::empty({map.size(0), map.size(2), map.size(3), layer.out},
+                             map.options().dtype(sizeof(A) == 8 ? at::kDouble : at::kFloat));
   const int64_t most = kMlpPoints;
   for_each_task(map.size(0) * blocks, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<A[]> x(new A[most * layer.in]()), y(new A[most * layer.out]);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / blocks * cells + task % blocks * most;
-      const int64_t count = std::min(most, cells - task % blocks * most);
-      std::copy_n(rows.const_data_ptr<A>() + first * layer.in, count * layer.in, x.get());
+      const int64_t image = task / blocks, first = task % blocks * most, count = std::min(most, cells - first);
+      read_points<A>(from, image, first, count, x.get(), layer.in);
       run_layer<A>(gemm, packed, x.get(), layer.in, count, y.get(), layer.out, false);
-      std::copy_n(y.get(), count * layer.out, out.mutable_data_ptr<A>() + first * layer.out);
+      std::copy_n(y.get(), count * layer.out, out.mutable_data_ptr<A>() + (image * cells + first) * layer.out);
     }
   });
   return out.permute({0, 3, 1, 2});
@@ -403,6 +439,7 @@ class StepWorker {
     const A* values = run_layers(here, features, first, points);
     const int64_t written = a_.classes == nullptr ? classes_ : 1;
     if (a_.classes != nullptr) values += a_.classes[a_.first + image];
+    if (a_.target.by_point) std::iota(indices_.begin(), indices_.begin() + points, first);
     write_values<A>(a_.target, image, indices_.data(), points, values, stride_, written);
   }
 
@@ -553,35 +590,44 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
     boxes.emplace(*o.image_index, *o.boxes, features[0].size(0));
     // A block of points lies in one box, so planes cannot be read in streams: channels side by side, once for all
     // steps.
-    for (at::Tensor& map : maps) map = map.contiguous(at::MemoryFormat::ChannelsLast);
+    for (at::Tensor& map : maps) map = channels_last<A>(map);
   }
   std::vector<int64_t> classes;
-  at::Tensor current = coarse;
+  // The map so far. One that only the next step reads is not stored: a fresh one costs more than to make it again.
+  RefinedMap current{coarse, {}};
   std::optional<at::Tensor> class_index = o.class_index;
   if (o.single()) {
     classes = classes_of(*o.class_index, coarse.size(1));
-    current = of_class(coarse, *o.class_index);
+    current.base = of_class(coarse, *o.class_index);
     class_index.reset();  // of one class
   }
   for (int64_t step = 0; step < o.steps; ++step) {
     const RefineCells cells = refine_cells(coarse, step, o);
     if (!cells.needed) continue;
+    const bool stored = cells.every || o.current_source || step + 1 == o.steps;
     at::Tensor next, indices, coords;
     if (cells.every) {
       next = empty_step(coarse, cells.labels, cells.height, cells.width, o);
     } else {
-      std::tie(next, indices, coords) =
-          cells.labels ? subdivide_labels_cpu(current, o.num_points, o.scale_factor, o.align_corners)
-                       : subdivide_cpu(current, o.num_points, o.scale_factor, o.align_corners, class_index, true);
+      const SubdivideWanted wanted = cells.labels ? SubdivideWanted::kLabels
+                                     : stored     ? SubdivideWanted::kLogits
+                                                  : SubdivideWanted::kNothing;
+      std::tie(next, indices, coords) = subdivide_refined_cpu(current, o.num_points, o.scale_factor, o.align_corners,
+                                                              cells.labels ? std::nullopt : class_index, wanted);
+      if (!stored) next = at::empty({coarse.size(0), cells.count, current.base.size(1)}, coarse.options());
     }
     if (coarse.size(0) > 0) {
       refine_points<A>(head, maps, boxes.has_value() ? &*boxes : nullptr, o.single() ? classes.data() : nullptr,
-                       o.current_source ? current : coarse, coarse_products, indices, coords, cells, o,
+                       o.current_source ? current.base : coarse, coarse_products, indices, coords, cells, o,
                        Target(next, dtype_of(coarse.scalar_type()), cells.labels));
     }
-    current = std::move(next);
+    if (stored) {
+      current = {std::move(next), {}};
+    } else {
+      current.steps.push_back({std::move(indices), std::move(next)});
+    }
   }
-  return o.class_only && !o.single() ? of_class(current, *o.class_index) : current;
+  return o.class_only && !o.single() ? of_class(current.base, *o.class_index) : current.base;
 }
 
 }  // namespace

@@ -30,39 +30,52 @@ constexpr int64_t kRowBytes = 384 << 10;           // two interpolated source ro
 constexpr int64_t kBandRows = 32;
 constexpr int64_t kGrain = 32768;  // fewest elements worth a thread
 
-template <typename Acc>
-void fill_columns(const SubdivideArgs& a, int64_t padded, int32_t* lower, int32_t* upper, Acc* lower_weight,
-                  Acc* upper_weight) {
-  for (int64_t x = 0; x < padded; ++x) {
-    const UpsampleTap<Acc> tap = upsample_tap<Acc>(std::min(x, a.width - 1), a.w, a.scale, a.align_corners);
-    lower[x] = static_cast<int32_t>(tap.lower);
-    upper[x] = static_cast<int32_t>(tap.upper);
-    lower_weight[x] = tap.lower_weight;
-    upper_weight[x] = tap.upper_weight;
+// The taps of the columns of one upsampling.
+class Columns {
+ public:
+  Columns(UpsampleLevel& level, Dtype dtype, int64_t scale, bool align_corners)
+      : padded_((level.width + 2 * kColumnPadding - 1) / kColumnPadding * kColumnPadding),
+        taps_(2 * padded_),
+        weights_(2 * padded_) {
+    level.lower = taps_.data();
+    level.upper = taps_.data() + padded_;
+    dtype == Dtype::kDouble ? fill<double>(level, scale, align_corners) : fill<float>(level, scale, align_corners);
   }
-}
+
+ private:
+  template <typename Acc>
+  void fill(UpsampleLevel& level, int64_t scale, bool align_corners) {
+    Acc* lower_weight = reinterpret_cast<Acc*>(weights_.data());
+    Acc* upper_weight = lower_weight + padded_;
+    for (int64_t x = 0; x < padded_; ++x) {
+      const auto tap = upsample_tap<Acc>(std::min(x, level.width - 1), level.w, scale, align_corners);
+      taps_[x] = static_cast<int32_t>(tap.lower);
+      taps_[padded_ + x] = static_cast<int32_t>(tap.upper);
+      lower_weight[x] = tap.lower_weight;
+      upper_weight[x] = tap.upper_weight;
+    }
+    level.lower_weight = lower_weight;
+    level.upper_weight = upper_weight;
+  }
+
+  int64_t padded_;
+  std::vector<int32_t> taps_;
+  std::vector<double> weights_;  // floats use the first half of it
+};
 
 // Runs every task and leaves keys and histograms behind.
-void subdivide_kernel(SubdivideArgs& a) {
+void subdivide_kernel(SubdivideArgs& a, std::vector<UpsampleLevel>& levels) {
   const int64_t size = a.dtype == Dtype::kDouble ? 8 : 4;
+  std::vector<Columns> columns;
+  columns.reserve(levels.size());
+  for (UpsampleLevel& level : levels) columns.emplace_back(level, a.dtype, a.scale, a.align_corners);
+  a.levels = levels.data();
+  a.depth = static_cast<int64_t>(levels.size());
   const int64_t padded = (a.width + kColumnPadding - 1) / kColumnPadding * kColumnPadding;
-  std::vector<int32_t> taps(2 * padded);
-  std::vector<double> weights(2 * padded);  // floats use the first half of it
-  a.lower = taps.data();
-  a.upper = taps.data() + padded;
-  a.lower_weight = weights.data();
-  if (a.dtype == Dtype::kDouble) {
-    double* w = weights.data();
-    a.upper_weight = w + padded;
-    fill_columns(a, padded, taps.data(), taps.data() + padded, w, w + padded);
-  } else {
-    float* w = reinterpret_cast<float*>(weights.data());
-    a.upper_weight = w + padded;
-    fill_columns(a, padded, taps.data(), taps.data() + padded, w, w + padded);
-  }
   // Fixed chunks; the thread count only deals them out. A band starts where a pair of rows between two source rows
   // does.
-  a.tile_width = std::max(kColumnPadding, kRowBytes / (2 * a.c * size) / kColumnPadding * kColumnPadding);
+  const int64_t row_bytes = a.depth == 1 ? kRowBytes : kRowBytes / 2;
+  a.tile_width = std::max(kColumnPadding, row_bytes / (2 * a.c * size) / kColumnPadding * kColumnPadding);
   a.tile_width = std::min(a.tile_width, padded);
   a.tiles = (a.width + a.tile_width - 1) / a.tile_width;
   a.band_rows = kBandRows;
@@ -92,13 +105,26 @@ void subdivide_kernel(SubdivideArgs& a) {
   });
 }
 
-// Upsampled map (logits or labels) and the selection from it.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& logits, int64_t num_points,
-                                                              int64_t scale, bool align_corners,
-                                                              const std::optional<at::Tensor>& class_index,
-                                                              SubdivideWanted wanted) {
-  const int64_t n = logits.size(0), c = logits.size(1), h = logits.size(2), w = logits.size(3);
-  const int64_t height = h * scale, width = w * scale, cells = height * width;
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_refined_cpu(const RefinedMap& map, int64_t num_points,
+                                                                     int64_t scale, bool align_corners,
+                                                                     const std::optional<at::Tensor>& class_index,
+                                                                     SubdivideWanted wanted) {
+  const at::Tensor& logits = map.base;
+  const int64_t n = logits.size(0), c = logits.size(1);
+  std::vector<UpsampleLevel> levels(map.steps.size() + 1);
+  int64_t height = logits.size(2), width = logits.size(3);
+  for (size_t i = 0; i < levels.size(); ++i) {
+    UpsampleLevel& level = levels[i];
+    level.h = height, level.w = width;
+    level.height = height *= scale, level.width = width *= scale;
+    if (i == map.steps.size()) break;
+    level.indices = map.steps[i].indices.const_data_ptr<int64_t>();
+    level.values = map.steps[i].values.const_data_ptr();
+    level.count = map.steps[i].indices.size(1);
+  }
+  const int64_t cells = height * width;
   const int64_t k = std::min(num_points, cells);
   const at::MemoryFormat format = logits.suggest_memory_format();
   const at::TensorOptions options = logits.options();
@@ -140,10 +166,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& 
   a.single = c == 1 || channel.defined();
   a.channel = channel.defined() ? channel.const_data_ptr<int64_t>() : nullptr;
   a.histograms = reinterpret_cast<uint32_t*>(histograms.mutable_data_ptr<int32_t>());
-  a.n = n, a.c = c, a.h = h, a.w = w, a.height = height, a.width = width;
+  a.n = n, a.c = c, a.height = height, a.width = width;
   a.scale = scale;
   a.align_corners = align_corners;
-  subdivide_kernel(a);
+  subdivide_kernel(a, levels);
 
   int64_t* index_data = indices.mutable_data_ptr<int64_t>();
   float* coord_data = coords.mutable_data_ptr<float>();
@@ -161,22 +187,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_impl(const at::Tensor& 
   return {result, indices, coords};
 }
 
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_cpu(const at::Tensor& logits, int64_t num_points,
                                                              int64_t scale_factor, bool align_corners,
                                                              const std::optional<at::Tensor>& class_index,
                                                              bool return_logits) {
   check_subdivide(logits, num_points, class_index, scale_factor);
-  return subdivide_impl(logits, num_points, scale_factor, align_corners, class_index,
-                        return_logits ? SubdivideWanted::kLogits : SubdivideWanted::kNothing);
+  return subdivide_refined_cpu({logits, {}}, num_points, scale_factor, align_corners, class_index,
+                               return_logits ? SubdivideWanted::kLogits : SubdivideWanted::kNothing);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> subdivide_labels_cpu(const at::Tensor& logits, int64_t num_points,
                                                                     int64_t scale_factor, bool align_corners) {
   check_subdivide(logits, num_points, std::nullopt, scale_factor);
   check_label_classes(logits);
-  return subdivide_impl(logits, num_points, scale_factor, align_corners, std::nullopt, SubdivideWanted::kLabels);
+  return subdivide_refined_cpu({logits, {}}, num_points, scale_factor, align_corners, std::nullopt,
+                               SubdivideWanted::kLabels);
 }
 
 TORCH_LIBRARY_IMPL(rendseg, CPU, m) {

@@ -9,6 +9,9 @@
 //   interpolate_row  one source row along x, once, into [blocks][C][lanes] of float or double: blocks of one vector of
 //                    output columns. From a factor of two on, the sources of a vector of outputs fit one vector, and
 //                    two permutes replace the gathers. Also notes whether the row holds NaN or infinity.
+//   compose_row      that source row, where the source is a map after a step of refinement that was not stored: from
+//   the
+//                    row pair of the map before, by the same code, and the values of the step's points.
 //   upsample_blocks  along y, from the two source rows: reads two contiguous streams per channel and keeps the running
 //                    top two (and argmax) in registers; one or two output rows that share their source rows, U blocks.
 //                    Writes logits (past the cache where the map is large), or labels, or neither; always the keys.
@@ -24,9 +27,26 @@
 
 namespace rendseg {
 
+// One upsampling: h x w to height x width.
+struct UpsampleLevel {
+  int64_t h, w, height, width;
+  // Taps of every output column, in the arithmetic type; the tables are padded with their last entry by 64 and to a
+  // multiple of 64.
+  const int32_t* lower;
+  const int32_t* upper;
+  const void* lower_weight;
+  const void* upper_weight;
+  // Cells that have values of their own afterwards: indices[N][count] ascending, values[N][count][C].
+  const int64_t* indices;
+  const void* values;
+  int64_t count;
+};
+
 struct SubdivideArgs {
   Dtype dtype;
-  const void* source;  // logits[N,C,h,w], contiguous or channels_last
+  const void* source;           // logits[N,C,h,w] of levels[0], contiguous or channels_last
+  const UpsampleLevel* levels;  // the last gives what is written; those before it are made where they are read
+  int64_t depth;
   bool channels_last;  // of source and fine
   void* fine;          // [N,C,H,W], or null when the upsampled logits are not wanted
   bool stream;         // rows of `fine` are aligned to vectors and too many to stay in the cache
@@ -36,13 +56,7 @@ struct SubdivideArgs {
   bool single;             // the margin is |logit of one channel|: C == 1, or class_index
   const int64_t* channel;  // [N] that channel, or null for channel 0
   uint32_t* histograms;    // [N][kHistogramBins]
-  int64_t n, c, h, w, height, width;
-  // Taps of every output column, in the arithmetic type; the tables are padded with their last entry to a multiple
-  // of 64.
-  const int32_t* lower;
-  const int32_t* upper;
-  const void* lower_weight;
-  const void* upper_weight;
+  int64_t n, c, height, width;
   int64_t scale;
   bool align_corners;
   // Work: bands of output rows and tiles of output columns.
@@ -50,14 +64,31 @@ struct SubdivideArgs {
 };
 
 constexpr int64_t kColumnPadding = 64;
+constexpr int64_t kMostLevels = 32;  // each at least twice as wide as the one below, and counted in 32 bits
 
 // Bytes of scratch one worker needs, for the widest vectors.
 inline int64_t subdivide_scratch_bytes(const SubdivideArgs& a) {
   const int64_t size = a.dtype == Dtype::kDouble ? 8 : 4;
-  const int64_t rows = 2 * a.c * a.tile_width * size;       // two source rows, already interpolated along x
-  const int64_t planes = a.c * (a.tile_width + 64) * size;  // one source row, widened or transposed
-  const int64_t block = a.c * 64 * 8;                       // one block of outputs before it is transposed
-  return rows + planes + block + 4 * 64;
+  const int64_t columns = a.tile_width + 64;           // of a level below, rounded to vectors
+  const int64_t rows = 2 * a.c * columns * size;       // two source rows, already interpolated along x
+  const int64_t planes = a.c * (columns + 64) * size;  // one source row, widened, transposed or composed
+  const int64_t block = a.c * 64 * 8;                  // one block of outputs before it is transposed
+  return a.depth * (rows + planes) + block + 4 * 64;
+}
+
+// The first of `count` ascending indices that is not below `cell`.
+inline int64_t first_from(const int64_t* indices, int64_t count, int64_t cell) {
+  int64_t begin = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (indices[begin + half] < cell) {
+      begin += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return begin;
 }
 
 }  // namespace rendseg
@@ -72,6 +103,8 @@ template <typename T>
 struct SubdivideTile {
   using A = Wide<T>;
   const SubdivideArgs* args;
+  const UpsampleLevel* level;
+  SubdivideTile* below;  // makes the source columns; null where the source is stored
   int64_t image;
   int64_t first_column, columns, blocks;  // of the output
   int64_t source_begin, source_end;       // columns of the source that the tile needs
@@ -82,6 +115,47 @@ struct SubdivideTile {
   A* block;
 };
 
+template <typename T>
+void interpolate_row(SubdivideTile<T>& t, int64_t y);
+
+// Both source rows of an output row.
+template <typename T>
+RENDSEG_INLINE void take_rows(SubdivideTile<T>& t, const UpsampleTap<Wide<T>>& tap) {
+  for (int64_t source : {tap.lower, tap.upper}) {
+    if (t.held[source & 1] != source) interpolate_row(t, source);
+  }
+}
+
+// Row `y` of the level below, into planes[C][stride]: the bits that a stored map would hold.
+template <typename T>
+void compose_row(SubdivideTile<T>& t, int64_t y, int64_t stride) {
+  using A = Wide<T>;
+  constexpr int L = kLanes<A>;
+  SubdivideTile<T>& below = *t.below;
+  const SubdivideArgs& a = *t.args;
+  const UpsampleLevel& level = *below.level;
+  const UpsampleTap<A> tap = upsample_tap<A>(y, level.h, a.scale, a.align_corners);
+  take_rows(below, tap);
+  const A* row0 = below.rows[tap.lower & 1];
+  const A* row1 = below.rows[tap.upper & 1];
+  for (int64_t c0 = 0; c0 < a.c; c0 += 4) {
+    const int64_t c1 = c0 + 4 < a.c ? c0 + 4 : a.c;
+    for (int64_t b = 0; b < below.blocks; ++b) {
+      for (int64_t c = c0; c < c1; ++c) {
+        const Vec<A> s0 = load(row0 + (b * a.c + c) * L), s1 = load(row1 + (b * a.c + c) * L);
+        store(t.planes + c * stride + b * L, round_to<T>(s0 * tap.lower_weight + s1 * tap.upper_weight));
+      }
+    }
+  }
+  const int64_t* indices = level.indices + t.image * level.count;
+  const T* values = static_cast<const T*>(level.values) + t.image * level.count * a.c;
+  const int64_t begin = y * level.width + below.first_column, end = begin + below.columns;
+  for (int64_t p = first_from(indices, level.count, begin); p < level.count && indices[p] < end; ++p) {
+    A* cell = t.planes + (indices[p] - begin);
+    for (int64_t c = 0; c < a.c; ++c) cell[c * stride] = widen(values[p * a.c + c]);
+  }
+}
+
 // Source row `y` interpolated along x into rows[y % 2].
 template <typename T>
 void interpolate_row(SubdivideTile<T>& t, int64_t y) {
@@ -90,20 +164,23 @@ void interpolate_row(SubdivideTile<T>& t, int64_t y) {
   using I = Ints<A>;
   constexpr int L = kLanes<A>;
   const SubdivideArgs& a = *t.args;
+  const UpsampleLevel& level = *t.level;
   const int64_t channels = a.c;
   const int64_t begin = t.source_begin, count = t.source_end - t.source_begin;
-  const T* source = static_cast<const T*>(a.source) + t.image * channels * a.h * a.w;
+  const T* source = static_cast<const T*>(a.source) + t.image * channels * level.h * level.w;
   const A* plane;
   int64_t stride;
   if constexpr (sizeof(T) == sizeof(A)) {
-    plane = source + y * a.w + begin;
-    stride = a.h * a.w;
+    plane = source + y * level.w + begin;
+    stride = level.h * level.w;
   }
-  if (sizeof(T) != sizeof(A) || a.channels_last) {
-    stride = (count + L - 1) / L * L;
+  if (t.below != nullptr || sizeof(T) != sizeof(A) || a.channels_last) {
+    stride = (count + L - 1) / L * L + L;  // channels a multiple of 4 KB apart would evict each other
     plane = t.planes;
-    if (a.channels_last) {
-      const T* row = source + (y * a.w + begin) * channels;
+    if (t.below != nullptr) {
+      compose_row(t, y, stride);
+    } else if (a.channels_last) {
+      const T* row = source + (y * level.w + begin) * channels;
       for (int64_t c0 = 0; c0 < channels; c0 += 8) {
         const int64_t c1 = c0 + 8 < channels ? c0 + 8 : channels;
         for (int64_t x = 0; x < count; ++x) {
@@ -112,17 +189,17 @@ void interpolate_row(SubdivideTile<T>& t, int64_t y) {
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
-        const T* row = source + (c * a.h + y) * a.w + begin;
+        const T* row = source + (c * level.h + y) * level.w + begin;
         widen_row(row, count, t.planes + c * stride);
       }
     }
   }
   const int slot = static_cast<int>(y & 1);
   A* out = t.rows[slot];
-  const A* lower_weight = static_cast<const A*>(a.lower_weight) + t.first_column;
-  const A* upper_weight = static_cast<const A*>(a.upper_weight) + t.first_column;
-  const int32_t* lower = a.lower + t.first_column;
-  const int32_t* upper = a.upper + t.first_column;
+  const A* lower_weight = static_cast<const A*>(level.lower_weight) + t.first_column;
+  const A* upper_weight = static_cast<const A*>(level.upper_weight) + t.first_column;
+  const int32_t* lower = level.lower + t.first_column;
+  const int32_t* upper = level.upper + t.first_column;
   V sticky = V{};  // becomes NaN as soon as one value is NaN or infinite
   // From a factor of two on, the sources of one vector of outputs fit one vector.
   const bool permuting = RENDSEG_ISA > 0 && L >= 4 && a.scale >= 2 && count >= L;
@@ -313,15 +390,13 @@ void upsample_band(SubdivideTile<T>& t, int64_t y_begin, int64_t y_end, uint32_t
   const SubdivideArgs& a = *t.args;
   for (int64_t y = y_begin; y < y_end;) {
     UpsampleTap<A> taps[2];
-    taps[0] = upsample_tap<A>(y, a.h, a.scale, a.align_corners);
+    taps[0] = upsample_tap<A>(y, t.level->h, a.scale, a.align_corners);
     int64_t rows = 1;
     if (y + 1 < y_end) {
-      taps[1] = upsample_tap<A>(y + 1, a.h, a.scale, a.align_corners);
+      taps[1] = upsample_tap<A>(y + 1, t.level->h, a.scale, a.align_corners);
       if (taps[1].lower == taps[0].lower && taps[1].upper == taps[0].upper) rows = 2;
     }
-    for (int64_t source : {taps[0].lower, taps[0].upper}) {
-      if (t.held[source & 1] != source) interpolate_row(t, source);
-    }
+    take_rows(t, taps[0]);
     const bool careful = (kMode & kSingle) == 0 && (t.unknown[taps[0].lower & 1] || t.unknown[taps[0].upper & 1]);
     if (careful) {
       for (int64_t r = 0; r < rows; ++r) upsample_rows<T, kMode | kCareful, 1>(t, y + r, taps + r);
@@ -343,30 +418,50 @@ void upsample_band(SubdivideTile<T>& t, int64_t y_begin, int64_t y_end, uint32_t
   }
 }
 
+// A tile of `columns` output columns of level `depth` from `first_column` on, its scratch, and the tiles that it reads.
+template <typename T>
+void lay_tile(const SubdivideArgs& a, int64_t depth, int64_t image, int64_t first_column, int64_t columns,
+              SubdivideTile<T>* tiles, Wide<T>* scratch) {
+  using A = Wide<T>;
+  constexpr int L = kLanes<A>;
+  SubdivideTile<T>& t = tiles[depth];
+  const UpsampleLevel& level = a.levels[depth];
+  t.args = &a;
+  t.level = &level;
+  t.below = depth == 0 ? nullptr : &tiles[depth - 1];
+  t.image = image;
+  t.first_column = first_column;
+  t.columns = columns;
+  t.blocks = (columns + L - 1) / L;
+  t.source_begin = level.lower[first_column];
+  t.source_end = level.upper[first_column + columns - 1] + 1;
+  // Widened to whole vectors where the map allows it.
+  const int64_t least = t.below == nullptr ? L : (t.source_end - t.source_begin + L - 1) / L * L;
+  if (t.source_end - t.source_begin < least) {
+    t.source_begin = level.w < least ? 0 : (t.source_begin < level.w - least ? t.source_begin : level.w - least);
+    t.source_end =
+        level.w < least ? level.w : (t.source_end > t.source_begin + least ? t.source_end : t.source_begin + least);
+  }
+  const int64_t row_size = a.c * (a.tile_width + 64);
+  t.rows[0] = scratch;
+  t.rows[1] = t.rows[0] + row_size;
+  t.planes = t.rows[1] + row_size;
+  t.held[0] = t.held[1] = -1;
+  t.unknown[0] = t.unknown[1] = false;
+  if (t.below != nullptr) {
+    lay_tile(a, depth - 1, image, t.source_begin, t.source_end - t.source_begin, tiles, t.planes + row_size + a.c * 64);
+  }
+}
+
 template <typename T>
 void run_task(const SubdivideArgs& a, int64_t task, char* scratch, uint32_t* histogram) {
   using A = Wide<T>;
-  constexpr int L = kLanes<A>;
-  const int64_t tile = task % a.tiles, band = task / a.tiles % a.bands;
-  SubdivideTile<T> t;
-  t.args = &a;
-  t.image = task / (a.tiles * a.bands);
-  t.first_column = tile * a.tile_width;
-  t.columns = a.width - t.first_column < a.tile_width ? a.width - t.first_column : a.tile_width;
-  t.blocks = (t.columns + L - 1) / L;
-  t.source_begin = a.lower[t.first_column];
-  t.source_end = a.upper[t.first_column + t.columns - 1] + 1;
-  if (t.source_end - t.source_begin < L) {  // widen to a vector where the map allows it
-    t.source_begin = a.w < L ? 0 : (t.source_begin < a.w - L ? t.source_begin : a.w - L);
-    t.source_end = a.w < L ? a.w : (t.source_end > t.source_begin + L ? t.source_end : t.source_begin + L);
-  }
-  const int64_t row_size = a.c * a.tile_width;
-  t.rows[0] = reinterpret_cast<A*>(scratch);
-  t.rows[1] = t.rows[0] + row_size;
-  t.block = t.rows[1] + row_size;
-  t.planes = t.block + a.c * 8 * L;
-  t.held[0] = t.held[1] = -1;
-  t.unknown[0] = t.unknown[1] = false;
+  const int64_t tile = task % a.tiles, band = task / a.tiles % a.bands, first_column = tile * a.tile_width;
+  const int64_t columns = a.width - first_column < a.tile_width ? a.width - first_column : a.tile_width;
+  SubdivideTile<T> tiles[kMostLevels];
+  SubdivideTile<T>& t = tiles[a.depth - 1];
+  t.block = reinterpret_cast<A*>(scratch);
+  lay_tile(a, a.depth - 1, task / (a.tiles * a.bands), first_column, columns, tiles, t.block + a.c * 8 * kLanes<A>);
   const int64_t y_begin = band == 0 ? 0 : band * a.band_rows + a.band_shift;
   const int64_t y_next = (band + 1) * a.band_rows + a.band_shift;
   const int64_t y_end = y_next < a.height && band + 1 < a.bands ? y_next : a.height;
