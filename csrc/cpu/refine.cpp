@@ -218,7 +218,7 @@ void read_points(const PointsView& from, int64_t image, int64_t first, int64_t c
     const T* at = from.at<const T>(image, 0, first);
     if constexpr (std::is_same_v<A, Wide<T>>) {
       if (from.stride_p == 1) {
-        return RENDSEG_PICK(planes_to_rows<T>)(at, from.stride_c, from.channels, count, rows, row_stride);
+        return RENDSEG_PICK(planes_to_rows<T, A>)(at, from.stride_c, from.channels, count, rows, row_stride);
       }
     }
     for (int64_t p = 0; p < count; ++p) {
@@ -230,27 +230,27 @@ void read_points(const PointsView& from, int64_t image, int64_t first, int64_t c
 }
 
 // map[N,C,H,W] with channels side by side.
-template <typename A>
 at::Tensor channels_last(const at::Tensor& map) {
   constexpr int64_t kCells = 64;  // whose rows stay in the second-level cache while they are written
-  const Dtype dtype = dtype_of(map.scalar_type());
-  if (map.stride(1) == 1 || dtype != (sizeof(A) == 8 ? Dtype::kDouble : Dtype::kFloat)) {
-    return map.contiguous(at::MemoryFormat::ChannelsLast);
-  }
+  if (map.stride(1) == 1) return map.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor planes = map.flatten(2);
-  at::Tensor rows = at::empty({planes.size(0), planes.size(2), planes.size(1)}, map.options());
+  if (planes.stride(2) != 1) return map.contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t cells = planes.size(2), channels = planes.size(1), blocks = (cells + kCells - 1) / kCells;
+  at::Tensor rows = at::empty({map.size(0), map.size(2), map.size(3), channels}, map.options());
   prefer_huge_pages(rows.mutable_data_ptr(), rows.nbytes());
   const PointsView from = points_view(planes);
-  const int64_t cells = planes.size(2), channels = planes.size(1), blocks = (cells + kCells - 1) / kCells;
-  A* to = rows.mutable_data_ptr<A>();
-  at::parallel_for(0, planes.size(0) * blocks, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks, first = task % blocks * kCells;
-      read_points<A>(from, image, first, std::min(kCells, cells - first), to + (image * cells + first) * channels,
-                     channels);
-    }
+  with_element(from.dtype, [&]<typename T>() {
+    const auto turn = RENDSEG_PICK(planes_to_rows<T, T>);
+    T* to = static_cast<T*>(rows.mutable_data_ptr());
+    at::parallel_for(0, map.size(0) * blocks, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t image = task / blocks, first = task % blocks * kCells;
+        turn(from.at<const T>(image, 0, first), from.stride_c, channels, std::min(kCells, cells - first),
+             to + (image * cells + first) * channels, channels);
+      }
+    });
   });
-  return rows.view({map.size(0), map.size(2), map.size(3), channels}).permute({0, 3, 1, 2});
+  return rows.permute({0, 3, 1, 2});
 }
 
 // A map to gather from. Where channels are apart, a plane is best read once for all points, so the points are sampled
@@ -590,7 +590,7 @@ at::Tensor refine_loop(const at::Tensor& coarse, at::TensorList features, at::Te
     boxes.emplace(*o.image_index, *o.boxes, features[0].size(0));
     // A block of points lies in one box, so planes cannot be read in streams: channels side by side, once for all
     // steps.
-    for (at::Tensor& map : maps) map = channels_last<A>(map);
+    for (at::Tensor& map : maps) map = channels_last(map);
   }
   std::vector<int64_t> classes;
   // The map so far. One that only the next step reads is not stored: a fresh one costs more than to make it again.

@@ -120,26 +120,32 @@ void finish_row(const MlpLayer& layer, A* y) {
   }
 }
 
-// rows[p * row_stride + c] = planes[c * plane_stride + p]: squares of vectors, turned over in registers.
-template <typename T>
-void planes_to_rows(const T* planes, int64_t plane_stride, int64_t channels, int64_t points, Wide<T>* rows,
+// rows[p * row_stride + c] = planes[c * plane_stride + p]: squares of vectors, turned over in registers. R is T or the
+// type of its arithmetic.
+template <typename T, typename R>
+void planes_to_rows(const T* planes, int64_t plane_stride, int64_t channels, int64_t points, R* rows,
                     int64_t row_stride) {
   using A = Wide<T>;
   constexpr int L = kLanes<A>;
+  constexpr int64_t kLine = 16;  // points whose lines are read and written whole before others can evict them
   const int64_t whole_channels = channels / L * L, whole_points = points / L * L;
-  for (int64_t c = 0; c < whole_channels; c += L) {
-    for (int64_t p = 0; p < whole_points; p += L) {
-      Vec<A> square[L];
+  for (int64_t first = 0; first < whole_points; first += kLine) {
+    const int64_t last = first + kLine < whole_points ? first + kLine : whole_points;
+    for (int64_t c = 0; c < whole_channels; c += L) {
+      for (int i = 0; i < L; ++i) __builtin_prefetch(planes + (c + i) * plane_stride + last, 0, 2);
+      for (int64_t p = first; p < last; p += L) {
+        Vec<A> square[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) square[i] = load(planes + (c + i) * plane_stride + p);
-      transpose<A>(square);
+        for (int i = 0; i < L; ++i) square[i] = load(planes + (c + i) * plane_stride + p);
+        transpose<A>(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(rows + (p + i) * row_stride + c, square[i]);
+        for (int i = 0; i < L; ++i) store(rows + (p + i) * row_stride + c, square[i]);
+      }
     }
   }
   for (int64_t p = 0; p < points; ++p) {
     for (int64_t c = p < whole_points ? whole_channels : 0; c < channels; ++c) {
-      rows[p * row_stride + c] = widen(planes[c * plane_stride + p]);
+      rows[p * row_stride + c] = static_cast<R>(planes[c * plane_stride + p]);
     }
   }
 }
