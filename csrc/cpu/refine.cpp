@@ -1,5 +1,6 @@
 // _refine_mlp on the CPU: the whole inference loop of PointRend (Kirillov et al. 2020), section 3.1, with a stock point
 // head, in one call. Blocks of points are gathered, sent through every layer and scattered while they are in cache.
+// A map that only the next step reads is not stored: its subdivide makes the rows again.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>

@@ -45,6 +45,41 @@ def test_against_reference(name: str, made: dict, layers: dict, kwargs: dict, st
             assert got.data_ptr() != x.data_ptr() and torch.equal(x, before)
 
 
+@pytest.mark.parametrize("spoil", [None, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_wide_maps_of_several_steps(channels_last: bool, spoil: float | None, isa: str) -> None:
+    """One call stores no map between its steps, and works in tiles; the loop over operators stores every one."""
+    torch.manual_seed(3)
+    coarse = 4 * torch.randn(2, 150, 3, 37, dtype=torch.float64)
+    if spoil is not None:
+        coarse[1, 70, 1, 20] = spoil
+    features = torch.randn(2, 8, 9, 80, dtype=torch.float64)
+    if channels_last:
+        coarse = coarse.contiguous(memory_format=torch.channels_last)
+    head = cases.Head(8, 150).double()
+    for options in ({"steps": 3}, {"steps": 4, "class_index": torch.tensor([7, 149])}, {"steps": 2, "scale_factor": 3}):
+        with torch.no_grad():
+            head.stock = False
+            want = refine(coarse, features, head, num_points=70, **options)
+            head.stock = True
+            got = refine(coarse, features, head, num_points=70, **options)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+            if "class_index" not in options:
+                labels = refine(coarse, features, head, num_points=70, output="labels", **options)
+                assert torch.equal(labels.long(), got.argmax(1))
+
+
+def test_maps_between_steps_are_not_stored(isa: str) -> None:
+    coarse, features = torch.randn(1, 19, 32, 40), torch.randn(1, 8, 32, 40)
+    head = cases.Head(8, 19)
+    between = coarse.nbytes * 4**2  # of the second of three steps
+    for output, largest in (("labels", between - 1), ("logits", 4 * between)):
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+            refine(coarse, features, head, steps=3, num_points=50, output=output)
+        sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0]
+        assert max(sizes) <= largest and not any(between <= size < 4 * between for size in sizes), sizes
+
+
 ROIS = list(cases.roi_cases())
 
 
