@@ -127,7 +127,8 @@ void planes_to_rows(const T* planes, int64_t plane_stride, int64_t channels, int
                     int64_t row_stride) {
   using A = Wide<T>;
   constexpr int L = kLanes<A>;
-  constexpr int64_t kLine = 16;  // points whose lines are read and written whole before others can evict them
+  // Points of one cache line of a plane, which is read whole before another can evict it.
+  constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t whole_channels = channels / L * L, whole_points = points / L * L;
   for (int64_t first = 0; first < whole_points; first += kLine) {
     const int64_t last = first + kLine < whole_points ? first + kLine : whole_points;

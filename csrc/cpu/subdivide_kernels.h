@@ -9,9 +9,8 @@
 //   interpolate_row  one source row along x, once, into [blocks][C][lanes] of float or double: blocks of one vector of
 //                    output columns. From a factor of two on, the sources of a vector of outputs fit one vector, and
 //                    two permutes replace the gathers. Also notes whether the row holds NaN or infinity.
-//   compose_row      that source row, where the source is a map after a step of refinement that was not stored: from
-//   the
-//                    row pair of the map before, by the same code, and the values of the step's points.
+//   compose_row      that source row where the source is not stored, but a map after a step of refinement: from the row
+//                    pair of the map before it, by the same code, and the values of the step's points.
 //   upsample_blocks  along y, from the two source rows: reads two contiguous streams per channel and keeps the running
 //                    top two (and argmax) in registers; one or two output rows that share their source rows, U blocks.
 //                    Writes logits (past the cache where the map is large), or labels, or neither; always the keys.
