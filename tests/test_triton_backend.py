@@ -113,6 +113,7 @@ def test_a_broken_triton_falls_to_the_reference_with_one_warning(monkeypatch: py
 
 EXPLICIT = """
 import torch, rendseg
+from torch import library
 from rendseg.ops import point_sample, scatter_points, scatter_points_, uncertainty, encode
 from rendseg import _backends, reference
 from rendseg.kernels import point_sample as kernels
@@ -150,7 +151,7 @@ with rendseg.backend("triton"):
     assert len(calls) == 7
     with torch.autocast("cpu", torch.bfloat16):  # the same layers above the kernels
         assert point_sample([value, value.bfloat16()], coords).dtype == torch.float32
-    torch.library.opcheck(torch.ops.rendseg.point_sample, ([value], coords))
+    library.opcheck(torch.ops.rendseg.point_sample, ([value], coords))
     with rendseg.backend("reference"):
         count = len(calls)
         same(gradients(point_sample), wanted)

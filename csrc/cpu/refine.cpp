@@ -233,9 +233,8 @@ void read_points(const PointsView& from, int64_t image, int64_t first, int64_t c
 // map[N,C,H,W] with channels side by side.
 at::Tensor channels_last(const at::Tensor& map) {
   constexpr int64_t kCells = 64;  // whose rows stay in the second-level cache while they are written
-  if (map.stride(1) == 1) return map.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor planes = map.flatten(2);
-  if (planes.stride(2) != 1) return map.contiguous(at::MemoryFormat::ChannelsLast);
+  if (map.stride(1) == 1 || planes.stride(2) != 1) return map.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t cells = planes.size(2), channels = planes.size(1), blocks = (cells + kCells - 1) / kCells;
   at::Tensor rows = at::empty({map.size(0), map.size(2), map.size(3), channels}, map.options());
   prefer_huge_pages(rows.mutable_data_ptr(), rows.nbytes());

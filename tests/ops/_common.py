@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import rendseg
 from rendseg import _extension, reference
@@ -49,8 +49,8 @@ def poisoned_memory() -> Iterator[None]:
     So a kernel that leaves part of its output unwritten, or takes fresh memory for zeros, gives a wrong result; without
     this it mostly meets zeros from the system or the right values of the call before.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
-    switch = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+    c10 = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
+    switch = ctypes.c_bool.in_dll(c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
     before, switch.value = switch.value, True
     try:
         yield
@@ -110,8 +110,8 @@ def bad_input_runner(
 
 
 def assert_opcheck(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, **options: Any) -> None:
-    """``torch.library.opcheck`` with every test of it."""
-    torch.library.opcheck(op, args, dict(kwargs or {}), **options)
+    """PyTorch's opcheck with every test of it."""
+    library.opcheck(op, args, dict(kwargs or {}), **options)
 
 
 def backends_to_test() -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from _common import close
 from cases_encode import bad_inputs, make, rows, samples
-from torch import Tensor
+from torch import Tensor, library
 
 import rendseg
 from rendseg import _extension, ops, reference
@@ -349,7 +349,7 @@ def test_gradcheck_channels_last_and_zero_scale(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     inputs = _op_inputs(dtype)[name]
-    torch.library.opcheck(getattr(torch.ops.rendseg, name).default, tuple(inputs))
+    library.opcheck(getattr(torch.ops.rendseg, name).default, tuple(inputs))
 
 
 @pytest.mark.opcheck
@@ -358,7 +358,7 @@ def test_opcheck_of_the_gradients(name: str) -> None:
     inputs = [t.detach() for t in _op_inputs(torch.float32)[name]]
     grad = torch.ones_like(getattr(ops, name)(*inputs))
     op = getattr(torch.ops.rendseg, f"_{name}_backward").default
-    torch.library.opcheck(op, (grad, *inputs))
+    library.opcheck(op, (grad, *inputs))
 
 
 @pytest.mark.opcheck
@@ -372,7 +372,7 @@ def test_opcheck_layouts_and_mixed_dtypes() -> None:
         x.flatten(2),
         x[:0],
     ):
-        torch.library.opcheck(torch.ops.rendseg.encode.default, tuple(leaves(features, c, s)))
+        library.opcheck(torch.ops.rendseg.encode.default, tuple(leaves(features, c, s)))
 
 
 @pytest.mark.parametrize("name", ["encode", "scaled_l2", "aggregate"])

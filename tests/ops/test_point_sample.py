@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from _common import close, each_isa, use_isa
 from cases_point_sample import LABEL_DTYPES, NAN, WILD, bad_inputs, bad_labels, maps, points, samples
-from torch import Tensor
+from torch import Tensor, library
 
 import rendseg
 from rendseg import reference
@@ -230,13 +230,13 @@ def test_backward_formulas_of_the_reference(name, mode):
 def test_opcheck(name):
     inputs, coords = CASES[name]
     inputs = [m.detach().clone().requires_grad_() for m in inputs]
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.rendseg.point_sample, (inputs, coords.clone().requires_grad_(), "bilinear", "border", True)
     )
     plain = [m.detach() for m in inputs]
     out = point_sample(plain, coords)
     for flags in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.rendseg._point_sample_backward, (out, plain, coords, "bilinear", "zeros", False, *flags)
         )
 
@@ -413,8 +413,8 @@ def test_labels_empty():
 @pytest.mark.opcheck
 def test_labels_opcheck():
     labels = torch.arange(60, dtype=torch.int16).view(2, 5, 6)
-    torch.library.opcheck(torch.ops.rendseg.point_labels, (labels, points(2, 9), 3))
-    torch.library.opcheck(torch.ops.rendseg.point_labels, (labels, points(2, 0)))
+    library.opcheck(torch.ops.rendseg.point_labels, (labels, points(2, 9), 3))
+    library.opcheck(torch.ops.rendseg.point_labels, (labels, points(2, 0)))
 
 
 def test_labels_compile():

@@ -107,10 +107,11 @@ def test_masks_of_boxes(name: str, made: dict, kwargs: dict, isa: str) -> None:
         assert torch.equal(labels.long(), plain.argmax(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_masks_of_boxes_in_narrow_types(dtype: torch.dtype, isa: str) -> None:
-    """All cells of 70 boxes: the features are read through the boxes in every type."""
-    coarse, features, rois, _ = cases.roi_inputs(n=70, images=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("boxes", [5, 70])
+def test_masks_of_boxes_in_narrow_types(boxes: int, dtype: torch.dtype, isa: str) -> None:
+    """All cells: with more points than pixels it is products of the features that are read through the boxes."""
+    coarse, features, rois, _ = cases.roi_inputs(n=boxes, images=2)
     head = cases.Head(8, 4).to(dtype)
     coarse, features = coarse.to(dtype), [f.to(dtype) for f in features]
     options = {"steps": 2, "num_points": 144, "rois": rois}

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from cases_scatter_points import bad_inputs, distinct, make, samples
-from torch import Tensor
+from torch import Tensor, library
 
 import rendseg
 from rendseg import reference
@@ -215,11 +215,11 @@ def test_indices_that_another_thread_changes():
 @pytest.mark.parametrize("name", ["nchw", "channels_last", "slice", "no points", "no images"])
 def test_opcheck(name):
     logits, indices, values = (t.clone() for t in CASES[name])
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.rendseg.scatter_points, (logits.clone().requires_grad_(), indices, values.clone().requires_grad_())
     )
-    torch.library.opcheck(torch.ops.rendseg._scatter_points_backward, (logits.clone().requires_grad_(), indices))
-    torch.library.opcheck(torch.ops.rendseg.scatter_points_, (logits, indices, values))
+    library.opcheck(torch.ops.rendseg._scatter_points_backward, (logits.clone().requires_grad_(), indices))
+    library.opcheck(torch.ops.rendseg.scatter_points_, (logits, indices, values))
 
 
 @pytest.mark.parametrize("function", [scatter_points, scatter_points_])
